@@ -1,0 +1,1 @@
+"""Checkpoints: folders that say what they hold, published whole or not at all."""

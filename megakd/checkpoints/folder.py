@@ -1,0 +1,177 @@
+"""The checkpoint folder: a Megatron torch_dist folder, `megakd.json` that describes it, and the tokenizer's files.
+
+A folder is written under `NAME.incomplete` and renamed when everything, `megakd.json` last, is on disk. The record
+lists every file with its size, so that a truncated copy is refused before it is read.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+
+from megakd import __version__
+from megakd.config import Model
+from megakd.errors import CheckpointError, ConfigError
+
+RECORD = "megakd.json"
+FORMAT_VERSION = 1
+STEP_FOLDER = re.compile(r"step_(\d{8})$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder says of itself.
+
+    Attributes:
+        path: the folder.
+        model: the model section; `model.vocab_size` is the real vocabulary.
+        step: optimizer steps taken.
+        tokenizer: file name inside the folder (None: there was none), and its fingerprint.
+        training: whether optimizer, schedule and random states are in it, so that a run can continue from it.
+        metrics: the validation metrics it was saved with.
+    """
+
+    path: pathlib.Path
+    model: Model
+    step: int
+    tokenizer_file: str | None
+    tokenizer_fingerprint: str | None
+    training: bool
+    metrics: dict
+
+    @property
+    def tokenizer_path(self) -> pathlib.Path | None:
+        return self.path / self.tokenizer_file if self.tokenizer_file else None
+
+
+def step_folder(run_dir, step: int) -> pathlib.Path:
+    return pathlib.Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def incomplete(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".incomplete")
+
+
+def whole_checkpoints(run_dir) -> list[pathlib.Path]:
+    """The published checkpoints of a run folder, oldest first."""
+    folders = (pathlib.Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted(f for f in folders if STEP_FOLDER.match(f.name) and (f / RECORD).is_file())
+
+
+def find_checkpoint(path) -> pathlib.Path:
+    """A checkpoint folder as it is; of a run folder, its last whole checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = pathlib.Path(path)
+    if (path / RECORD).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist", hint="give a checkpoint folder or a run folder")
+    found = whole_checkpoints(path)
+    if not found:
+        broken = [f.name for f in (path / "checkpoints").glob("*.incomplete")]
+        seen = f"only an interrupted save: {', '.join(broken)}" if broken else f"no {RECORD} and no checkpoints/step_*"
+        raise CheckpointError(
+            f"{path} holds no whole checkpoint ({seen})",
+            hint="give a folder that `megakd train` has saved, or its run folder",
+        )
+    return found[-1]
+
+
+def read_checkpoint(path) -> Checkpoint:
+    """Read and check a folder's record; no weights are read.
+
+    Raises:
+        CheckpointError: missing, unreadable, of a newer format, or files missing or of another size than recorded.
+    """
+    path = find_checkpoint(path)
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        version = record["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has checkpoint format {version}, this megakd ({__version__}) reads up to {FORMAT_VERSION}",
+                hint=f"use megakd {record.get('megakd_version', 'of a later version')}",
+            )
+        tokenizer = record["tokenizer"] or {}
+        checkpoint = Checkpoint(
+            path=path,
+            model=Model.model_validate(record["model"]),
+            step=record["step"],
+            tokenizer_file=tokenizer.get("file"),
+            tokenizer_fingerprint=tokenizer.get("fingerprint"),
+            training=record["training"],
+            metrics=record["metrics"],
+        )
+        files = record["files"]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path / RECORD} cannot be read: {type(error).__name__}: {error}",
+            hint="the file was edited or damaged; copy the checkpoint again",
+        ) from error
+    for name, size in files.items():
+        seen = (path / name).stat().st_size if (path / name).is_file() else None
+        if seen != size:
+            raise CheckpointError(
+                f"{path / name} is {'missing' if seen is None else f'{seen} bytes long'}, {size} bytes were saved",
+                hint="the checkpoint is truncated; copy it again or use an older one",
+            )
+    return checkpoint
+
+
+def begin(path: pathlib.Path) -> pathlib.Path:
+    """Make the empty folder that a save writes into, over the remains of an interrupted one. One rank calls it."""
+    target = incomplete(path)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    return target
+
+
+def publish(path: pathlib.Path, *, model: Model, step: int, tokenizer, training: bool, metrics: dict) -> None:
+    """Complete the folder that `begin` made and give it its name. One rank calls it, after all have written.
+
+    Args:
+        tokenizer: megakd.data Tokenizer whose files travel along, or None.
+    """
+    source = incomplete(path)
+    tokenizer_record = None
+    if tokenizer is not None:
+        for file in tokenizer.files:
+            shutil.copyfile(file, source / pathlib.Path(file).name)
+        main_file = pathlib.Path(tokenizer.files[0]).name
+        tokenizer_record = {"kind": tokenizer.kind, "file": main_file, "fingerprint": tokenizer.fingerprint}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "megakd_version": __version__,
+        "step": step,
+        "training": training,
+        "model": model.model_dump(),
+        "tokenizer": tokenizer_record,
+        "metrics": metrics,
+        "files": {str(f.relative_to(source)): f.stat().st_size for f in sorted(source.rglob("*")) if f.is_file()},
+    }
+    with open(source / RECORD, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(path, ignore_errors=True)  # a run that went back to an older checkpoint saves this step anew
+    os.rename(source, path)
+
+
+def discard(path: pathlib.Path) -> None:
+    """Remove what a failed save left. One rank calls it."""
+    shutil.rmtree(incomplete(path), ignore_errors=True)
+
+
+def prune(run_dir, keep_last: int, keep: set[int]) -> None:
+    """Remove all but the last `keep_last` checkpoints of a run and those of the steps in `keep`. One rank calls it."""
+    for folder in whole_checkpoints(run_dir)[:-keep_last]:
+        if int(STEP_FOLDER.match(folder.name)[1]) not in keep:
+            trash = folder.with_name(folder.name + ".incomplete")  # renamed first: never a half-deleted "whole" one
+            shutil.rmtree(trash, ignore_errors=True)
+            os.rename(folder, trash)
+            shutil.rmtree(trash)

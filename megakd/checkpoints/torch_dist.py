@@ -1,0 +1,121 @@
+"""Save and load through Megatron's distributed checkpoints: any layout writes, any layout reads."""
+
+import errno
+import pathlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megakd.checkpoints import folder
+from megakd.checkpoints.folder import Checkpoint
+from megakd.errors import CheckpointError
+
+# Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
+# BaseException, which `except Exception` misses.
+FAILURES = (CheckpointException, RuntimeError, OSError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException)
+
+
+def sharding_metadata(groups) -> dict:
+    """How models and optimizers describe their shards: `fully_reshardable` survives every change of layout."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": groups.dp_cp,
+    }
+
+
+def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *, asynchronous: bool = False):
+    """Write a sharded state and publish the folder.
+
+    Args:
+        path: the final folder; until it is whole it is called `path.incomplete`.
+        state: Megatron sharded state dict, with whatever plain values belong to it.
+        publish: completes and renames the folder; called on rank 0 when every rank has written.
+        asynchronous: return when the state has been copied, and let a forked process write.
+    Returns:
+        None, or Megatron's AsyncRequest, to be scheduled; `publish` is then called when it is finalised.
+    Raises:
+        CheckpointError: on every rank; the incomplete folder is removed.
+    Collectives: barriers, metadata exchange; all ranks call it.
+    """
+    rank_0 = dist.get_rank() == 0
+
+    def finish():
+        failure = None
+        try:
+            if rank_0:
+                publish()
+        except OSError as error:
+            failure = error
+        raise_together(path, failure)
+
+    failure = None
+    try:
+        if rank_0:
+            folder.begin(path)
+    except OSError as error:
+        failure = error
+    raise_together(path, failure)
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), groups.dp_cp, True)
+    try:
+        request = dist_checkpointing.save(
+            state, str(folder.incomplete(path)), strategy, async_sharded_save=asynchronous
+        )
+    except FAILURES as error:
+        failure = error
+    raise_together(path, failure)
+    if request is None:
+        return finish()
+    request.finalize_fns.append(finish)
+    return request
+
+
+def raise_together(path: pathlib.Path, failure: BaseException | None) -> None:
+    """Raise on every rank if any rank failed, and leave nothing of the failed save behind.
+
+    Collectives: one all-gather of a short text.
+    """
+    texts = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
+    failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+    if not failed:
+        return
+    if dist.get_rank() == 0:
+        folder.discard(path)
+    rank, text = failed[0]
+    full = f"Errno {errno.ENOSPC}" in text or "No space left" in text
+    raise CheckpointError(
+        f"checkpoint {path} could not be saved: rank {rank}: {text.strip().splitlines()[-1] if full else text}",
+        hint="the disk is full; free space or lower checkpoint.keep_last" if full else "nothing of it was kept; "
+        "the checkpoints before it are whole",
+    ) from failure
+
+
+def load(checkpoint: Checkpoint, state: dict) -> dict:
+    """Read what `state` describes from a checkpoint; what else the folder holds is left alone.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or cannot be read.
+    """
+    try:
+        return dist_checkpointing.load(state, str(checkpoint.path))
+    except FAILURES as error:
+        raise CheckpointError(
+            f"{checkpoint.path} could not be loaded: {type(error).__name__}: {str(error).strip()[:2000]}",
+            hint="is it a checkpoint of this model, saved with the same optimizer settings?",
+        ) from error
+
+
+@torch.no_grad()
+def load_weights(gpt, checkpoint: Checkpoint, groups) -> None:
+    """Fill a model's parameters from a checkpoint of the same architecture saved under any layout.
+
+    Vocabulary rows that the checkpoint does not have (another padding) load as zeros; the kernels leave them out.
+    """
+    state = load(checkpoint, {"model": gpt.sharded_state_dict(metadata=sharding_metadata(groups))})
+    gpt.load_state_dict(state["model"])

@@ -1,0 +1,29 @@
+"""The process groups of a run: Megatron's parallel_state, set up once and then passed around as a value."""
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+def build_groups(tp: int, pp: int, seed: int) -> ProcessGroupCollection:
+    """Split the ranks over tensor, pipeline and data parallelism and seed Megatron's random states.
+
+    Args:
+        tp, pp: sizes of the axes; the rest of the ranks is data-parallel.
+        seed: of dropout; differs by stage and shard as Megatron has it, never by data-parallel rank.
+    Returns:
+        Megatron's collection of groups; `.tp`, `.pp`, `.dp`, `.dp_cp` are torch process groups.
+    Collectives: makes groups, on all ranks.
+    """
+    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_groups() -> None:
+    """Forget the groups, so that another layout can be set up in the same processes."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+
+
+def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    return groups.pp.rank() == groups.pp.size() - 1
