@@ -1,0 +1,46 @@
+"""A run's configuration: typed sections, YAML in, dotted overrides, resolved YAML out.
+
+config = Config.load("student.yaml", ["train.steps=20", "teacher.checkpoint=runs/teacher/last"])
+dp = check_ranks(config, world_size)
+config.save(f"{config.run.dir}/config.yaml")
+"""
+
+from megakd.config.checks import check_model, check_ranks, check_vocab
+from megakd.config.config import Config
+from megakd.config.sections import (
+    Checkpoint,
+    Data,
+    Eval,
+    Log,
+    Loss,
+    Model,
+    Optimizer,
+    Parallel,
+    Run,
+    Schedule,
+    Section,
+    Student,
+    Teacher,
+    Train,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Eval",
+    "Log",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Run",
+    "Schedule",
+    "Section",
+    "Student",
+    "Teacher",
+    "Train",
+    "check_model",
+    "check_ranks",
+    "check_vocab",
+]

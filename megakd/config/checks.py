@@ -1,0 +1,95 @@
+"""Checks of a configuration against what only the launch or a checkpoint knows: ranks, vocabulary, architecture."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megakd.config.problems import problems_error
+from megakd.config.sections import Model, Parallel
+from megakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megakd.config.config import Config
+
+
+def check_ranks(config: "Config", world_size: int) -> int:
+    """Checks that the ranks carry the layout and that the batch divides over them.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks of the launch.
+
+    Returns:
+        dp, the number of data parallel copies.
+
+    Raises:
+        ConfigError: world_size is not divisible by tp * pp, or global_batch_size not by micro_batch_size * dp.
+    """
+    tp, pp = config.parallel.tp, config.parallel.pp
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} ranks do not make whole models: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} ranks each",
+            hint=f"start a multiple of {tp * pp} ranks (`torchrun --nproc-per-node {tp * pp} -m megakd ...`), "
+            "or change parallel.tp and parallel.pp",
+        )
+    dp = world_size // (tp * pp)
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if batch % (micro * dp):
+        raise ConfigError(
+            f"train.global_batch_size {batch} is not divisible by train.micro_batch_size {micro} x dp {dp} "
+            f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp} = dp {dp})",
+            hint=f"make train.global_batch_size a multiple of {micro * dp}, or start another number of ranks",
+        )
+    return dp
+
+
+def check_vocab(config: "Config", vocab_size: int) -> None:
+    """Checks that the teacher has `loss.top_k` entries to keep.
+
+    Args:
+        config: of the run; without a teacher nothing is checked.
+        vocab_size: real vocabulary of the tokenizer, in ids.
+
+    Raises:
+        ConfigError: loss.top_k exceeds the vocabulary.
+    """
+    if config.teacher is not None and config.loss.top_k > vocab_size:
+        raise ConfigError(
+            f"loss.top_k {config.loss.top_k} exceeds the vocabulary of {vocab_size} ids",
+            hint=f"lower loss.top_k to at most {vocab_size}",
+        )
+
+
+def check_model(config: "Config", model: Model, whose: str) -> None:
+    """Checks that an architecture read from a checkpoint fits the run's layout and sequence length.
+
+    Args:
+        config: of the run.
+        model: architecture of the checkpoint.
+        whose: what the error calls it, such as `teacher.checkpoint runs/teacher`.
+
+    Raises:
+        ConfigError: lists all that does not fit.
+    """
+    problems = list(model_problems(model, config.parallel, config.data.sequence_length))
+    if problems:
+        raise problems_error(
+            whose,
+            [f"{key}: {text}" for key, text in problems],
+            hint="change the parallel section, or data.sequence_length, to what this model allows",
+        )
+
+
+def model_problems(model: Model, parallel: Parallel, sequence_length: int) -> Iterator[tuple[str, str]]:
+    """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
+    tp, pp = parallel.tp, parallel.pp
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, key)
+        if value is not None and value % tp:
+            yield key, f"{value} is not divisible by parallel.tp = {tp}"
+    if model.num_layers % pp:
+        yield "num_layers", f"{model.num_layers} is not divisible by parallel.pp = {pp}"
+    if sequence_length > model.max_sequence_length:
+        yield (
+            "data.sequence_length",
+            f"{sequence_length} tokens exceed the model's max_sequence_length = {model.max_sequence_length}",
+        )

@@ -1,0 +1,148 @@
+"""One run's configuration: read from YAML with overrides, checked as a whole, written back resolved."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megakd.config import sections
+from megakd.config.checks import model_problems
+from megakd.config.keys import iter_keys, section_of
+from megakd.config.overrides import apply_overrides
+from megakd.config.problems import explain, nearest_key
+from megakd.config.yaml12 import format_yaml, parse_yaml
+from megakd.errors import ConfigError
+
+
+class Config(sections.Section):
+    """Everything a run needs to know, frozen; sections are attributes, `config.train.global_batch_size`."""
+
+    run: sections.Run
+    parallel: sections.Parallel = sections.Parallel()
+    student: sections.Student
+    teacher: sections.Teacher | None = None
+    loss: sections.Loss = sections.Loss()
+    data: sections.Data
+    train: sections.Train
+    optimizer: sections.Optimizer
+    schedule: sections.Schedule = sections.Schedule()
+    eval: sections.Eval = sections.Eval()
+    checkpoint: sections.Checkpoint = sections.Checkpoint()
+    log: sections.Log = sections.Log()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Config":
+        """Reads a YAML file and applies dotted overrides (`train.steps=20`) before anything is checked.
+
+        Raises:
+            ConfigError: the file cannot be read, is not UTF-8 or not YAML, or the values are wrong; lists every
+                problem with its dotted key, the value seen and what was expected.
+        """
+        values = parse_yaml(_read_text(path), str(path))
+        values = {} if values is None else values
+        overridden = apply_overrides(values, list(overrides)) if isinstance(values, dict) else []
+        return cls.from_dict(values, where=str(path), overridden=overridden)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", overridden: Sequence[str] = ()) -> "Config":
+        """Checks nested dictionaries as `load` does; `where` names their origin in an error."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise explain(error, cls, where, overridden) from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the resolved YAML; whoever reads `path` sees the old file or the whole new one.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(format_yaml(self.model_dump(mode="json")))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ConfigError(
+                f"{path}: the configuration cannot be written: {error.strerror}",
+                hint="check that the folder exists, is writable, and has space left",
+            ) from error
+
+    def flat(self) -> dict[str, Any]:
+        """Every dotted key with its value; a section that is null is one key with value None."""
+        return _flat(self, "")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields (dotted key, what is wrong) for every rule between sections that is broken."""
+        if self.parallel.sp and self.parallel.tp == 1:
+            yield "parallel.sp", "true, but parallel.tp is 1; sequence parallel cuts what tensor parallel ranks share"
+        if self.student.model is not None:
+            for key, text in model_problems(self.student.model, self.parallel, self.data.sequence_length):
+                yield (key if "." in key else f"student.model.{key}"), text
+            if self.data.tokenizer is None:
+                yield (
+                    "data.tokenizer",
+                    "null, and a student.model has no tokenizer of its own; expected a tokenizer file",
+                )
+        if self.parallel.sp and self.data.sequence_length % self.parallel.tp:
+            length, tp = self.data.sequence_length, self.parallel.tp
+            yield "data.sequence_length", f"{length} is not divisible by parallel.tp = {tp}, and parallel.sp is true"
+        if self.teacher is None and self.loss != sections.Loss():
+            yield (
+                "loss",
+                "given without a teacher; the loss is then cross-entropy alone, and this section has no effect",
+            )
+        if self.eval.every_steps is not None and self.data.validation is None:
+            yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
+        yield from self._schedule_problems()
+        yield from self._allow_change_problems()
+
+    def _schedule_problems(self) -> Iterator[tuple[str, str]]:
+        warmup, wsd = self.schedule.warmup_steps, self.schedule.wsd_decay_steps
+        name = "train.steps" if self.schedule.decay_steps is None else "schedule.decay_steps"
+        last = self.train.steps if self.schedule.decay_steps is None else self.schedule.decay_steps
+        if last is None:
+            return
+        if warmup >= last:
+            yield "schedule.warmup_steps", f"{warmup} must be below {name} = {last}"
+        elif wsd is not None and warmup + wsd > last:
+            yield "schedule.wsd_decay_steps", f"{wsd} and schedule.warmup_steps = {warmup} exceed {name} = {last}"
+
+    def _allow_change_problems(self) -> Iterator[tuple[str, str]]:
+        names = [key.name for key in iter_keys(Config)]
+        for allowed in self.run.allow_change:
+            if not any(name == allowed or name.startswith(f"{allowed}.") for name in names):
+                meant = nearest_key(allowed, Config)
+                yield "run.allow_change", f"{allowed!r} is no key" + (f"; did you mean {meant}?" if meant else "")
+
+
+def _flat(section: sections.Section, prefix: str) -> dict[str, Any]:
+    values = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if section_of(field.annotation) and value is not None:
+            values |= _flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def _read_text(path: str | os.PathLike) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {error.start}",
+            hint="a run's configuration is YAML text; save the file as UTF-8",
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the config file cannot be read: {error.strerror}",
+            hint="the config file comes first: `megakd VERB CONFIG.yaml [key=value ...]`",
+        ) from error

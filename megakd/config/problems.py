@@ -1,0 +1,90 @@
+"""What is wrong with a configuration, said in full: every dotted key, the value seen and what was expected."""
+
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from megakd.config.keys import expected, iter_keys, section_of
+from megakd.config.sections import BrokenRules, Section
+from megakd.errors import ConfigError
+
+HINT = "`megakd train --help` lists every key with its type, default and meaning"
+LONGEST_VALUE = 60
+
+
+def explain(error: ValidationError, root: type[Section], where: str, overridden: Collection[str] = ()) -> ConfigError:
+    """Turns pydantic's report into one ConfigError that lists every problem.
+
+    Args:
+        error: raised while `root` was validated.
+        root: the section class that was validated.
+        where: the file, or whatever else the values came from.
+        overridden: dotted keys that the command line set; their problems say so.
+    """
+    problems = []
+    for entry in error.errors(include_url=False):
+        for key, text in _problems_of(entry, root):
+            origin = " (set on the command line)" if key in overridden else ""
+            problems.append(f"{key}: {text}{origin}")
+    return problems_error(where, problems)
+
+
+def problems_error(where: str, problems: Sequence[str], hint: str = HINT) -> ConfigError:
+    """One ConfigError of a list of `key: what is wrong` lines."""
+    if len(problems) == 1:
+        return ConfigError(f"{where}: {problems[0]}", hint=hint)
+    return ConfigError("\n  ".join([f"{where}: {len(problems)} problems", *problems]), hint=hint)
+
+
+def shown(value: Any) -> str:
+    """A value as a reader of YAML would write it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return f"a section ({', '.join(map(str, value)) or 'empty'})"
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def nearest_key(key: str, root: type[Section]) -> str | None:
+    """The known dotted key that a misspelt or misplaced `key` most likely means, or None."""
+    names = [known.name for known in iter_keys(root)]
+    sections = {name.rpartition(".")[0] for name in names} - {""}
+    parent, _, last = key.rpartition(".")
+    siblings = [name for name in [*names, *sections] if name.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], n=1)
+    if close:
+        return f"{parent}.{close[0]}" if parent else close[0]
+    namesakes = [name for name in [*names, *sections] if name.rpartition(".")[2] == last]
+    return next(iter([*namesakes, *difflib.get_close_matches(key, names, n=1)]), None)
+
+
+def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, str]]:
+    location, kind = entry["loc"], entry["type"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    broken = entry.get("ctx", {}).get("error")
+    if isinstance(broken, BrokenRules):
+        return [(f"{key}.{inner}" if key else inner, text) for inner, text in broken.problems]
+    if kind == "extra_forbidden":
+        meant = nearest_key(key, root)
+        return [(key, f"unknown key; did you mean {meant}?" if meant else "unknown key")]
+    if not location:
+        return [("the document", f"{shown(entry['input'])}, expected sections such as `train:` with keys below them")]
+    wanted = _expected_at(location, root)
+    return [
+        (key, f"missing, expected {wanted}" if kind == "missing" else f"{shown(entry['input'])}, expected {wanted}")
+    ]
+
+
+def _expected_at(location: tuple[str | int, ...], root: type[Section]) -> str:
+    """What the schema wants at a place that it knows (an unknown key is not asked about)."""
+    section, words = root, ""
+    for part in location:
+        if isinstance(part, int):
+            return words.removeprefix("list of ")
+        field = section.model_fields[part]
+        words = expected(field)
+        section = section_of(field.annotation) or section
+    return words

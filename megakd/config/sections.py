@@ -1,0 +1,311 @@
+"""The sections of a run's YAML: every key with its type, range, default, and what it means in which unit.
+
+The docstring under a field is its help: `megakd train --help` prints it. A section that has rules between its own
+fields yields what breaks them from `problems()`; rules between sections live in `megakd.config.config`.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class BrokenRules(ValueError):
+    """Rules between fields that do not hold.
+
+    Args:
+        problems: (key relative to the section, what is wrong) pairs.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
+        self.problems = problems
+
+
+class Section(BaseModel):
+    """A frozen group of keys: exact types (20.0 is no integer, "3" no number, true no 1), no unknown key."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields (key relative to this section, what is wrong) for every rule between fields that is broken."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self):
+        if problems := list(self.problems()):
+            raise BrokenRules(problems)
+        return self
+
+
+class Run(Section):
+    """Where the run lives, and how it starts and stops"""
+
+    dir: Text
+    """Folder of the run: resolved config, metrics and checkpoints. It is made when it does not exist."""
+    seed: Seed = 1234
+    """Seed of initial weights, dropout and the order of samples."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`cuda` (NCCL), `cpu` (gloo), or `auto`: cuda when torch sees a GPU, else cpu."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """`auto` continues from the folder's last whole checkpoint if there is one; `never` refuses a folder that has one;
+    `required` refuses a folder that has none."""
+    allow_change: list[Text] = []
+    """Keys or sections (`train.steps`, `optimizer`) that may differ from the run folder's saved config on resume."""
+    stop_after: Count | None = None
+    """Optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the end."""
+
+
+class Parallel(Section):
+    """How student and teacher are cut over the ranks; what tp x pp leaves of them is data parallel"""
+
+    tp: Count = 1
+    """Tensor parallel size, in ranks."""
+    pp: Count = 1
+    """Pipeline parallel size, in ranks."""
+    sp: bool = False
+    """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
+
+
+class Model(Section):
+    """Architecture of a student that starts from random weights"""
+
+    num_layers: Count
+    """Transformer layers."""
+    hidden_size: Count
+    """Width of the residual stream, in channels."""
+    ffn_hidden_size: Count
+    """Inner width of the feed-forward block, in channels."""
+    num_attention_heads: Count
+    """Query heads."""
+    num_query_groups: Count | None = None
+    """Key/value heads; null: num_attention_heads."""
+    kv_channels: Count | None = None
+    """Channels of one attention head; null: hidden_size / num_attention_heads."""
+    max_sequence_length: Count
+    """Longest sequence the model takes, in tokens."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Norm before attention, before the feed-forward block, and before the head."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Activation of the feed-forward block."""
+    position_embedding: Literal["rope", "learned_absolute"] = "rope"
+    """How a token knows its position."""
+    rotary_base: Positive = 10000.0
+    """Base of the rotary frequencies (rope only)."""
+    rotary_percent: Share = 1.0
+    """Share of a head's channels that are rotated (rope only)."""
+    norm_epsilon: Positive = 1e-5
+    """Added to the variance in a norm."""
+    add_bias_linear: bool = False
+    """Biases in all linear layers."""
+    add_qkv_bias: bool = False
+    """Biases in the query, key and value projections alone."""
+    tie_embeddings: bool = True
+    """The head uses the embedding's weight."""
+    hidden_dropout: BelowOne = 0.0
+    """Probability of dropout on the residual stream."""
+    attention_dropout: BelowOne = 0.0
+    """Probability of dropout on attention weights."""
+    init_std: Positive = 0.02
+    """Standard deviation of the initial weights."""
+    vocab_size: Count | None = None
+    """Real vocabulary, in ids; null: the tokenizer's."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if groups is not None and heads % groups:
+            yield "num_query_groups", f"{groups} does not divide num_attention_heads = {heads}"
+        if self.kv_channels is None and self.hidden_size % heads:
+            yield (
+                "hidden_size",
+                f"{self.hidden_size} is not divisible by num_attention_heads = {heads}, and kv_channels is not given",
+            )
+        elif self.position_embedding == "rope":
+            channels = self.kv_channels or self.hidden_size // heads
+            rotated = int(channels * self.rotary_percent)
+            if rotated < 2 or rotated % 2:
+                yield (
+                    "rotary_percent",
+                    f"rotates {rotated} of {channels} channels of a head, expected an even number of at least 2",
+                )
+
+
+class Student(Section):
+    """The model that learns: from a checkpoint, or new from a `model` section"""
+
+    checkpoint: Text | None = None
+    """Folder of a megakd checkpoint to start from; it brings architecture and tokenizer."""
+    model: Model | None = None
+    """Architecture to start from random weights."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if (self.checkpoint is None) == (self.model is None):
+            seen = "neither is" if self.model is None else "both are"
+            yield "checkpoint", f"{seen} given; expected exactly one of checkpoint and model"
+
+
+class Teacher(Section):
+    """The model that is learnt from; without this section the student trains on the data alone"""
+
+    checkpoint: Text
+    """Folder of a megakd checkpoint; it brings architecture and tokenizer. The teacher runs live beside the student."""
+    allow_weak: bool = False
+    """Go on although the teacher predicts the first batch no better than chance."""
+
+
+class Loss(Section):
+    """What the student minimises per supervised token: ce_weight * CE + kd_weight * temperature^2 * divergence"""
+
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), in nats."""
+    tail: Literal["bucket", "renormalize", "renormalize_teacher", "drop"] = "bucket"
+    """What becomes of the mass outside the teacher's top_k: one more outcome (`bucket`), both sides rescaled to the
+    top_k (`renormalize`), the teacher alone rescaled (`renormalize_teacher`), or no term for it (`drop`)."""
+    top_k: Count = 64
+    """Entries of the teacher's distribution kept per token."""
+    temperature: Positive = 1.0
+    """Divides both models' logits in the divergence; the divergence is multiplied by its square."""
+    kd_weight: NotNegative = 1.0
+    """Weight of the divergence."""
+    ce_weight: NotNegative = 0.0
+    """Weight of the cross-entropy with the data's next token, at temperature 1."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.divergence == "reverse_kl" and self.tail == "renormalize_teacher":
+            yield "tail", "renormalize_teacher makes reverse_kl infinite; expected bucket or renormalize"
+        if self.divergence == "reverse_kl" and self.tail == "drop":
+            yield "tail", "drop lets reverse_kl fall by moving mass out of the top_k; expected bucket or renormalize"
+        if self.kd_weight == 0 and self.ce_weight == 0:
+            yield "kd_weight", "0, and ce_weight is 0 too: nothing is left to minimise"
+
+
+class Data(Section):
+    """What is read; PREFIX.bin, PREFIX.idx and PREFIX.json are written by `megakd prepare text`"""
+
+    train: Text
+    """Prefix of the training data."""
+    validation: Text | None = None
+    """Prefix of the held-out data; null: no validation."""
+    tokenizer: Text | None = None
+    """Tokenizer file; null: the student checkpoint's."""
+    sequence_length: Count
+    """Tokens of one sample."""
+
+
+class Train(Section):
+    """How long and in what batches"""
+
+    steps: Count | None = None
+    """Optimizer steps of the whole run. Exactly one of steps and epochs is given."""
+    epochs: Positive | None = None
+    """Passes over the training data."""
+    micro_batch_size: Count = 1
+    """Samples of one forward pass on one data parallel rank."""
+    global_batch_size: Count
+    """Samples of one optimizer step, over all ranks."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; the optimizer keeps fp32 weights either way."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, those of attention, or whole layers."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if (self.steps is None) == (self.epochs is None):
+            seen = "neither is" if self.steps is None else "both are"
+            yield "steps", f"{seen} given; expected exactly one of steps and epochs"
+        if self.global_batch_size % self.micro_batch_size:
+            yield (
+                "global_batch_size",
+                f"{self.global_batch_size} is not divisible by micro_batch_size = {self.micro_batch_size}",
+            )
+
+
+class Optimizer(Section):
+    """AdamW and gradient clipping"""
+
+    lr: Positive
+    """Peak learning rate."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the end of the decay."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled weight decay, times the learning rate; norms and biases have none."""
+    beta1: BelowOne = 0.9
+    """Decay of the running mean of the gradient."""
+    beta2: BelowOne = 0.95
+    """Decay of the running mean of its square."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: NotNegative = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    distributed: bool = True
+    """Optimizer state is cut over the data parallel ranks."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.min_lr > self.lr:
+            yield "min_lr", f"{self.min_lr} is above lr = {self.lr}"
+
+
+class Schedule(Section):
+    """Learning rate over optimizer steps"""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd (warm-up, stable, decay) stays at the peak until its last wsd_decay_steps."""
+    warmup_steps: CountOrZero = 0
+    """Steps of linear growth from 0 to the peak."""
+    decay_steps: Count | None = None
+    """Step at which min_lr is reached, warm-up included; null: the last step of the run."""
+    wsd_decay_steps: Count | None = None
+    """Steps of the decay at the end (wsd only, and needed there)."""
+    wsd_decay_style: Literal["linear", "cosine", "exponential"] = "linear"
+    """Shape of that decay (wsd only)."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.kind == "wsd" and self.wsd_decay_steps is None:
+            yield "wsd_decay_steps", "missing; kind wsd needs it"
+        if self.kind != "wsd" and self.wsd_decay_steps is not None:
+            yield "wsd_decay_steps", f"{self.wsd_decay_steps} has no effect with kind {self.kind}; expected null"
+
+
+class Eval(Section):
+    """Validation while training"""
+
+    every_steps: Count | None = None
+    """Optimizer steps between validations; null: none."""
+    samples: Count | None = None
+    """Samples of one validation; null: the whole validation set."""
+
+
+class Checkpoint(Section):
+    """When checkpoints are written and which are kept"""
+
+    every_steps: Count | None = None
+    """Optimizer steps between checkpoints; null: only the last one. A last one is always written."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best validation as well."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+
+
+class Log(Section):
+    """Where metrics go beside metrics.jsonl"""
+
+    every_steps: Count = 1
+    """Optimizer steps between lines."""
+    progress: bool = True
+    """Progress bar on rank 0."""
+    tensorboard: bool = False
+    """TensorBoard files in the run folder."""
+    wandb_project: Text | None = None
+    """Weights & Biases project; null: not used. Needs the package wandb."""
