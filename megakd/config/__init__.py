@@ -7,6 +7,7 @@ config.save(f"{config.run.dir}/config.yaml")
 
 from megakd.config.checks import check_model, check_ranks, check_vocab
 from megakd.config.config import Config
+from megakd.config.reference import format_reference, section_summaries
 from megakd.config.sections import (
     Checkpoint,
     Data,
@@ -43,4 +44,6 @@ __all__ = [
     "check_model",
     "check_ranks",
     "check_vocab",
+    "format_reference",
+    "section_summaries",
 ]

@@ -46,6 +46,21 @@ class Config(sections.Section):
         return cls.from_dict(values, where=str(path), overridden=overridden)
 
     @classmethod
+    def from_arguments(cls, arguments: Sequence[str]) -> "Config":
+        """Reads what follows the verb of a run on the command line: `CONFIG.yaml [key=value ...]`.
+
+        Raises:
+            ConfigError: there is no config file among the arguments, or as for `load`.
+        """
+        if not arguments or ("=" in arguments[0] and not os.path.exists(arguments[0])):
+            seen = f"`{arguments[0]}`" if arguments else "nothing"
+            raise ConfigError(
+                f"command line: expected a config file after the verb, got {seen}",
+                hint="megakd VERB CONFIG.yaml [key=value ...]",
+            )
+        return cls.load(arguments[0], arguments[1:])
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config", overridden: Sequence[str] = ()) -> "Config":
         """Checks nested dictionaries as `load` does; `where` names their origin in an error."""
         try:

@@ -74,15 +74,19 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_describe(typing.get_args(annotation)[0], [])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
-    return " and ".join([NAMES[annotation], *_relations(metadata)]).replace(" and ", " ", 1)
+    bounds = " and ".join(_bounds(metadata))
+    if any(getattr(item, "min_length", None) for item in _flattened(metadata)):
+        return f"non-empty {NAMES[annotation]}"
+    return f"{NAMES[annotation]} {bounds}".rstrip()
 
 
-def _relations(metadata: list[Any]) -> Iterator[str]:
-    for item in metadata:
-        if isinstance(item, FieldInfo):
-            yield from _relations(item.metadata)
+def _bounds(metadata: list[Any]) -> Iterator[str]:
+    for item in _flattened(metadata):
         for name, sign in RELATIONS.items():
             if (bound := getattr(item, name, None)) is not None:
                 yield f"{sign} {bound}"
-        if getattr(item, "min_length", None):
-            yield "that is not empty"
+
+
+def _flattened(metadata: list[Any]) -> Iterator[Any]:
+    for item in metadata:
+        yield from item.metadata if isinstance(item, FieldInfo) else [item]

@@ -1,0 +1,132 @@
+"""The command line: a verb is a function of one module, imported when it is chosen.
+
+    megakd VERB ...                                              one process
+    torchrun --nproc-per-node N -m megakd VERB CONFIG.yaml ...   N ranks
+
+A run (`CONFIG.yaml [key=value ...]`) gets its help from the config schema; a tool with flags prints its own.
+No help text needs torch, megatron or transformers.
+"""
+
+import difflib
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import megakd
+from megakd.errors import MegakdError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        target: "module:function"; the function takes the arguments after the verb and returns an exit code or None.
+        summary: one line for `megakd --help`.
+        is_run: takes `CONFIG.yaml [key=value ...]`; else flags, parsed (with --help) by the target.
+    """
+
+    target: str
+    summary: str
+    is_run: bool
+
+
+VERBS = {
+    "train": Verb("megakd.runs.train:main", "train a student, from a teacher or plainly on data", True),
+    "evaluate": Verb("megakd.runs.evaluate:main", "measure a student on held-out data, against its teacher", True),
+    "generate": Verb("megakd.runs.generate:main", "complete a prompt with a checkpoint", False),
+    "prepare": Verb("megakd.runs.prepare:main", "train a tokenizer; turn text into token files", False),
+}
+HELP_FLAGS = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C.
+
+    Any other exception leaves with its traceback: it is a bug, or something that only the traceback explains.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        print(format_help(), file=sys.stderr)
+        return 2
+    name, rest = arguments[0], arguments[1:]
+    if name in HELP_FLAGS:
+        print(format_help())
+        return 0
+    if name == "--version":
+        print(f"megakd {megakd.__version__}")
+        return 0
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1)
+        print(f"megakd: no verb `{name}`" + (f"; did you mean `{close[0]}`?" if close else ""), file=sys.stderr)
+        print(f"hint: one of {', '.join(VERBS)}; `megakd --help` explains them", file=sys.stderr)
+        return 2
+    verb = VERBS[name]
+    if verb.is_run and any(flag in rest for flag in HELP_FLAGS):
+        print(format_run_help(name, verb))
+        return 0
+    try:
+        return load_target(verb)(rest) or 0
+    except MegakdError as error:
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def load_target(verb: Verb):
+    """Imports the verb's module and returns its function."""
+    module, _, function = verb.target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def print_error(error: MegakdError) -> None:
+    """One paragraph and its hint on stderr; local ranks other than 0, which mostly say the same, print one line."""
+    text = f"{type(error).__name__}: {error}"
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        text = f"rank {os.environ.get('RANK', '?')}: {text.splitlines()[0]}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def format_help() -> str:
+    """The text of `megakd --help`."""
+    from megakd.config import section_summaries
+
+    lines = [
+        megakd.__doc__.splitlines()[0],
+        "",
+        "usage: megakd VERB ...",
+        "       torchrun --nproc-per-node N -m megakd VERB CONFIG.yaml [key=value ...]",
+        "",
+        "verbs (`megakd VERB --help` says more):",
+        *(f"  {name:<10}  {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "sections of CONFIG.yaml (`megakd train --help` lists every key):",
+        *(f"  {name:<10}  {summary}" for name, summary in section_summaries().items()),
+        "",
+        "options:",
+        "  -h, --help  this text",
+        "  --version   the version",
+    ]
+    return "\n".join(lines)
+
+
+def format_run_help(name: str, verb: Verb) -> str:
+    """The text of `megakd train --help`: usage, then every key of the config."""
+    from megakd.config import format_reference
+
+    lines = [
+        f"megakd {name}: {verb.summary}",
+        "",
+        f"usage: megakd {name} CONFIG.yaml [key=value ...]",
+        f"       torchrun --nproc-per-node N -m megakd {name} CONFIG.yaml [key=value ...]",
+        "",
+        "Overrides are dotted and in YAML: train.steps=20 student.model.tie_embeddings=false teacher.checkpoint=runs/t",
+        "The keys, each with its default and type:",
+        "",
+        format_reference(shutil.get_terminal_size((100, 24)).columns),
+    ]
+    return "\n".join(lines)
