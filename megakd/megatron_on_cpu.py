@@ -88,7 +88,9 @@ def install(device: str) -> None:
     """
     if device == "cpu" and torch.cuda.Stream is not Stream:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs, a run on the CPU leaves them alone
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # Megatron's fusions: minutes of C++ compilation, no gain here
+        os.environ.setdefault(
+            "TORCH_COMPILE_DISABLE", "1"
+        )  # Megatron's fusions: minutes of C++ compilation, no gain here
         if importlib.util.find_spec("transformers"):
             import transformers  # noqa: F401  reads torch.cuda while it is imported, so it must come before the patches
         _patch_factories()
@@ -183,8 +185,11 @@ def _import_quietly() -> None:
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is) not installed")
         import megatron.core  # noqa: F401
-        import megatron.core.models.gpt
+        import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+    # While it runs, Megatron calls torch functions by their old names and looks at .grad of views: not the user's doing.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         LOG.debug("neither Transformer Engine nor Apex is installed: torch's own Adam, norms and attention are used")
 

@@ -17,7 +17,14 @@ from megakd.errors import CheckpointError
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
 # BaseException, which `except Exception` misses.
-FAILURES = (CheckpointException, RuntimeError, OSError, KeyError, ValueError, dist_checkpointing.core.CheckpointingException)
+FAILURES = (
+    CheckpointException,
+    RuntimeError,
+    OSError,
+    KeyError,
+    ValueError,
+    dist_checkpointing.core.CheckpointingException,
+)
 
 
 def sharding_metadata(groups) -> dict:
@@ -91,8 +98,9 @@ def raise_together(path: pathlib.Path, failure: BaseException | None) -> None:
     full = f"Errno {errno.ENOSPC}" in text or "No space left" in text
     raise CheckpointError(
         f"checkpoint {path} could not be saved: rank {rank}: {text.strip().splitlines()[-1] if full else text}",
-        hint="the disk is full; free space or lower checkpoint.keep_last" if full else "nothing of it was kept; "
-        "the checkpoints before it are whole",
+        hint="the disk is full; free space or lower checkpoint.keep_last"
+        if full
+        else "nothing of it was kept; the checkpoints before it are whole",
     ) from failure
 
 

@@ -3,7 +3,6 @@
 Legend: T tokens, B micro-batch, S sequence, H hidden, V vocabulary, W this rank's vocabulary columns.
 """
 
-import functools
 import logging
 
 import torch
@@ -170,9 +169,3 @@ def layer_spec(config: TransformerConfig, transformer_engine: bool):
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
-
-
-@functools.lru_cache(maxsize=8)
-def position_ids(batch: int, sequence_length: int, device) -> Tensor:
-    """[B, S] positions 0, 1, ... of unpacked samples."""
-    return torch.arange(sequence_length, device=device).expand(batch, -1)

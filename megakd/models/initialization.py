@@ -66,4 +66,6 @@ def own_slice(full: Tensor, parameter, tp) -> Tensor:
     if not is_split(parameter):
         return full
     parts = full.chunk(parameter.partition_stride, parameter.partition_dim)
-    return torch.cat([part.chunk(tp.size(), parameter.partition_dim)[tp.rank()] for part in parts], parameter.partition_dim)
+    return torch.cat(
+        [part.chunk(tp.size(), parameter.partition_dim)[tp.rank()] for part in parts], parameter.partition_dim
+    )

@@ -1,0 +1,70 @@
+"""The objective: per-token losses of the kernels, weighted by the config, as (sum, count) pairs.
+
+loss = ce_weight * CE + kd_weight * temperature^2 * D(teacher, student), summed over supervised tokens. It is divided
+once, at the very end, by the number of supervised tokens of the whole global batch, so the objective does not depend
+on how the batch is cut into micro-batches and ranks.
+
+Legend: T supervised tokens, W this rank's vocabulary columns.
+"""
+
+import torch
+from torch import Tensor
+
+from megakd.config import Loss
+from megakd.kernels import VocabShard, kd_loss
+from megakd.targets import TeacherTargets
+
+SUMS = ("tokens", "loss", "kd", "ce", "teacher_mass", "student_mass", "teacher_ce", "agreement", "measured_tokens")
+MEANS = {
+    "loss": "tokens",
+    "kd": "tokens",
+    "ce": "tokens",
+    "teacher_mass": "tokens",
+    "student_mass": "tokens",
+    "teacher_ce": "measured_tokens",
+    "agreement": "measured_tokens",
+}
+
+
+def objective(
+    logits_TW: Tensor,
+    targets: TeacherTargets,
+    labels_T: Tensor,
+    shard: VocabShard,
+    loss: Loss,
+    *,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of some supervised tokens, and the sums to report.
+
+    Args:
+        logits_TW, targets, labels_T, shard: as for `kd_loss`; every label is a token.
+        loss: the config's section; without a teacher kd_weight is 0 and the targets are empty.
+        inplace_backward: let the gradient overwrite the logits.
+    Returns:
+        loss_sum: float32 scalar with gradient; not averaged.
+        sums: float64 [len(SUMS)] without gradient; the last three are 0 here, `training.step` fills them in.
+    """
+    losses = kd_loss(
+        logits_TW,
+        targets,
+        labels_T,
+        shard,
+        divergence=loss.divergence,
+        tail=loss.tail,
+        kd_weight=loss.kd_weight,
+        ce_weight=loss.ce_weight,
+        inplace_backward=inplace_backward,
+    )
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=logits_TW.device)
+    sums[0] = len(labels_T)
+    for i, part_T in enumerate((losses.loss_T, losses.kd_T, losses.ce_T, losses.teacher_mass_T, losses.student_mass_T)):
+        sums[i + 1] = part_T.detach().double().sum()
+    return losses.loss_T.sum(), sums
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """Averages of a reduced vector of sums, and `tokens`; what was not measured is left out, never reported as 0."""
+    by_name = dict(zip(SUMS, sums.tolist(), strict=True))
+    averages = {name: by_name[name] / by_name[count] for name, count in MEANS.items() if by_name[count] > 0}
+    return averages | {"tokens": by_name["tokens"]}

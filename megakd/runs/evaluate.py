@@ -1,0 +1,43 @@
+"""`megakd evaluate CONFIG.yaml [key=value ...]`: measure a student on held-out data, against its teacher.
+
+The student is the last checkpoint of `run.dir` if there is one, else what the student section says. The divergence is
+taken over `loss.top_k` entries: with the vocabulary's size it is the exact KL. Prints one JSON line, and appends it to
+`evaluations.jsonl` in the run folder.
+"""
+
+import json
+import pathlib
+
+from megakd.errors import ConfigError
+from megakd.megatron_on_cpu import install
+from megakd.runs.start import start_run
+
+
+def main(argv: list[str]) -> None:
+    """Run `megakd evaluate ARGV...` on this rank."""
+    with start_run(argv) as (config, ranks):
+        if config.data.validation is None:
+            raise ConfigError(
+                "data.validation is null: there is nothing to evaluate on",
+                hint="megakd evaluate CONFIG.yaml data.validation=PREFIX",
+            )
+        install(ranks.device.type)
+        from megakd.checkpoints.folder import whole_checkpoints
+        from megakd.training.evaluation import Evaluation
+        from megakd.training.setup import build_setup
+
+        found = whole_checkpoints(config.run.dir)
+        if found:
+            student = config.student.model_copy(update={"checkpoint": str(found[-1]), "model": None})
+            config = config.model_copy(update={"student": student})
+        setup = build_setup(config, ranks.device)
+        evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
+        metrics = evaluation(setup.validation_batches(), ranks.device)
+        if ranks.rank == 0:
+            source = str(found[-1]) if found else config.student.checkpoint
+            line = json.dumps({"student": source, "validation": config.data.validation, **metrics})
+            print(line, flush=True)
+            folder = pathlib.Path(config.run.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "evaluations.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -1,0 +1,63 @@
+"""`megakd generate --checkpoint PATH --prompt TEXT`: complete a prompt greedily with a checkpoint, at any TP x PP."""
+
+import argparse
+
+from megakd.errors import ConfigError
+from megakd.megatron_on_cpu import install
+from megakd.ranks import join_ranks
+
+
+def main(argv: list[str]) -> None:
+    """Run `megakd generate ARGV...` on this rank; rank 0 prints prompt and completion."""
+    arguments = build_parser().parse_args(argv)
+    with join_ranks(arguments.device) as ranks:
+        install(ranks.device.type)
+        from megakd.checkpoints.folder import read_checkpoint
+        from megakd.checkpoints.torch_dist import load_weights
+        from megakd.config import Parallel, Train
+        from megakd.data.tokenizers import load_tokenizer
+        from megakd.models.generation import complete
+        from megakd.models.gpt import build_gpt, padded_vocab_size
+        from megakd.models.groups import build_groups
+
+        if ranks.world_size != arguments.tp * arguments.pp:
+            raise ConfigError(
+                f"--tp {arguments.tp} x --pp {arguments.pp} need {arguments.tp * arguments.pp} ranks, "
+                f"{ranks.world_size} were started",
+                hint=f"torchrun --nproc-per-node {arguments.tp * arguments.pp} -m megakd generate ...",
+            )
+        checkpoint = read_checkpoint(arguments.checkpoint)
+        if checkpoint.tokenizer_path is None:
+            raise ConfigError(f"{checkpoint.path} carries no tokenizer", hint="use a checkpoint that megakd has saved")
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        model = checkpoint.model
+        ids = tokenizer.encode(arguments.prompt)
+        room = model.max_sequence_length - arguments.max_new_tokens
+        if not 1 <= len(ids) <= room:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens; with --max-new-tokens {arguments.max_new_tokens} the model's "
+                f"{model.max_sequence_length} positions leave room for 1 to {room}",
+                hint="change --prompt or --max-new-tokens",
+            )
+        groups = build_groups(arguments.tp, arguments.pp, seed=0)
+        gpt = build_gpt(
+            model, Parallel(tp=arguments.tp, pp=arguments.pp), Train(steps=1, global_batch_size=1,
+            precision=arguments.precision), groups, vocab_size=tokenizer.vocab_size,
+            padded_size=padded_vocab_size(model.vocab_size), device=ranks.device, seed=None,
+        )  # fmt: skip
+        load_weights(gpt, checkpoint, groups)
+        new = complete(gpt, ids, arguments.max_new_tokens, tokenizer.eos_id, groups, ranks.device)
+        if ranks.rank == 0:
+            print(arguments.prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :], flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megakd generate", description="complete a prompt greedily")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint or run folder")
+    parser.add_argument("--prompt", required=True, help="text to go on from")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size (default: %(default)s)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline parallel size (default: %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    return parser

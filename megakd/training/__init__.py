@@ -1,0 +1,1 @@
+"""The training loop: steps, optimizer, validation, metrics and checkpoints of one run."""

@@ -1,0 +1,145 @@
+"""What a training checkpoint holds, when old ones go, and how a run continues from one."""
+
+import dataclasses
+import pathlib
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from megakd.checkpoints import folder, torch_dist
+from megakd.checkpoints.folder import Checkpoint
+from megakd.config import Config, Model
+from megakd.training.step import StudentStep
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done so far; plain numbers, saved with every checkpoint.
+
+    Attributes:
+        step: optimizer steps, skipped ones included; with the seed it is the data position.
+        tokens: supervised tokens seen.
+        skipped: steps without supervised tokens.
+        best_loss, best_step: lowest validation loss and where.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+
+
+class Saver:
+    """Saves a run's checkpoints and removes old ones.
+
+    Args:
+        student: whose weights, optimizer, scheduler and random states are saved.
+        model: the student's model section, written into the folder.
+        tokenizer: travels along.
+    """
+
+    def __init__(self, config: Config, student: StudentStep, model: Model, tokenizer):
+        self.config, self.student, self.model, self.tokenizer = config, student, model, tokenizer
+        self.queue = AsyncCallsQueue() if config.checkpoint.asynchronous else None
+        self.saved_step = None
+
+    def save(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Write a checkpoint of this step, unless it was just written.
+
+        Raises:
+            CheckpointError: on every rank; earlier checkpoints are untouched.
+        """
+        if self.saved_step == progress.step:
+            return
+        self.finish()
+        path = folder.step_folder(self.config.run.dir, progress.step)
+        state = training_state(self.student, loading=False)
+        state |= {"progress": dataclasses.asdict(progress), "layout": layout(self.student.groups)}
+        keep = {progress.best_step} if self.config.checkpoint.keep_best and progress.best_step else set()
+
+        def publish():
+            folder.publish(
+                path, model=self.model, step=progress.step, tokenizer=self.tokenizer, training=True, metrics=metrics
+            )
+            folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
+
+        request = torch_dist.save(
+            path, state, self.student.groups, publish, asynchronous=self.config.checkpoint.asynchronous
+        )
+        if request is not None:
+            self.queue.schedule_async_request(request)
+        self.saved_step = progress.step
+
+    def poll(self) -> None:
+        """Publish a background save that has finished."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a background save."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+
+def training_state(student: StudentStep, *, loading: bool, with_random: bool = True) -> dict:
+    metadata = torch_dist.sharding_metadata(student.groups)
+    weights = student.gpt.sharded_state_dict(metadata=metadata)
+    state = {
+        "model": weights,
+        "optimizer": student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
+        "scheduler": student.scheduler.state_dict(),
+    }
+    if with_random:
+        state["random"] = random_state(student.groups)
+    return state
+
+
+def layout(groups) -> dict[str, int]:
+    return {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp_cp.size()}
+
+
+def random_state(groups) -> ShardedObject:
+    """Every rank's own random states (dropout), at its place in (pp, tp, dp)."""
+    state = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    axes = (groups.pp, groups.tp, groups.dp_cp)
+    return ShardedObject("random", state, tuple(g.size() for g in axes), tuple(g.rank() for g in axes), replica_id=0)
+
+
+def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
+    """Continue exactly where a checkpoint was saved: to the bit on the same layout, to rounding on another.
+
+    On another layout the random states of dropout start anew from the seed.
+    """
+    saved = dist_checkpointing.load_common_state_dict(str(checkpoint.path))
+    same_layout = saved["layout"] == layout(student.groups)
+    loaded = torch_dist.load(checkpoint, training_state(student, loading=True, with_random=same_layout))
+    student.gpt.load_state_dict(loaded["model"])
+    student.optimizer.load_state_dict(loaded["optimizer"])
+    student.scheduler.num_steps = 0
+    student.scheduler.step(increment=saved["progress"]["step"])
+    if same_layout:
+        torch.set_rng_state(loaded["random"]["torch"])
+        torch.cuda.set_rng_state(loaded["random"]["device"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+    return Progress(**saved["progress"])
+
+
+def write_stop_file(run_dir: str, step: int, *, finished: bool) -> None:
+    """Say in `stopped.json` how far the run came; job scripts read it, for torchrun's return code says nothing.
+
+    Collectives: one barrier, after the file is there.
+    """
+    if dist.get_rank() == 0:
+        path = pathlib.Path(run_dir) / "stopped.json"
+        new = path.with_suffix(".tmp")
+        new.write_text(f'{{"step": {step}, "finished": {str(finished).lower()}}}\n', encoding="utf-8")
+        new.replace(path)
+    dist.barrier()

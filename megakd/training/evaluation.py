@@ -1,0 +1,109 @@
+"""Held-out metrics of a student: losses, agreement with the teacher, calibration.
+
+Legend: T supervised tokens of a micro-batch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.config import Loss
+from megakd.kernels.predictions import Predictions, predict
+from megakd.losses import SUMS, means, objective
+from megakd.models.forward_only import forward_only
+from megakd.models.gpt import GPT
+from megakd.models.micro_batch import MicroBatch
+from megakd.models.teacher import TeacherSource, no_lesson
+from megakd.training.step import compare, reduce_sums
+
+BINS = 15
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What is compared on held-out batches.
+
+    Attributes:
+        student: the model judged.
+        teacher: None judges the student alone.
+        loss: which divergence is reported as `kd`, and what `loss` is.
+        groups: the run's process groups.
+    """
+
+    student: GPT
+    teacher: TeacherSource | None
+    loss: Loss
+    groups: object
+
+    def __call__(self, batches: Iterable[list[MicroBatch]], device) -> dict[str, float]:
+        """Average over all supervised tokens of all batches.
+
+        Args:
+            batches: this data-parallel rank's micro-batches, the same number on every rank.
+        Returns:
+            Means as in training, with `perplexity` (of CE), `accuracy` (of the next token) and `ece` (expected
+            calibration error of the most likely token, 15 equal bins, arXiv:1706.04599); equal on all ranks.
+        Collectives: those of the models; one all-reduce and one broadcast at the end.
+        """
+        totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        bins_3N = torch.zeros(3, BINS, dtype=torch.float64, device=device)
+        for micro_batches in batches:
+            for sums, batch_bins_3N in self.judge(micro_batches):
+                totals += sums
+                bins_3N += batch_bins_3N
+        metrics = means(reduce_sums([totals] if is_last(self.groups) else [], self.groups, device))
+        metrics |= calibration(share_bins(bins_3N, self.groups))
+        if "ce" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["ce"], 700.0))
+        return metrics
+
+    def judge(self, micro_batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        if self.teacher is None:
+            lessons = [no_lesson(len(m.labels_T), m.ids_BS.device) for m in micro_batches]
+        else:
+            lessons = self.teacher.lessons(micro_batches)
+        order = iter(lessons)
+
+        def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+            lesson, labels_T, shard = next(order), micro_batch.labels_T, self.student.shard
+            logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T)
+            _, sums = objective(logits_TW, lesson.targets, labels_T, shard, self.loss, inplace_backward=False)
+            said = predict(logits_TW, labels_T, shard)
+            if self.teacher is not None:
+                compare(sums, said, lesson)
+            return sums, bin_predictions(said, labels_T)
+
+        return forward_only(self.student, micro_batches, keep, self.groups)
+
+
+def is_last(groups) -> bool:
+    return groups.pp.rank() == groups.pp.size() - 1
+
+
+def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:
+    """[3, BINS]: how many predictions have a confidence in each bin, their summed confidence, how many are right."""
+    confidence_T = said.logprob_T.double().exp()
+    bin_T = (confidence_T * BINS).long().clamp(max=BINS - 1)
+    rows_3T = torch.stack([torch.ones_like(confidence_T), confidence_T, (said.id_T == labels_T).double()])
+    return torch.zeros(3, BINS, dtype=torch.float64, device=bin_T.device).index_add_(1, bin_T, rows_3T)
+
+
+def share_bins(bins_3N: Tensor, groups) -> Tensor:
+    if is_last(groups):
+        dist.all_reduce(bins_3N, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        dist.broadcast(bins_3N, group=groups.pp, group_src=groups.pp.size() - 1)
+    return bins_3N
+
+
+def calibration(bins_3N: Tensor) -> dict[str, float]:
+    """Accuracy, and the mean distance between confidence and accuracy over the bins, weighted by their tokens."""
+    count_N, confidence_N, right_N = bins_3N
+    tokens = float(count_N.sum())
+    if tokens == 0:
+        return {}
+    return {"accuracy": float(right_N.sum()) / tokens, "ece": float((confidence_N - right_N).abs().sum()) / tokens}

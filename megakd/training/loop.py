@@ -1,0 +1,129 @@
+"""A training run from its config to its last checkpoint."""
+
+import logging
+
+import torch.distributed as dist
+
+from megakd.config import Config
+from megakd.ranks import Ranks
+from megakd.training.checkpointing import Progress, Saver, resume, write_stop_file
+from megakd.training.evaluation import Evaluation
+from megakd.training.metrics import MetricsLog, Stopwatch, model_flops_per_token
+from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
+from megakd.training.run_folder import open_run_folder
+from megakd.training.setup import Setup, build_setup, check_teacher_knows
+from megakd.training.step import StudentStep
+
+LOG = logging.getLogger("megakd")
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """Train or distil until the last step, a stop signal, or `run.stop_after`; always ends with a checkpoint.
+
+    Args:
+        config: the run's.
+        ranks: the process group's environment: device, and whether a stop was asked for.
+    Raises:
+        MegakdError: on every rank, with what to change.
+    """
+    checkpoint = open_run_folder(config)
+    setup = build_setup(config, ranks.device)
+    ddp = wrap_data_parallel(setup.student, config, setup.groups)
+    optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
+    student = StudentStep(setup.student, ddp, setup.teacher, setup.loss, optimizer, scheduler, setup.groups)
+    progress = Progress()
+    if checkpoint:
+        progress = resume(student, checkpoint)
+        LOG.info("continuing from %s", checkpoint.path)
+    else:
+        optimizer.reload_model_params()
+    log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
+    saver = Saver(config, student, setup.model, setup.tokenizer)
+    try:
+        Loop(setup, student, saver, log, progress, ranks).run()
+        saver.finish()
+    finally:
+        log.close()
+    write_stop_file(config.run.dir, progress.step, finished=progress.step >= setup.steps)
+
+
+class Loop:
+    """The steps of one launch; `progress` is kept up to date."""
+
+    def __init__(
+        self, setup: Setup, student: StudentStep, saver: Saver, log: MetricsLog, progress: Progress, ranks: Ranks
+    ):
+        self.setup, self.student, self.saver, self.log = setup, student, saver, log
+        self.progress, self.ranks, self.config = progress, ranks, setup.config
+        self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
+        self.validation: dict[str, float] = {}
+
+    def run(self) -> None:
+        progress, first = self.progress, self.progress.step
+        last = self.setup.steps
+        if self.config.run.stop_after:
+            last = min(last, first + self.config.run.stop_after)
+        while progress.step < last:
+            self.one_step(check_teacher=progress.step == first)
+            self.saver.poll()
+            stop = self.ranks.agree_to_stop()
+            ending = stop or progress.step == last
+            if due(self.config.eval.every_steps, progress.step) or (ending and not stop and self.setup.validation_data):
+                self.validate()
+            if ending or due(self.config.checkpoint.every_steps, progress.step):
+                self.saver.save(progress, self.validation)
+            if stop:
+                LOG.info("asked to stop: checkpoint of step %d is written", progress.step)
+                return
+
+    def one_step(self, *, check_teacher: bool) -> None:
+        progress, watch = self.progress, Stopwatch()
+        micro_batches = self.setup.batch(progress.step)
+        data_seconds = watch.lap()
+        logged = due(self.config.log.every_steps, progress.step + 1)
+        metrics = self.student(micro_batches, step=progress.step + 1, measure=logged or check_teacher)
+        progress.step += 1
+        if metrics is None:
+            progress.skipped += 1
+            self.log.advance(None)
+            return
+        if check_teacher:
+            check_teacher_knows(self.setup, metrics)
+        tokens = metrics.pop("tokens")
+        progress.tokens += int(tokens)
+        metrics |= self.speed(data_seconds, watch.lap(), tokens)
+        if logged:
+            self.log.write("train", progress.step, metrics | {"tokens": progress.tokens, "skipped": progress.skipped})
+        self.log.advance(metrics)
+
+    def speed(self, data_seconds: float, step_seconds: float, tokens: float) -> dict[str, float]:
+        """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
+        setup, length = self.setup, self.config.data.sequence_length
+        positions = self.config.train.global_batch_size * length
+        flops = model_flops_per_token(setup.model, setup.model.vocab_size, length, backward=True)
+        if setup.teacher_model:
+            flops += model_flops_per_token(setup.teacher_model, setup.model.vocab_size, length, backward=False)
+        seconds = data_seconds + step_seconds
+        return {
+            "seconds": seconds,
+            "data_seconds": data_seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12,
+            "peak_memory_bytes": memory_peak_bytes(setup.device),
+        }
+
+    def validate(self) -> None:
+        watch = Stopwatch()
+        self.validation = self.evaluation(self.setup.validation_batches(), self.setup.device)
+        if not self.validation:
+            return
+        loss, progress = self.validation["loss"], self.progress
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step = loss, progress.step
+            if self.config.checkpoint.keep_best:
+                self.saver.save(progress, self.validation)
+        self.log.write("validation", progress.step, self.validation | {"seconds": watch.lap()})
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,136 @@
+"""Where numbers go: metrics.jsonl always; progress bar, TensorBoard and Weights & Biases when asked for."""
+
+import json
+import os
+import pathlib
+import time
+
+from tqdm import tqdm
+
+from megakd.config import Config, Model
+from megakd.errors import ConfigError, TrainingError
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = {"loss": "loss", "kd": "kd", "ce": "ce", "agreement": "agree", "tokens_per_second": "tok/s"}
+
+
+class MetricsLog:
+    """Writes one line per logged step; only rank 0 has one that does anything.
+
+    Args:
+        config: the run's.
+        step: steps already done: later lines of an interrupted launch are dropped, for they will be written again.
+        steps: the run's last step.
+        enabled: False on all ranks but 0.
+    """
+
+    def __init__(self, config: Config, step: int, steps: int, enabled: bool):
+        self.enabled, self.board, self.wandb = enabled, None, None
+        if not enabled:
+            return
+        run_dir = pathlib.Path(config.run.dir)
+        self.path = run_dir / METRICS_FILE
+        drop_lines_after(self.path, step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not config.log.progress, dynamic_ncols=True)
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        if config.log.wandb_project:
+            self.wandb = start_wandb(config)
+
+    def write(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        """kind: `train` or `validation`; becomes a field of the line and the prefix elsewhere."""
+        if not self.enabled:
+            return
+        try:
+            self.file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written: {error}", hint="free space on that disk, then start the run again"
+            ) from error
+        named = {f"{kind}/{name}": value for name, value in metrics.items()}
+        if self.board:
+            for name, value in named.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(named, step=step)
+        if kind == "validation":
+            self.bar.write(f"step {step}: validation " + show(metrics))
+
+    def advance(self, metrics: dict[str, float] | None) -> None:
+        """One step is done; its metrics, if it has any, are shown beside the bar."""
+        if self.enabled:
+            if metrics:
+                self.bar.set_postfix_str(show(metrics), refresh=False)
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.enabled:
+            self.bar.close()
+            self.file.close()
+            if self.board:
+                self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def show(metrics: dict[str, float]) -> str:
+    return " ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+
+
+def start_wandb(config: Config):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            f"log.wandb_project = {config.log.wandb_project!r}, but the package wandb is not installed",
+            hint="pip install wandb, or leave log.wandb_project out",
+        ) from error
+    name = pathlib.Path(config.run.dir).name
+    return wandb.init(project=config.log.wandb_project, name=name, id=name, resume="allow", config=config.model_dump())
+
+
+def drop_lines_after(path: pathlib.Path, step: int) -> None:
+    """Keep the lines up to a step; a last line cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+def model_flops_per_token(model: Model, vocab_size: int, sequence_length: int, *, backward: bool) -> float:
+    """Multiply-adds of matrix products, counted twice, for one token of a forward pass, or of forward and backward.
+
+    Attention counts S / 2 positions a token (it is causal). Source: arXiv:2205.05198, appendix A, with grouped
+    queries and a gated MLP.
+    """
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    queries = model.num_attention_heads * channels
+    keys = (model.num_query_groups or model.num_attention_heads) * channels
+    attention = model.hidden_size * (2 * queries + 2 * keys) + sequence_length * queries
+    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    forward = 2 * (model.num_layers * (attention + mlp) + model.hidden_size * vocab_size)
+    return forward * (3 if backward else 1)
+
+
+class Stopwatch:
+    """Seconds of the parts of a step, on the host's clock; the step's own reductions make it wait for the device."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds

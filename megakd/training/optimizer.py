@@ -1,0 +1,79 @@
+"""Megatron's data-parallel wrapper, optimizer and parameter scheduler from the config."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megakd.config import Config
+from megakd.models.gpt import DTYPES, GPT
+
+STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
+
+
+def wrap_data_parallel(gpt: GPT, config: Config, groups) -> DistributedDataParallel:
+    """Megatron DDP: gradients in fp32, summed (not averaged) over dp; the loss divides by tokens at the end."""
+    cuda = next(gpt.parameters()).is_cuda
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=cuda and groups.dp_cp.size() > 1,
+        use_distributed_optimizer=config.optimizer.distributed,
+        average_in_collective=False,
+    )
+    ddp = DistributedDataParallel(gpt.config, ddp_config, gpt, pg_collection=groups)
+    ddp.broadcast_params()
+    gpt.config.no_sync_func = ddp.no_sync if ddp_config.overlap_grad_reduce else None
+    gpt.config.finalize_model_grads_func = finalize_model_grads
+    return ddp
+
+
+def build_optimizer(ddp: DistributedDataParallel, config: Config, steps: int, groups):
+    """Returns Megatron's optimizer (AdamW on fp32 master weights) and its parameter scheduler, whose unit is steps."""
+    section, schedule = config.optimizer, config.schedule
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=section.min_lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.beta1,
+            adam_beta2=section.beta2,
+            adam_eps=section.eps,
+            clip_grad=section.clip_grad,
+            params_dtype=DTYPES[config.train.precision],
+            bf16=config.train.precision == "bf16",
+            use_distributed_optimizer=section.distributed,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=schedule.decay_steps or steps,
+        lr_decay_style=STYLES[schedule.kind],
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=schedule.wsd_decay_steps,
+        lr_wsd_decay_style=schedule.wsd_decay_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    gpt_config = ddp.module.config
+    gpt_config.grad_scale_func = optimizer.scale_loss
+    return optimizer, scheduler
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Largest memory in use so far: of the GPU on cuda, resident memory of the process on cpu."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,190 @@
+"""From a config to live objects: tokenizer, architectures that fit each other, models with weights, data."""
+
+import dataclasses
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+
+from megakd.checkpoints.folder import Checkpoint, read_checkpoint
+from megakd.checkpoints.torch_dist import load_weights
+from megakd.config import Config, Loss, Model, check_model, check_ranks, check_vocab
+from megakd.data.dataset import TextDataset, load_batch
+from megakd.data.order import batch_indices, split_batch, validation_indices
+from megakd.data.tokenizers import load_tokenizer
+from megakd.errors import CheckpointError, ConfigError, TrainingError
+from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
+from megakd.models.groups import build_groups
+from megakd.models.micro_batch import MicroBatch
+from megakd.models.teacher import OnlineTeacher
+
+LOG = logging.getLogger("megakd")
+CE_ONLY = Loss(kd_weight=0.0, ce_weight=1.0)
+
+
+@dataclasses.dataclass
+class Setup:
+    """What a run works with.
+
+    Attributes:
+        config: the run's.
+        device: of models and batches.
+        groups: process groups.
+        tokenizer: of the data and both models.
+        model: the student's section with its real vocabulary filled in.
+        teacher_model: the teacher's section, None without one.
+        student: this rank's part of the student, with weights.
+        teacher: None for plain training.
+        loss: the loss section that applies: CE alone without a teacher.
+        train_data, validation_data: samples; validation may be None.
+    """
+
+    config: Config
+    device: torch.device
+    groups: object
+    tokenizer: object
+    model: Model
+    teacher_model: Model | None
+    student: GPT
+    teacher: OnlineTeacher | None
+    loss: Loss
+    train_data: TextDataset
+    validation_data: TextDataset | None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.config.train
+        return train.steps or max(math.ceil(train.epochs * len(self.train_data) / train.global_batch_size), 1)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches of a step; the first step is 0."""
+        train, seed = self.config.train, self.config.run.seed
+        indices = batch_indices(seed, step, train.global_batch_size, len(self.train_data))
+        return self._load(self.train_data, indices)
+
+    def validation_batches(self):
+        """This rank's micro-batches of the validation set, batch by batch."""
+        size, data = self.config.train.global_batch_size, self.validation_data
+        samples = min(self.config.eval.samples or len(data), len(data))
+        for step in range(math.ceil(samples / size)):
+            yield self._load(data, validation_indices(step, size, samples))
+
+    def _load(self, data: TextDataset, indices: list) -> list[MicroBatch]:
+        dp = self.groups.dp
+        parts = split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
+        batches = (load_batch(data, part) for part in parts)
+        return [MicroBatch(b["ids"], b["labels"]).to(self.device) for b in batches]
+
+
+def build_setup(config: Config, device: torch.device) -> Setup:
+    """Read, check and build everything but the optimizer, cheapest checks first.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something is missing or does not fit together; before any weight
+            is read.
+    """
+    check_ranks(config, dist.get_world_size())
+    student_from = read_checkpoint(config.student.checkpoint) if config.student.checkpoint else None
+    teacher_from = read_checkpoint(config.teacher.checkpoint) if config.teacher else None
+    tokenizer = choose_tokenizer(config, student_from)
+    model = with_vocab(student_from.model if student_from else config.student.model, tokenizer, "the student")
+    check_model(config, model, "the student")
+    check_vocab(config, tokenizer.vocab_size)
+    vocab_size, padded_size = model.vocab_size, padded_vocab_size(model.vocab_size)
+    if teacher_from:
+        check_teacher(config, teacher_from, tokenizer)
+        vocab_size = min(vocab_size, teacher_from.model.vocab_size)
+        padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
+    check_padding(padded_size, config.parallel.tp)
+    train_data = open_data(config, config.data.train, tokenizer, config.run.seed)
+    validation_data = open_data(config, config.data.validation, tokenizer, None) if config.data.validation else None
+    groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
+
+    def build(section: Model, seed: int | None) -> GPT:
+        gpt = build_gpt(
+            section, config.parallel, config.train, groups,
+            vocab_size=vocab_size, padded_size=padded_size, device=device, seed=seed,
+        )  # fmt: skip
+        return gpt
+
+    student = build(model, None if student_from else config.run.seed)
+    if student_from:
+        load_weights(student, student_from, groups)
+    teacher, loss = None, CE_ONLY
+    if teacher_from:
+        gpt = build(teacher_from.model, None)
+        load_weights(gpt, teacher_from, groups)
+        loss = config.loss
+        teacher = OnlineTeacher(gpt, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
+    return Setup(
+        config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
+        student, teacher, loss, train_data, validation_data,
+    )  # fmt: skip
+
+
+def choose_tokenizer(config: Config, student_from: Checkpoint | None):
+    path = config.data.tokenizer or (student_from.tokenizer_path if student_from else None)
+    if path is None:
+        raise ConfigError(
+            f"no tokenizer: data.tokenizer is null and {student_from.path} carries none",
+            hint="set data.tokenizer to the tokenizer file the data was prepared with",
+        )
+    tokenizer = load_tokenizer(path)
+    if student_from and student_from.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise ConfigError(
+            f"data.tokenizer {path} ({tokenizer.fingerprint[:12]}) is not the tokenizer of student.checkpoint "
+            f"{student_from.path} ({student_from.tokenizer_fingerprint[:12]})",
+            hint="leave data.tokenizer out to use the checkpoint's",
+        )
+    return tokenizer
+
+
+def with_vocab(model: Model, tokenizer, whose: str) -> Model:
+    """The section with its vocabulary filled in; it may be wider than the tokenizer's, never narrower."""
+    size = model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{whose} has a vocabulary of {size} ids, the tokenizer {tokenizer.vocab_size}",
+            hint="leave model.vocab_size out, or use the tokenizer that belongs to the model",
+        )
+    return model.model_copy(update={"vocab_size": size})
+
+
+def check_teacher(config: Config, teacher: Checkpoint, tokenizer) -> None:
+    """Raises unless the teacher speaks the same tokens and fits the layout."""
+    if teacher.tokenizer_fingerprint != tokenizer.fingerprint:
+        theirs = (teacher.tokenizer_fingerprint or "none recorded")[:12]
+        raise CheckpointError(
+            f"teacher {teacher.path} was trained with tokenizer {theirs} ({teacher.model.vocab_size} ids), "
+            f"this run uses {tokenizer.fingerprint[:12]} ({tokenizer.vocab_size} ids)",
+            hint="logits can be compared only over one vocabulary: prepare the data with the teacher's tokenizer",
+        )
+    with_vocab(teacher.model, tokenizer, f"teacher {teacher.path}")
+    check_model(config, teacher.model, f"teacher {teacher.path}")
+
+
+def check_padding(padded_size: int, tp: int) -> None:
+    if padded_size % tp:
+        raise ConfigError(
+            f"the padded vocabulary of {padded_size} columns does not divide over parallel.tp = {tp} ranks",
+            hint="choose a power of two for parallel.tp",
+        )
+
+
+def open_data(config: Config, prefix: str, tokenizer, seed: int | None) -> TextDataset:
+    return TextDataset(prefix, config.data.sequence_length, seed, tokenizer.fingerprint)
+
+
+def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:
+    """A teacher whose CE is that of a guess was not loaded, or belongs to other data: refuse to learn from it."""
+    if setup.teacher is None or setup.config.teacher.allow_weak:
+        return
+    chance = math.log(setup.tokenizer.vocab_size)
+    if not metrics["teacher_ce"] < chance - 0.1:
+        raise TrainingError(
+            f"the teacher's cross-entropy on the first batch is {metrics['teacher_ce']:.3f} nats, guessing gives "
+            f"{chance:.3f}: {setup.config.teacher.checkpoint} knows nothing about this data",
+            hint="check that teacher.checkpoint is trained; set teacher.allow_weak=true to learn from it all the same",
+        )

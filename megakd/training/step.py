@@ -1,0 +1,136 @@
+"""One optimizer step: the teacher over all micro-batches, then the student's schedule, then the update.
+
+Legend: S sequence, B micro-batch, H hidden, T supervised tokens of one micro-batch.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megakd.config import Loss
+from megakd.errors import TrainingError
+from megakd.kernels.predictions import Predictions, predict
+from megakd.losses import SUMS, means, objective
+from megakd.models.forward_only import pipeline
+from megakd.models.gpt import GPT
+from megakd.models.micro_batch import MicroBatch, forward
+from megakd.models.teacher import Lesson, TeacherSource, no_lesson
+
+
+@dataclasses.dataclass
+class StudentStep:
+    """Everything a step needs; calling it runs one.
+
+    Attributes:
+        gpt, ddp: the student, bare and in Megatron's data-parallel wrapper.
+        teacher: None for plain training.
+        loss: the loss section that applies to this step.
+        optimizer, scheduler: Megatron's.
+        groups: the run's process groups.
+    """
+
+    gpt: GPT
+    ddp: torch.nn.Module
+    teacher: TeacherSource | None
+    loss: Loss
+    optimizer: object
+    scheduler: object
+    groups: object
+
+    def __call__(self, micro_batches: list[MicroBatch], *, step: int, measure: bool) -> dict[str, float] | None:
+        """Run one step.
+
+        Args:
+            micro_batches: this data-parallel rank's, in order.
+            step: its number, for messages.
+            measure: compute agreement and teacher CE too (one more read of both models' logits).
+        Returns:
+            Averages over the supervised tokens of the global batch with learning rate and gradient norm, equal on all
+            ranks; None for a batch without supervised tokens, which changes nothing.
+        Raises:
+            TrainingError: loss or gradient are not finite; on every rank, before (loss) or after the update.
+        Collectives: beside those of models and loss: one all-reduce of a count before, one of the sums after.
+        """
+        self.scheduler.step(increment=1)  # before the update: step 1 of a warm-up does not train at rate 0
+        if self.supervised_tokens(micro_batches) == 0:
+            return None
+        lessons = self.lessons(micro_batches)
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = get_forward_backward_func()(
+            forward_step_func=functools.partial(self.forward_step, measure),
+            data_iterator=iter(zip(micro_batches, lessons, strict=True)),
+            model=[self.ddp],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].ids_BS.shape[1],
+            micro_batch_size=micro_batches[0].ids_BS.shape[0],
+            forward_only=False,
+            **pipeline(self.gpt, self.groups),
+        )
+        metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device))
+        check_finite(metrics, ["loss", "kd", "ce"], step)
+        _, metrics["grad_norm"], _ = self.optimizer.step()
+        check_finite(metrics, ["grad_norm"], step)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics
+
+    def supervised_tokens(self, micro_batches: list[MicroBatch]) -> int:
+        """Supervised tokens of the global batch."""
+        count = torch.tensor(sum(len(m.labels_T) for m in micro_batches), device=micro_batches[0].ids_BS.device)
+        dist.all_reduce(count, group=self.groups.dp_cp)
+        return int(count)
+
+    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson | None]:
+        if self.teacher is None:
+            return [no_lesson(len(m.labels_T), m.ids_BS.device) for m in micro_batches]
+        return self.teacher.lessons(micro_batches) or [None] * len(micro_batches)  # none on earlier pipeline stages
+
+    def forward_step(self, measure: bool, iterator, model):
+        micro_batch, lesson = next(iterator)
+        return forward(model, micro_batch), functools.partial(self.loss_function, micro_batch, lesson, measure)
+
+    def loss_function(self, micro_batch: MicroBatch, lesson: Lesson, measure: bool, hidden_SBH: Tensor):
+        """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
+        logits_TW = self.gpt.logits(hidden_SBH, micro_batch.rows_T)
+        loss_sum, sums = objective(
+            logits_TW, lesson.targets, micro_batch.labels_T, self.gpt.shard, self.loss, inplace_backward=True
+        )
+        if measure and self.teacher is not None:
+            compare(sums, predict(logits_TW.detach(), micro_batch.labels_T, self.gpt.shard), lesson)
+        return loss_sum, torch.tensor(len(micro_batch.labels_T), dtype=torch.int), sums
+
+
+def compare(sums: Tensor, said: Predictions, lesson: Lesson) -> None:
+    """Fill in what needs both models' predictions: teacher CE and top-1 agreement."""
+    sums[SUMS.index("teacher_ce")] = -lesson.label_logprob_T.double().sum()
+    sums[SUMS.index("agreement")] = (said.id_T == lesson.id_T).sum()
+    sums[SUMS.index("measured_tokens")] = len(said.id_T)
+
+
+def reduce_sums(sums: list[Tensor], groups, device) -> Tensor:
+    """Add up the micro-batches' sums over data-parallel ranks, and give them to all pipeline stages.
+
+    Collectives: one all-reduce over dp on the last stage, one broadcast over pp when there is more than one stage.
+    """
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    if sums:
+        dist.all_reduce(total, group=groups.dp_cp)
+    if groups.pp.size() > 1:
+        dist.broadcast(total, group=groups.pp, group_src=groups.pp.size() - 1)
+    return total
+
+
+def check_finite(metrics: dict[str, float], names: list[str], step: int) -> None:
+    wrong = {name: metrics[name] for name in names if not math.isfinite(metrics[name])}
+    if wrong:
+        values = ", ".join(f"{name} = {value}" for name, value in wrong.items())
+        raise TrainingError(
+            f"step {step}: {values} (not finite); nothing of this step is saved",
+            hint="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the samples of this step; "
+            "the last checkpoint is from before it",
+        )
