@@ -7,34 +7,37 @@ config.save(f"{config.run.dir}/config.yaml")
 
 from megakd.config.checks import check_model, check_ranks, check_vocab
 from megakd.config.config import Config
+from megakd.config.model import MLA, Model, MoE, RopeScaling
 from megakd.config.reference import format_reference, section_summaries
+from megakd.config.section import Section
 from megakd.config.sections import (
     Checkpoint,
     Data,
     Eval,
     Log,
     Loss,
-    Model,
     Optimizer,
     Parallel,
     Run,
     Schedule,
-    Section,
     Student,
     Teacher,
     Train,
 )
 
 __all__ = [
+    "MLA",
     "Checkpoint",
     "Config",
     "Data",
     "Eval",
     "Log",
     "Loss",
+    "MoE",
     "Model",
     "Optimizer",
     "Parallel",
+    "RopeScaling",
     "Run",
     "Schedule",
     "Section",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from megakd.config.sections import Section
+from megakd.config.section import Section
 
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 RELATIONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megakd.config.keys import expected, iter_keys, section_of
-from megakd.config.sections import BrokenRules, Section
+from megakd.config.section import BrokenRules, Section
 from megakd.errors import ConfigError
 
 HINT = "`megakd train --help` lists every key with its type, default and meaning"

@@ -5,48 +5,21 @@ fields yields what breaks them from `problems()`; rules between sections live in
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class BrokenRules(ValueError):
-    """Rules between fields that do not hold.
-
-    Args:
-        problems: (key relative to the section, what is wrong) pairs.
-    """
-
-    def __init__(self, problems: list[tuple[str, str]]):
-        super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
-        self.problems = problems
-
-
-class Section(BaseModel):
-    """A frozen group of keys: exact types (20.0 is no integer, "3" no number, true no 1), no unknown key."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yields (key relative to this section, what is wrong) for every rule between fields that is broken."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check_rules(self):
-        if problems := list(self.problems()):
-            raise BrokenRules(problems)
-        return self
+from megakd.config.model import Model
+from megakd.config.section import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Text,
+)
 
 
 class Run(Section):
@@ -61,7 +34,7 @@ class Run(Section):
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` continues from the folder's last whole checkpoint if there is one; `never` refuses a folder that has one;
     `required` refuses a folder that has none."""
-    allow_change: list[Text] = []
+    allow_change: list[Text] = Field([])
     """Keys or sections (`train.steps`, `optimizer`) that may differ from the run folder's saved config on resume."""
     stop_after: Count | None = None
     """Optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the end."""
@@ -76,69 +49,6 @@ class Parallel(Section):
     """Pipeline parallel size, in ranks."""
     sp: bool = False
     """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
-
-
-class Model(Section):
-    """Architecture of a student that starts from random weights"""
-
-    num_layers: Count
-    """Transformer layers."""
-    hidden_size: Count
-    """Width of the residual stream, in channels."""
-    ffn_hidden_size: Count
-    """Inner width of the feed-forward block, in channels."""
-    num_attention_heads: Count
-    """Query heads."""
-    num_query_groups: Count | None = None
-    """Key/value heads; null: num_attention_heads."""
-    kv_channels: Count | None = None
-    """Channels of one attention head; null: hidden_size / num_attention_heads."""
-    max_sequence_length: Count
-    """Longest sequence the model takes, in tokens."""
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    """Norm before attention, before the feed-forward block, and before the head."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Activation of the feed-forward block."""
-    position_embedding: Literal["rope", "learned_absolute"] = "rope"
-    """How a token knows its position."""
-    rotary_base: Positive = 10000.0
-    """Base of the rotary frequencies (rope only)."""
-    rotary_percent: Share = 1.0
-    """Share of a head's channels that are rotated (rope only)."""
-    norm_epsilon: Positive = 1e-5
-    """Added to the variance in a norm."""
-    add_bias_linear: bool = False
-    """Biases in all linear layers."""
-    add_qkv_bias: bool = False
-    """Biases in the query, key and value projections alone."""
-    tie_embeddings: bool = True
-    """The head uses the embedding's weight."""
-    hidden_dropout: BelowOne = 0.0
-    """Probability of dropout on the residual stream."""
-    attention_dropout: BelowOne = 0.0
-    """Probability of dropout on attention weights."""
-    init_std: Positive = 0.02
-    """Standard deviation of the initial weights."""
-    vocab_size: Count | None = None
-    """Real vocabulary, in ids; null: the tokenizer's."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        if groups is not None and heads % groups:
-            yield "num_query_groups", f"{groups} does not divide num_attention_heads = {heads}"
-        if self.kv_channels is None and self.hidden_size % heads:
-            yield (
-                "hidden_size",
-                f"{self.hidden_size} is not divisible by num_attention_heads = {heads}, and kv_channels is not given",
-            )
-        elif self.position_embedding == "rope":
-            channels = self.kv_channels or self.hidden_size // heads
-            rotated = int(channels * self.rotary_percent)
-            if rotated < 2 or rotated % 2:
-                yield (
-                    "rotary_percent",
-                    f"rotates {rotated} of {channels} channels of a head, expected an even number of at least 2",
-                )
 
 
 class Student(Section):

@@ -1,0 +1,45 @@
+"""What a section of the configuration is: frozen typed keys, and rules between them; the number types keys use."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class BrokenRules(ValueError):
+    """Rules between fields that do not hold.
+
+    Args:
+        problems: (key relative to the section, what is wrong) pairs.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
+        self.problems = problems
+
+
+class Section(BaseModel):
+    """A frozen group of keys: exact types (20.0 is no integer, "3" no number, true no 1), no unknown key."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields (key relative to this section, what is wrong) for every rule between fields that is broken."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self):
+        if problems := list(self.problems()):
+            raise BrokenRules(problems)
+        return self
