@@ -143,7 +143,9 @@ def transformer_config(model, parallel, train, transformer_engine: bool) -> Tran
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_std,
-        perform_initialization=False,  # initialization.py does it, the same for every layout
+        init_method=leave,  # initialization.py draws, the same for every layout; perform_initialization=False would
+        output_layer_init_method=leave,  # also leave out the attributes that gradient norms and slicing go by
+        embedding_init_method=leave,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         sequence_parallel=parallel.sp,
@@ -160,6 +162,10 @@ def transformer_config(model, parallel, train, transformer_engine: bool) -> Tran
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=1 if train.recompute == "full" else None,
     )
+
+
+def leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def layer_spec(config: TransformerConfig, transformer_engine: bool):
