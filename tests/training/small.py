@@ -1,0 +1,120 @@
+"""A student, a teacher and batches small enough for tests, at any layout, without data files or checkpoints."""
+
+import contextlib
+
+import torch
+
+VOCAB = 1000  # padded to 1024
+SEQUENCE = 16
+
+
+@contextlib.contextmanager
+def layout(tp=1, pp=1, seed=1):
+    """The device seam and process groups for one call on the ranks of tests/ranks.py."""
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
+    from megakd.models.groups import build_groups, destroy_groups
+
+    try:
+        yield build_groups(tp, pp, seed)
+    finally:
+        destroy_groups()
+
+
+def config(tp=1, pp=1, **changes):
+    """A valid config; `changes` are dotted keys with __ for the dot."""
+    from megakd.config import Config
+
+    values = {
+        "run": {"dir": "unused"},
+        "parallel": {"tp": tp, "pp": pp},
+        "student": {"model": student_section()},
+        "teacher": {"checkpoint": "unused"},
+        "loss": {"top_k": 20, "ce_weight": 0.25, "temperature": 2.0},
+        "data": {"train": "unused", "tokenizer": "unused", "sequence_length": SEQUENCE},
+        "train": {"steps": 8, "global_batch_size": 8, "precision": "fp32"},
+        "optimizer": {"lr": 1e-2},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values.setdefault(section, {})[name] = value
+    return Config.from_dict(values)
+
+
+def student_section(**changes):
+    section = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "max_sequence_length": 64,
+        "vocab_size": VOCAB,
+    }
+    return section | changes
+
+
+def teacher_section(**changes):
+    return student_section(hidden_size=48, tie_embeddings=False, init_std=0.2) | changes
+
+
+def build(section, config, groups, seed):
+    from megakd.config import Model
+    from megakd.models.gpt import build_gpt
+
+    return build_gpt(
+        Model.model_validate(section),
+        config.parallel,
+        config.train,
+        groups,
+        vocab_size=VOCAB,
+        padded_size=1024,
+        device="cpu",
+        seed=seed,
+    )
+
+
+def student_step(config, groups, teacher=True, **student_changes):
+    """A StudentStep with optimizer; its teacher has other weights and another width."""
+    from megakd.models.teacher import OnlineTeacher
+    from megakd.training.optimizer import build_optimizer, wrap_data_parallel
+    from megakd.training.setup import CE_ONLY
+    from megakd.training.step import StudentStep
+
+    gpt = build(student_section(**student_changes), config, groups, seed=1)
+    ddp = wrap_data_parallel(gpt, config, groups)
+    optimizer, scheduler = build_optimizer(ddp, config, config.train.steps, groups)
+    loss, source = CE_ONLY, None
+    if teacher:
+        loss = config.loss
+        gpt_teacher = build(teacher_section(), config, groups, seed=2)
+        source = OnlineTeacher(gpt_teacher, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
+    return StudentStep(gpt, ddp, source, loss, optimizer, scheduler, groups)
+
+
+def tokens(step, samples=8):
+    """The ids and labels of a step's global batch: the first samples have no label at all, another lacks some."""
+    ids = torch.randint(0, VOCAB, (samples, SEQUENCE + 1), generator=torch.Generator().manual_seed(step))
+    labels = ids[:, 1:].clone()
+    labels[: samples // 2] = -100
+    labels[0, 3] = ids[0, 4]
+    labels[5, 3:9] = -100
+    return ids[:, :-1].contiguous(), labels
+
+
+def batch(step, groups, micro_batch_size, samples=8):
+    """This data-parallel rank's micro-batches of that batch; of two ranks, the first has one label."""
+    from megakd.models.micro_batch import MicroBatch
+
+    ids, labels = tokens(step, samples)
+    share = samples // groups.dp.size()
+    starts = range(groups.dp.rank() * share, (groups.dp.rank() + 1) * share, micro_batch_size)
+    return [MicroBatch(ids[i : i + micro_batch_size], labels[i : i + micro_batch_size]) for i in starts]
+
+
+def curve(rank, ranks, tp, pp, micro_batch_size, steps, changes, teacher=True, student_changes=None):
+    """The metrics of some steps, on the last rank."""
+    with layout(tp, pp) as groups:
+        run = student_step(config(tp, pp, **changes), groups, teacher, **(student_changes or {}))
+        return [run(batch(i, groups, micro_batch_size), step=i + 1, measure=True) for i in range(steps)]

@@ -1,0 +1,140 @@
+"""One objective and one curve, however the batch and the models are cut."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from megakd.errors import TrainingError
+from tests.ranks import run_ranks
+from tests.training import small
+
+STEPS = 3
+
+
+@functools.cache
+def whole(**changes):
+    """The curve of one rank that takes the batch in one piece."""
+    return run_ranks(1, small.curve, 1, 1, 8, STEPS, changes)[0]
+
+
+def assert_same_curve(got, want, rtol=2e-5):
+    assert len(got) == len(want) == STEPS
+    for step, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.keys() == b.keys()
+        for name in b:
+            assert a[name] == pytest.approx(b[name], rel=rtol, abs=1e-6), f"step {step + 1}: {name}"
+
+
+def test_the_curve_moves():
+    losses = [m["loss"] for m in whole()]
+    assert len(set(losses)) == STEPS and all(math.isfinite(loss) for loss in losses)
+    assert whole()[0]["tokens"] == 4 * small.SEQUENCE - 6 + 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batch_size_changes_nothing(size):
+    assert_same_curve(run_ranks(1, small.curve, 1, 1, size, STEPS, {})[0], whole())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp", "pp", "size"), [(2, 2, 1, 8), (2, 1, 1, 2), (2, 1, 2, 2), (4, 2, 1, 1), (4, 2, 2, 4)]
+)
+def test_layout_changes_nothing(ranks, tp, pp, size):
+    """Uneven labels: at dp = 2 the first rank has one supervised token, and whole micro-batches of it have none."""
+    curves = run_ranks(ranks, small.curve, tp, pp, size, STEPS, {})
+    assert all(curve == curves[0] for curve in curves), "the ranks report different numbers"
+    assert_same_curve(curves[0], whole())
+
+
+@pytest.mark.parametrize("changes", [{"parallel__sp": True}, {"train__recompute": "full"}])
+def test_sequence_parallel_and_recompute_change_nothing(changes):
+    assert_same_curve(run_ranks(2, small.curve, 2, 1, 4, STEPS, changes)[0], whole())
+
+
+def test_gpt2_like_models_have_one_curve_too():
+    section = {
+        "normalization": "LayerNorm",
+        "activation": "gelu",
+        "position_embedding": "learned_absolute",
+        "add_bias_linear": True,
+        "num_query_groups": 4,
+    }
+    one = run_ranks(1, small.curve, 1, 1, 8, STEPS, {}, True, section)[0]
+    assert_same_curve(run_ranks(2, small.curve, 2, 1, 2, STEPS, {}, True, section)[0], one)
+    assert one[0]["loss"] != whole()[0]["loss"]
+
+
+def test_bf16_follows_fp32():
+    bf16 = run_ranks(2, small.curve, 2, 1, 4, STEPS, {"train__precision": "bf16"})[0]
+    for a, b in zip(bf16, whole(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
+
+
+def dense_first_loss(rank, ranks):
+    """The first step's loss from Megatron's own logits and plain float64 formulas."""
+    with small.layout() as groups:
+        config = small.config()
+        student = small.build(small.student_section(), config, groups, seed=1)
+        teacher = small.build(small.teacher_section(), config, groups, seed=2)
+        ids, labels = small.tokens(0)
+        position = torch.arange(small.SEQUENCE).expand(len(ids), -1)
+        rows = (labels != -100).flatten()
+        with torch.no_grad():
+            z, t = (
+                model.logits(model(ids, position, None)).view(small.SEQUENCE, len(ids), -1).transpose(0, 1)
+                for model in (student, teacher)
+            )
+        z, t = (x.flatten(0, 1)[rows][:, : small.VOCAB].double() for x in (z, t))
+        log_p, log_q = (t / 2).log_softmax(-1), (z / 2).log_softmax(-1)
+        top, ids_TK = log_p.topk(20)
+        tail = (log_p.scatter(1, ids_TK, -torch.inf).logsumexp(1), log_q.scatter(1, ids_TK, -torch.inf).logsumexp(1))
+        kd = (top.exp() * (top - log_q.gather(1, ids_TK))).sum(1) + tail[0].exp() * (tail[0] - tail[1])
+        ce = torch.nn.functional.cross_entropy(z, labels.flatten()[rows], reduction="none")
+        teacher_ce = torch.nn.functional.cross_entropy(t, labels.flatten()[rows])
+        agreement = (z.argmax(1) == t.argmax(1)).double().mean()
+        return {
+            "loss": (4 * kd + 0.25 * ce).mean().item(),
+            "teacher_ce": teacher_ce.item(),
+            "agreement": agreement.item(),
+        }
+
+
+def test_the_first_loss_is_the_formula():
+    want, got = run_ranks(1, dense_first_loss)[0], whole()[0]
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=1e-5)
+
+
+def step_without_labels(rank, ranks):
+    with small.layout() as groups:
+        run = small.student_step(small.config(), groups)
+        micro_batches = small.batch(0, groups, 4)
+        for micro_batch in micro_batches:
+            micro_batch.labels_BS.fill_(-100)
+        before = [p.clone() for p in run.gpt.parameters()]
+        result = run(micro_batches, step=1, measure=True)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, run.gpt.parameters(), strict=True))
+        return result, unchanged
+
+
+def test_a_step_without_supervised_tokens_changes_nothing():
+    assert run_ranks(1, step_without_labels)[0] == (None, True)
+
+
+def step_with_nan(rank, ranks):
+    with small.layout(tp=2) as groups:
+        run = small.student_step(small.config(tp=2), groups, teacher=False)
+        with torch.no_grad():
+            run.gpt.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = torch.nan if rank == 1 else 0.0
+        try:
+            run(small.batch(0, groups, 8), step=7, measure=True)
+        except TrainingError as error:
+            return str(error)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank():
+    messages = run_ranks(2, step_with_nan)
+    assert messages[0] == messages[1]
+    assert "step 7" in messages[0] and "nan" in messages[0] and "hint:" in messages[0]
