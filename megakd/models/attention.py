@@ -10,15 +10,38 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
+class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight is gain - 1; computed in float32 whatever the input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm whose weight is gain - 1; computed in float32 whatever the input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain, bias = 1.0 + self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, gain, bias, self.eps).type_as(x)
+
+
+NORMS = {
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("RMSNorm", True): ZeroCenteredRMSNorm,
+    ("LayerNorm", True): ZeroCenteredLayerNorm,
+}
+
+
 class Norm:
-    """torch's RMSNorm or LayerNorm, marked so that Megatron sums its gradients over sequence-parallel ranks."""
+    """RMSNorm or LayerNorm, marked so that Megatron sums its gradients over sequence-parallel ranks."""
 
     def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **unused):
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = kind(hidden_size, eps=eps)
+        norm = NORMS[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -28,8 +51,9 @@ class SdpaAttention(MegatronModule):
     """Megatron's core attention by torch.nn.functional.scaled_dot_product_attention: causal, grouped queries.
 
     With an explicit attention_mask ([B or 1, 1, S, S], True = hidden, as everywhere in Megatron) that mask is used
-    as it is; without one, `causal` attention. Scores are never kept: memory is linear in S where torch has a fused
-    kernel, on CPU too.
+    as it is; without one, `causal` attention. A layer with a sliding window hides what is outside of it as well.
+    Scores are never kept: memory is linear in S where torch has a fused kernel, on CPU too; but a soft cap on the
+    scores (`config.model.attention_softcap`) has none and keeps them.
     """
 
     def __init__(
@@ -40,6 +64,8 @@ class SdpaAttention(MegatronModule):
         attention_type,
         attention_dropout=None,
         softmax_scale=None,
+        k_channels=None,
+        v_channels=None,
         cp_comm_type=None,
         pg_collection=None,
     ):
@@ -47,6 +73,9 @@ class SdpaAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.softcap = config.model.attention_softcap
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.model.sliding_window if windowed else None
 
     def forward(
         self,
@@ -61,9 +90,12 @@ class SdpaAttention(MegatronModule):
         """[S, B, N, D], [S, B, G, D], [S, B, G, D] -> [S, B, N * D]."""
         assert attention_bias is None and packed_seq_params is None, "SdpaAttention takes a mask, not a bias or a pack"
         causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        if self.window is not None and query.size(0) > self.window:
+            attention_mask, causal = self._windowed(attention_mask, query.size(0), query.device), False
+        attend = F.scaled_dot_product_attention if self.softcap is None else self._attend_softly
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
-            context = F.scaled_dot_product_attention(
+            context = attend(
                 *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
@@ -72,3 +104,22 @@ class SdpaAttention(MegatronModule):
                 enable_gqa=query.size(2) != key.size(2),
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _windowed(self, attention_mask: Tensor | None, length: int, device) -> Tensor:
+        """The mask (None: causal) with what lies outside the window hidden too."""
+        age = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+        outside = age >= self.window
+        return (outside | (age < 0))[None, None] if attention_mask is None else attention_mask | outside
+
+    def _attend_softly(self, query, key, value, *, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Tensor:
+        """scaled_dot_product_attention with scores softcap * tanh(score / softcap); [B, N, S, D] as there."""
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * (query.size(3) ** -0.5 if scale is None else scale)
+        scores = self.softcap * torch.tanh(scores / self.softcap)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        weights = F.dropout(scores.float().softmax(3).type_as(value), dropout_p)
+        return weights @ value

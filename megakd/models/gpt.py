@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megakd.kernels import VocabShard
-from megakd.models.attention import Norm, SdpaAttention
+from megakd.models.architecture import DTYPES, layer_specs, transformer_config
+from megakd.models.blocks import needs_own_layers
 from megakd.models.initialization import initialize_weights
+from megakd.models.rotary import inverse_frequencies
 
 try:
     import transformer_engine.pytorch  # noqa: F401
@@ -30,8 +26,6 @@ except ImportError:
 
 LOG = logging.getLogger("megakd")
 VOCAB_MULTIPLE = 1024  # of the padded vocabulary, whatever the layout, so that weights do not depend on it
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu}
 
 
 class GPT(GPTModel):
@@ -79,7 +73,14 @@ class GPT(GPTModel):
 
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
         """[T, W]: this rank's columns, padded ones included (the kernels leave those out)."""
-        return F.linear(self.head_input(hidden_SBH, rows_T), self.head_weight)
+        logits_TW = F.linear(self.head_input(hidden_SBH, rows_T), self.head_weight)
+        softcap = self.config.model.logit_softcap
+        return logits_TW if softcap is None else softcap * torch.tanh(logits_TW / softcap)
+
+
+def multiply_output(embedding, args, hidden_SBH: Tensor) -> Tensor:
+    """Forward hook of an embedding: its model's multiplier, rounded to the weights' type as transformers does."""
+    return hidden_SBH * torch.tensor(embedding.config.model.embedding_multiplier, dtype=hidden_SBH.dtype)
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -98,12 +99,12 @@ def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: i
         device: torch device of the weights.
         seed: draw initial weights from it, the same for every layout; None leaves them uninitialised (to be loaded).
     """
-    transformer_engine = HAVE_TE and torch.device(device).type == "cuda"
+    transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not needs_own_layers(model)
     config = transformer_config(model, parallel, train, transformer_engine)
     first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
     gpt = GPT(
         config,
-        layer_spec(config, transformer_engine),
+        layer_specs(config, transformer_engine, groups.pp.rank()),
         vocab_size=padded_size,
         max_sequence_length=model.max_sequence_length,
         pre_process=first,
@@ -114,6 +115,10 @@ def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: i
         rotary_base=model.rotary_base,
         pg_collection=groups,
     )
+    if first and model.embedding_multiplier != 1.0:
+        gpt.embedding.register_forward_hook(multiply_output)
+    if model.rope_scaling is not None and model.mla is None:
+        gpt.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
     gpt.to(device=device, dtype=DTYPES[train.precision])
     width = padded_size // groups.tp.size()
     start = groups.tp.rank() * width
@@ -123,55 +128,3 @@ def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: i
     parts = "Transformer Engine layers" if transformer_engine else "Megatron's local layers with torch SDPA attention"
     LOG.info("model: %s, %d layers, hidden %d, %s", train.precision, model.num_layers, model.hidden_size, parts)
     return gpt
-
-
-def transformer_config(model, parallel, train, transformer_engine: bool) -> TransformerConfig:
-    """Megatron's TransformerConfig for a model section; one place, so that student and teacher cannot differ in it."""
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels,
-        normalization=model.normalization,
-        layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.activation == "swiglu",
-        activation_func=ACTIVATIONS[model.activation],
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        init_method_std=model.init_std,
-        init_method=leave,  # initialization.py draws, the same for every layout; perform_initialization=False would
-        output_layer_init_method=leave,  # also leave out the attributes that gradient norms and slicing go by
-        embedding_init_method=leave,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        sequence_parallel=parallel.sp,
-        params_dtype=DTYPES[train.precision],
-        pipeline_dtype=DTYPES[train.precision],
-        bf16=train.precision == "bf16",
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        persist_layer_norm=transformer_engine,
-        cuda_graph_scope=[],
-        recompute_granularity=None if train.recompute == "none" else train.recompute,
-        recompute_method="uniform" if train.recompute == "full" else None,
-        recompute_num_layers=1 if train.recompute == "full" else None,
-    )
-
-
-def leave(weight: Tensor) -> Tensor:
-    return weight
-
-
-def layer_spec(config: TransformerConfig, transformer_engine: bool):
-    if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)

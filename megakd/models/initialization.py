@@ -25,7 +25,8 @@ def initialize_weights(model, seed: int) -> None:
     for name, parameter in model.named_parameters():
         name = global_name(model, name)
         if parameter.dim() < 2:
-            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            gain = 0.0 if config.layernorm_zero_centered_gamma else 1.0
+            parameter.fill_(gain if "norm" in name and name.endswith("weight") else 0.0)
             continue
         std = config.init_method_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
