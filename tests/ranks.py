@@ -1,0 +1,124 @@
+"""Run a function on n CPU ranks joined by gloo, started once per world size and session; raise if any of them fails."""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+
+START_SECONDS = 120
+STRAGGLER_SECONDS = 5  # how long the others have to answer after one rank has failed
+_POOLS: dict[int, "_Pool"] = {}
+
+
+def run_ranks(n, fn, *args, timeout_seconds=120):
+    """Calls fn(rank, n, *args) on ranks 0 … n-1 and returns the list of what they return.
+
+    `fn` must be a module-level function, and everything sent either way picklable. The ranks live on between calls with
+    the default process group up, so `fn` must leave no state behind. A failure raises here with the traceback of the
+    first failing rank; it or a hang ends all ranks of this world size, and the next call starts new ones.
+    """
+    pool = _POOLS.get(n)
+    if pool is None:
+        pool = _POOLS[n] = _Pool(n)
+    try:
+        return pool.run(fn, args, timeout_seconds)
+    except BaseException:
+        _POOLS.pop(n).kill()
+        raise
+
+
+def close_pools():
+    """Ends all ranks; called when the test session ends."""
+    while _POOLS:
+        _POOLS.popitem()[1].close()
+
+
+class _Pool:
+    def __init__(self, n):
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.mkdtemp(prefix="megakd-ranks-")
+        self.pipes, self.processes, self.started = [], [], False
+        for rank in range(n):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, n, f"{self.folder}/store", theirs))
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn, args, timeout_seconds):
+        if not self.started:
+            self.collect(START_SECONDS)
+            self.started = True
+        call = pickle.dumps((fn, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(call)
+        return self.collect(timeout_seconds)
+
+    def collect(self, timeout_seconds):
+        waiting, results, failures = dict(zip(self.pipes, range(len(self.pipes)), strict=True)), {}, {}
+        deadline = time.monotonic() + timeout_seconds
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    failed, result = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    failed, result = True, "the process died"
+                if failed and not failures:
+                    deadline = min(deadline, time.monotonic() + STRAGGLER_SECONDS)
+                (failures if failed else results)[rank] = result
+        if failures:
+            rank, text = next(iter(failures.items()))
+            raise RuntimeError(
+                f"rank {rank} of {len(self.pipes)} failed (ranks that failed: {sorted(failures)}):\n{text}"
+            )
+        if waiting:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {timeout_seconds} seconds")
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        self.close()
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.close()  # a rank that waits for its next call sees this and leaves
+        for process in self.processes:
+            process.join(10)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _serve(rank, n, store, pipe):
+    os.environ.update(
+        OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n)
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
+    pipe.send_bytes(pickle.dumps((False, "started")))
+    while True:
+        try:
+            call = pipe.recv_bytes()
+        except EOFError:
+            break
+        try:
+            fn, args = pickle.loads(call)
+            answer = pickle.dumps((False, fn(rank, n, *args)))
+        except BaseException:
+            answer = pickle.dumps((True, traceback.format_exc()))
+        pipe.send_bytes(answer)
+    dist.destroy_process_group()
