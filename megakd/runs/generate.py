@@ -3,14 +3,15 @@
 import argparse
 
 from megakd.errors import ConfigError
-from megakd.megatron_on_cpu import install
-from megakd.ranks import join_ranks
 
 
 def main(argv: list[str]) -> None:
     """Run `megakd generate ARGV...` on this rank; rank 0 prints prompt and completion."""
     arguments = build_parser().parse_args(argv)
-    with join_ranks(arguments.device) as ranks:
+    from megakd.megatron_on_cpu import install  # torch, after --help has been answered
+    from megakd.ranks import Ranks
+
+    with Ranks(arguments.device) as ranks:
         install(ranks.device.type)
         from megakd.checkpoints.folder import read_checkpoint
         from megakd.checkpoints.torch_dist import load_weights

@@ -1,0 +1,25 @@
+"""What every run does first: read its config, check it against the launch, and join the ranks."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from megakd.config import Config, check_ranks
+from megakd.ranks import Ranks, read_launch
+
+
+@contextlib.contextmanager
+def start_run(argv: Sequence[str]) -> Iterator[tuple[Config, Ranks]]:
+    """Yields the config and the ranks of `megakd VERB CONFIG.yaml [key=value ...]`; the ranks part when the block ends.
+
+    Args:
+        argv: what follows the verb.
+
+    Raises:
+        ConfigError: before the ranks meet, when the config is wrong in itself or does not fit their number.
+        MegakdError: the ranks do not meet.
+    """
+    config = Config.from_arguments(argv)
+    check_ranks(config, read_launch(os.environ).world_size)
+    with Ranks(config.run.device) as ranks:
+        yield config, ranks
