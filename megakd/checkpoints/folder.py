@@ -31,6 +31,7 @@ class Checkpoint:
         tokenizer: file name inside the folder (None: there was none), and its fingerprint.
         training: whether optimizer, schedule and random states are in it, so that a run can continue from it.
         metrics: the validation metrics it was saved with.
+        conversion: what `megakd convert` made it from and how that was verified; None for one that was trained.
     """
 
     path: pathlib.Path
@@ -40,6 +41,7 @@ class Checkpoint:
     tokenizer_fingerprint: str | None
     training: bool
     metrics: dict
+    conversion: dict | None = None
 
     @property
     def tokenizer_path(self) -> pathlib.Path | None:
@@ -106,6 +108,7 @@ def read_checkpoint(path) -> Checkpoint:
             tokenizer_fingerprint=tokenizer.get("fingerprint"),
             training=record["training"],
             metrics=record["metrics"],
+            conversion=record.get("conversion"),
         )
         files = record["files"]
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
@@ -131,11 +134,21 @@ def begin(path: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def publish(path: pathlib.Path, *, model: Model, step: int, tokenizer, training: bool, metrics: dict) -> None:
+def publish(
+    path: pathlib.Path,
+    *,
+    model: Model,
+    step: int,
+    tokenizer,
+    training: bool,
+    metrics: dict,
+    conversion: dict | None = None,
+) -> None:
     """Complete the folder that `begin` made and give it its name. One rank calls it, after all have written.
 
     Args:
         tokenizer: megakd.data Tokenizer whose files travel along, or None.
+        conversion: see Checkpoint.
     """
     source = incomplete(path)
     tokenizer_record = None
@@ -152,6 +165,7 @@ def publish(path: pathlib.Path, *, model: Model, step: int, tokenizer, training:
         "model": model.model_dump(),
         "tokenizer": tokenizer_record,
         "metrics": metrics,
+        "conversion": conversion,
         "files": {str(f.relative_to(source)): f.stat().st_size for f in sorted(source.rglob("*")) if f.is_file()},
     }
     with open(source / RECORD, "w", encoding="utf-8") as file:
