@@ -138,8 +138,8 @@ def is_peer_loss(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message that may have none."""
-    return str(error).partition("\n")[0]
+    """The first line of a message that may have none, without gloo's advice."""
+    return str(error).partition("\n")[0].partition(". This is typically")[0]
 
 
 def _read_failure(store: dist.Store) -> dict | None:
