@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megakd.data.tokenizers import fingerprint_of
+from megakd.data.tokenizers import encode_continuation, fingerprint_of, puts_space_first
 from megakd.errors import DataError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -20,6 +20,7 @@ class SentencePieceTokenizer:
     """
 
     kind = "sentencepiece"
+    chat_template = None
 
     def __init__(self, path: str | Path):
         import sentencepiece
@@ -40,19 +41,32 @@ class SentencePieceTokenizer:
             token_id if token_id >= 0 else None
             for token_id in (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
         )
+        names = [re.escape(self._processor.IdToPiece(i)) for i in range(self.vocab_size) if self.is_special(i)]
+        self._special_names = re.compile(f"({'|'.join(sorted(names, key=len, reverse=True)) or '(?!)'})")
+        self._space_mark_ids = None
+        self._puts_space_first = puts_space_first(self)
         self._space_mark_ids = self._find_space_mark_ids()
         self.fingerprint = fingerprint_of((self.is_special(i), self.id_to_bytes(i)) for i in range(self.vocab_size))
 
     def _find_space_mark_ids(self) -> list[int] | None:
         """The byte pieces of U+2581, if texts may be cut around that character without changing their other ids."""
         byte_ids = {self.id_to_bytes(i): i for i in range(self.vocab_size) if self._processor.IsByte(i)}
-        has_dummy_prefix = self._processor.EncodeAsPieces("a")[:1] != ["a"]
-        if len(byte_ids) < 256 or has_dummy_prefix:
+        if len(byte_ids) < 256 or self._puts_space_first:
             return None
         return [byte_ids[bytes([value])] for value in _SPACE.encode()]
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
+        if not special and not continues:
+            return self.encode_batch([text])[0]
+        ids: list[int] = []
+        for number, part in enumerate(self._special_names.split(text) if special else [text]):
+            if number % 2:
+                ids.append(self._processor.PieceToId(part))
+            elif part and self._puts_space_first and (continues or number):
+                ids += encode_continuation(self, part)
+            elif part:
+                ids += self.encode_batch([part])[0]
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = list(texts)

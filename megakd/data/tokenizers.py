@@ -5,6 +5,7 @@ libraries do not count. `encode` never adds bos or eos: whoever builds a sample 
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +20,10 @@ class Tokenizer(Protocol):
 
     Attributes:
         kind: which library's format `files` are in, as in a checkpoint's `tokenizer.kind`.
-        files: the files that must travel with a checkpoint, the one to load first.
+        files: the files that must travel with a checkpoint, all in one folder, the one to load first.
         vocab_size: number of ids; every id is in [0, vocab_size).
         bos_id, eos_id, pad_id: special ids, None where the tokenizer has none.
+        chat_template: the Jinja template that came with it, None without one.
         fingerprint: hexadecimal identity of the id -> bytes map (`fingerprint_of`).
     """
 
@@ -31,13 +33,19 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    chat_template: str | None
     fingerprint: str
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos; special tokens spelled out in the text are plain text."""
+    def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
+        """Ids of `text`, without bos or eos.
+
+        Args:
+            special: names of special tokens in the text become those tokens; else they are plain text.
+            continues: the text continues another one, so a tokenizer that puts a space before every text puts none.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on the library's own threads."""
+        """`encode` of each text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out."""
@@ -65,20 +73,68 @@ def fingerprint_of(entries: Iterable[tuple[bool, bytes]]) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a SentencePiece `.model` file.
+    """Load a tokenizer; which kind it is shows in what the file holds.
 
     Args:
-        path: the file.
+        path: a SentencePiece model; a `tokenizer.json` of Hugging Face, or a folder with one (or with a SentencePiece
+            `tokenizer.model`); or a tiktoken file (lines of base64 and rank).
 
     Raises:
-        DataError: the file is missing, unreadable, or not a tokenizer.
+        DataError: missing, unreadable, or not a tokenizer.
     """
+    from megakd.data.huggingface_tokenizer import HuggingFaceTokenizer
+    from megakd.data.sentencepiece_tokenizer import SentencePieceTokenizer
+    from megakd.data.tiktoken_tokenizer import TiktokenTokenizer
+
     path = Path(path)
-    if not path.exists():
+    if path.is_dir():
+        path = _file_in(path)
+    if not path.is_file():
         raise DataError(
             f"tokenizer {path} does not exist",
             hint="train one with `megakd prepare tokenizer`, or correct the path (data.tokenizer or --tokenizer)",
         )
-    from megakd.data.sentencepiece_tokenizer import SentencePieceTokenizer
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    with path.open("rb") as file:
+        first_line = file.readline(1000)
+    return (TiktokenTokenizer if _TIKTOKEN_LINE.match(first_line) else SentencePieceTokenizer)(path)
 
-    return SentencePieceTokenizer(path)
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*$")
+
+
+def _file_in(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"folder {folder} holds neither tokenizer.json nor tokenizer.model",
+        hint="an old Hugging Face tokenizer (vocab.json and merges.txt) gets its tokenizer.json from "
+        "`transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`",
+    )
+
+
+_MARKS = ("\x00", "\n", "|", "a")
+
+
+def encode_continuation(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """Ids of a text that continues another one, from a tokenizer that puts a space before every text.
+
+    A mark is put before the text and its ids are taken off again; a mark qualifies if its ids spell it and stay the
+    same with the text behind it.
+    """
+    for mark in _MARKS:
+        prefix, ids = (tokenizer.encode(x, special=special) for x in (mark, mark + text))
+        spelled = b"".join(map(tokenizer.id_to_bytes, prefix)).lstrip(b" ")
+        if spelled == mark.encode() and ids[: len(prefix)] == prefix:
+            return ids[len(prefix) :]
+    raise DataError(
+        f"tokenizer {tokenizer.files[0]} cannot encode {text[:40]!r} as the continuation of a text",
+        hint="use a tokenizer without normalisation, such as one trained by `megakd prepare tokenizer`",
+    )
+
+
+def puts_space_first(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer adds something before a text that is not there."""
+    return b"".join(map(tokenizer.id_to_bytes, tokenizer.encode("a"))) != b"a"
