@@ -3,8 +3,10 @@
 Sizes: T tokens, K entries kept per token.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,3 +112,17 @@ class TeacherTargets:
                     f"teacher targets hold {fault}, first in row {row}: ids {ids[row, :4].tolist()}…, "
                     f"logprobs {logprobs[row, :4].tolist()}…, log_tail {tail[row].item():.6g}"
                 )
+
+
+def sample_key(ids) -> bytes:
+    """The identity of a sample: its content, whatever file, order, batch or layout it comes in.
+
+    Made after truncation and before packing or padding, so two runs that cut a text at other lengths have other keys.
+
+    Args:
+        ids: the sample's token ids, in [0, 2**32), without padding.
+    Returns:
+        16 bytes: BLAKE2b of the ids as little-endian uint32, personalised with `megakd sample 1`.
+    """
+    content = np.ascontiguousarray(ids, dtype="<u4")
+    return hashlib.blake2b(content, digest_size=16, person=b"megakd sample 1").digest()

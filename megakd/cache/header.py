@@ -1,0 +1,190 @@
+"""`cache.json`: what a cache was recorded for, what its rows hold, and its shards with their digests."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import typing
+
+from megakd import __version__
+from megakd.cache.row import Contents
+from megakd.errors import CacheError
+
+HEADER_FILE = "cache.json"
+FORMAT = "megakd logit cache"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+    """A shard file as the header knows it.
+
+    Attributes:
+        file: name inside the folder.
+        part: place of its samples in the order of recording.
+        rows, tokens, entries: samples, supervised positions, and entries of all of them.
+        bytes: of the file.
+        head_bytes, foot_bytes: of the file before and after the rows' payloads: Arrow's metadata and all small columns.
+        head_digest: of these two together; compared before Arrow reads the file.
+        file_digest: of the whole file.
+    """
+
+    file: str
+    part: int
+    rows: int
+    tokens: int
+    entries: int
+    bytes: int
+    head_bytes: int
+    foot_bytes: int
+    head_digest: str
+    file_digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexRecord:
+    """The key index as the header knows it."""
+
+    rows: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """All of `cache.json`.
+
+    Attributes:
+        contents: what every row holds.
+        mode: how entries were chosen: top_k, top_p, sampled, hybrid or imported.
+        options: the mode's own numbers (`top_p`, `draws`, `head`, `keep_label`), and the precision the teacher ran in.
+        tail: "measured" (summed directly) or "derived" (1 minus the entries, of imported logits).
+        tokenizer_fingerprint: of the tokenizer of the ids.
+        teacher_fingerprint: of the teacher's weight files; "" for an imported cache.
+        data: what was recorded, for messages and for refusing another recording into the same folder.
+        parts: number of parts the recording consists of.
+        created: command, megakd version.
+        finished: all parts are there, and the index.
+        shards, index: as published.
+    """
+
+    contents: Contents
+    mode: str
+    options: dict
+    tail: str
+    tokenizer_fingerprint: str
+    teacher_fingerprint: str
+    data: dict
+    parts: int
+    created: dict
+    finished: bool = False
+    shards: tuple[ShardRecord, ...] = ()
+    index: IndexRecord | None = None
+
+    def identity(self) -> dict:
+        """What two recordings must share to be one, as flat names and values."""
+        flat = dataclasses.asdict(self)
+        for name in ("created", "finished", "shards", "index"):
+            del flat[name]
+        for name in ("contents", "options", "data"):
+            flat |= {f"{name}.{key}": value for key, value in flat.pop(name).items()}
+        return json.loads(json.dumps(flat))
+
+    @property
+    def tokens(self) -> int:
+        """Supervised positions of all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def rows(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def digest_of(*pieces) -> str:
+    """BLAKE2b, 128 bits, of buffers one after the other, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_header(folder, header: Header) -> None:
+    """Publish `cache.json` by rename; the last field is the digest of the others."""
+    record = {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(header)
+    record["digest"] = digest_of(_canonical(record))
+    write_json(pathlib.Path(folder) / HEADER_FILE, record)
+
+
+def read_header(folder) -> Header:
+    """Read and check `cache.json`.
+
+    Raises:
+        CacheError: it is missing, damaged, or of a newer format.
+    """
+    path = pathlib.Path(folder) / HEADER_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        version = record["format_version"]
+    except FileNotFoundError as error:
+        raise CacheError(
+            f"{folder} is no logit cache: it has no {HEADER_FILE}",
+            hint="record one with `megakd cache CONFIG.yaml`, or correct teacher.cache",
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    if version != FORMAT_VERSION:
+        writer = record.get("created", {}).get("megakd_version", "unknown")
+        raise CacheError(
+            f"{path} has cache format {version}, this megakd ({__version__}) reads {FORMAT_VERSION}",
+            hint=f"use the megakd that wrote it ({writer}) or a later one",
+        )
+    seen = record.pop("digest", None)
+    if seen != digest_of(_canonical(record)):
+        raise _unreadable(path, ValueError(f"its digest is {seen}, its content has {digest_of(_canonical(record))}"))
+    del record["format"], record["format_version"]
+    return load_record(Header, record, path)
+
+
+def load_record(kind, record: dict, path):
+    """A dataclass, and those inside of it, from what `dataclasses.asdict` and JSON made of it."""
+    try:
+        hints = typing.get_type_hints(kind)
+        values = {name: _revive(hints[name], value, path) for name, value in record.items()}
+        return kind(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _revive(hint, value, path):
+    if dataclasses.is_dataclass(hint):
+        return load_record(hint, value, path)
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return tuple(_revive(inner[0], item, path) for item in value)
+    if inner and dataclasses.is_dataclass(inner[0]):
+        return None if value is None else load_record(inner[0], value, path)
+    return value
+
+
+def write_json(path: pathlib.Path, record: dict) -> None:
+    """Write a JSON file that is whole or not there, also after a power cut."""
+    partial = path.with_name(path.name + ".incomplete")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _canonical(record: dict) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _unreadable(path, error: Exception) -> CacheError:
+    return CacheError(
+        f"{path} cannot be read: {type(error).__name__}: {error}",
+        hint="the file was edited or damaged; copy it again, or record the cache again",
+    )

@@ -1,0 +1,159 @@
+"""Writing a cache: parts, each a shard, in any order by any rank; whole or not there; resumed after any kill.
+
+A cache is recorded in parts, which are fixed stretches of the samples, so that a part's shard is the same whoever
+writes it and however often the recording was interrupted. A shard is published by rename, then its record as
+shard-N.json beside it; only a part that has both counts. When all parts are there, one rank writes the index and the
+finished `cache.json`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import socket
+
+from megakd.cache.header import HEADER_FILE, Header, ShardRecord, load_record, read_header, write_header, write_json
+from megakd.cache.index import write_index
+from megakd.cache.shard import ShardWriter, unwritable
+from megakd.errors import CacheError
+
+LOCK_FILE = "writer.lock"
+
+
+def shard_file(part: int) -> str:
+    return f"shard-{part:08d}.arrow"
+
+
+@contextlib.contextmanager
+def writing(folder, header: Header):
+    """Own a folder for writing. One rank enters it; the others write parts between two barriers inside.
+
+    Makes the folder or checks that the recording in it is this one, and marks it unfinished.
+
+    Yields:
+        The records of the parts that are whole already, by part.
+    Raises:
+        CacheError: another process writes into it, or it holds another recording; nothing has been changed then.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  held until the end
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with lock:
+        _take(lock, folder)
+        try:
+            yield _open(folder, header)
+        finally:
+            lock.truncate(0)
+
+
+def _take(lock, folder: pathlib.Path) -> None:
+    """An advisory lock, which the system drops when the process dies however it dies."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise CacheError(
+            f"{folder} is being written by another `megakd cache` ({lock.read().strip() or 'no name yet'})",
+            hint="wait for it, or record into another folder and `megakd cache merge` the two",
+        ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
+def _open(folder: pathlib.Path, header: Header) -> dict[int, ShardRecord]:
+    if not (folder / HEADER_FILE).exists():
+        if strays := sorted(p.name for p in folder.iterdir() if p.suffix == ".arrow"):
+            raise CacheError(
+                f"{folder} has no {HEADER_FILE} but holds {strays[0]}" + (" and others" if strays[1:] else ""),
+                hint="choose an empty folder",
+            )
+        _write_header(folder, header)
+        return {}
+    old = read_header(folder)
+    check_same(folder, old, header)
+    whole = whole_parts(folder, old)
+    if not (old.finished and len(whole) == header.parts):
+        for record in whole.values():
+            write_json(folder / shard_file(record.part).replace(".arrow", ".json"), dataclasses.asdict(record))
+        _write_header(folder, dataclasses.replace(header, created=old.created))
+    return whole
+
+
+def check_same(folder, old: Header, new: Header) -> None:
+    """Raises CacheError, with both values, unless two headers describe one recording."""
+    before, after = old.identity(), new.identity()
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    if changed:
+        lines = "".join(f"\n  {key}: was {before.get(key)}, is {after.get(key)}" for key in changed)
+        raise CacheError(
+            f"{folder} holds another recording:{lines}",
+            hint="choose another folder (teacher.cache); two recordings of other samples become one by `cache merge`",
+        )
+
+
+def whole_parts(folder, header: Header) -> dict[int, ShardRecord]:
+    """The parts whose shard is there in full: those of the header, and those published since."""
+    folder = pathlib.Path(folder)
+    records = list(header.shards)
+    for path in sorted(folder.glob("shard-*.json")):
+        with contextlib.suppress(OSError, ValueError, CacheError):  # half a record: the part is written again
+            records.append(load_record(ShardRecord, json.loads(path.read_text(encoding="utf-8")), path))
+    whole = {}
+    for record in records:
+        path = folder / record.file
+        if path.is_file() and path.stat().st_size == record.bytes:
+            whole[record.part] = record
+    return whole
+
+
+def publish_part(folder, part: int, shard: ShardWriter) -> ShardRecord:
+    """Publish a part's shard and then its record.
+
+    Raises:
+        CacheError: the disk is full or cannot be written; the part is not whole then.
+    """
+    folder = pathlib.Path(folder)
+    record = shard.publish(folder / shard_file(part), part)
+    try:
+        write_json(folder / shard_file(part).replace(".arrow", ".json"), dataclasses.asdict(record))
+    except OSError as error:
+        raise unwritable(folder / shard_file(part), error) from error
+    return record
+
+
+def finish(folder, header: Header) -> Header:
+    """Write the index and the finished header, when every part is whole, and remove what is no longer needed.
+
+    Raises:
+        CacheError: a part is missing, or a shard's head is damaged.
+    """
+    folder = pathlib.Path(folder)
+    old = read_header(folder)
+    whole = whole_parts(folder, old)
+    missing = [part for part in range(header.parts) if part not in whole]
+    if missing:
+        raise CacheError(
+            f"{folder} lacks {len(missing)} of {header.parts} parts, first part {missing[0]}",
+            hint="start the same `megakd cache` again: it records what is missing",
+        )
+    shards = tuple(whole[part] for part in range(header.parts))
+    header = dataclasses.replace(
+        header, created=old.created, finished=True, shards=shards, index=write_index(folder, shards)
+    )
+    _write_header(folder, header)
+    for path in [*folder.glob("shard-*.json"), *folder.glob("*.incomplete")]:
+        path.unlink(missing_ok=True)
+    return header
+
+
+def _write_header(folder: pathlib.Path, header: Header) -> None:
+    try:
+        write_header(folder, header)
+    except OSError as error:
+        raise unwritable(folder / HEADER_FILE, error) from error
