@@ -24,6 +24,7 @@ MEANS = {
     "teacher_ce": "measured_tokens",
     "agreement": "measured_tokens",
 }
+OF_A_TEACHER = ("kd", "teacher_mass", "student_mass", "teacher_ce", "agreement")
 
 
 def objective(
@@ -63,8 +64,12 @@ def objective(
     return losses.loss_T.sum(), sums
 
 
-def means(sums: Tensor) -> dict[str, float]:
+def means(sums: Tensor, with_teacher: bool) -> dict[str, float]:
     """Averages of a reduced vector of sums, and `tokens`; what was not measured is left out, never reported as 0."""
     by_name = dict(zip(SUMS, sums.tolist(), strict=True))
-    averages = {name: by_name[name] / by_name[count] for name, count in MEANS.items() if by_name[count] > 0}
+    averages = {
+        name: by_name[name] / by_name[count]
+        for name, count in MEANS.items()
+        if by_name[count] > 0 and (with_teacher or name not in OF_A_TEACHER)
+    }
     return averages | {"tokens": by_name["tokens"]}

@@ -86,6 +86,7 @@ def install(device: str) -> None:
     Args:
         device: "cpu" or "cuda" (resolved: never "auto").
     """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallel collectives overlap only so
     if device == "cpu" and torch.cuda.Stream is not Stream:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs, a run on the CPU leaves them alone
         os.environ.setdefault(
@@ -188,7 +189,7 @@ def _import_quietly() -> None:
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     # While it runs, Megatron calls torch functions by their old names and looks at .grad of views: not the user's doing.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron)\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         LOG.debug("neither Transformer Engine nor Apex is installed: torch's own Adam, norms and attention are used")

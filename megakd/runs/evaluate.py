@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         setup = build_setup(config, ranks.device)
         evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
         metrics = evaluation(setup.validation_batches(), ranks.device)
-        if ranks.rank == 0:
+        if ranks.is_main:
             source = str(found[-1]) if found else config.student.checkpoint
             line = json.dumps({"student": source, "validation": config.data.validation, **metrics})
             print(line, flush=True)

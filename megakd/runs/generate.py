@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         load_weights(gpt, checkpoint, groups)
         new = complete(gpt, ids, arguments.max_new_tokens, tokenizer.eos_id, groups, ranks.device)
-        if ranks.rank == 0:
+        if ranks.is_main:
             print(arguments.prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :], flush=True)
 
 

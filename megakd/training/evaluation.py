@@ -16,6 +16,7 @@ from megakd.kernels.predictions import Predictions, predict
 from megakd.losses import SUMS, means, objective
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
+from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.models.teacher import TeacherSource, no_lesson
 from megakd.training.step import compare, reduce_sums
@@ -55,7 +56,8 @@ class Evaluation:
             for sums, batch_bins_3N in self.judge(micro_batches):
                 totals += sums
                 bins_3N += batch_bins_3N
-        metrics = means(reduce_sums([totals] if is_last(self.groups) else [], self.groups, device))
+        totals = reduce_sums([totals] if is_last_stage(self.groups) else [], self.groups, device)
+        metrics = means(totals, self.teacher is not None)
         metrics |= calibration(share_bins(bins_3N, self.groups))
         if "ce" in metrics:
             metrics["perplexity"] = math.exp(min(metrics["ce"], 700.0))
@@ -80,10 +82,6 @@ class Evaluation:
         return forward_only(self.student, micro_batches, keep, self.groups)
 
 
-def is_last(groups) -> bool:
-    return groups.pp.rank() == groups.pp.size() - 1
-
-
 def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:
     """[3, BINS]: how many predictions have a confidence in each bin, their summed confidence, how many are right."""
     confidence_T = said.logprob_T.double().exp()
@@ -93,7 +91,7 @@ def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:
 
 
 def share_bins(bins_3N: Tensor, groups) -> Tensor:
-    if is_last(groups):
+    if is_last_stage(groups):
         dist.all_reduce(bins_3N, group=groups.dp_cp)
     if groups.pp.size() > 1:
         dist.broadcast(bins_3N, group=groups.pp, group_src=groups.pp.size() - 1)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import sys
 import time
 
 from tqdm import tqdm
@@ -32,7 +33,14 @@ class MetricsLog:
         self.path = run_dir / METRICS_FILE
         drop_lines_after(self.path, step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not config.log.progress, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            disable=not config.log.progress,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
+        )
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

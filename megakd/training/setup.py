@@ -5,11 +5,10 @@ import logging
 import math
 
 import torch
-import torch.distributed as dist
 
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
-from megakd.config import Config, Loss, Model, check_model, check_ranks, check_vocab
+from megakd.config import Config, Loss, Model, check_model, check_vocab
 from megakd.data.dataset import TextDataset, load_batch
 from megakd.data.order import batch_indices, split_batch, validation_indices
 from megakd.data.tokenizers import load_tokenizer
@@ -85,7 +84,6 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         ConfigError, CheckpointError, DataError: something is missing or does not fit together; before any weight
             is read.
     """
-    check_ranks(config, dist.get_world_size())
     student_from = read_checkpoint(config.student.checkpoint) if config.student.checkpoint else None
     teacher_from = read_checkpoint(config.teacher.checkpoint) if config.teacher else None
     tokenizer = choose_tokenizer(config, student_from)

@@ -72,8 +72,8 @@ class StudentStep:
             forward_only=False,
             **pipeline(self.gpt, self.groups),
         )
-        metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device))
-        check_finite(metrics, ["loss", "kd", "ce"], step)
+        metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device), self.teacher is not None)
+        check_finite(metrics, [name for name in ("loss", "kd", "ce") if name in metrics], step)
         _, metrics["grad_norm"], _ = self.optimizer.step()
         check_finite(metrics, ["grad_norm"], step)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]

@@ -1,0 +1,95 @@
+"""Compare the quickstart's runs: a table on the screen and in report.md, the curves in curves.png.
+
+python report.py RUNS_FOLDER
+"""
+
+import json
+import pathlib
+import sys
+
+NAMES = {"teacher": "teacher", "student_kd": "student, distilled", "student_ce": "student, data alone"}
+
+
+def main(folder: str) -> int:
+    out = pathlib.Path(folder)
+    curves = {name: validation_curve(out / name) for name in NAMES}
+    scores = {name: last_line(out / name / "evaluations.jsonl") for name in ("student_kd", "student_ce")}
+    scores["teacher"] = curves["teacher"][-1]
+    report = "\n".join([*table(scores), "", verdict(curves), "", *completions(out)])
+    (out / "report.md").write_text(report + "\n", encoding="utf-8")
+    draw(curves, out / "curves.png")
+    print(report)
+    print(f"\ncurves: {out / 'curves.png'}")
+    return 0
+
+
+def last_line(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def validation_curve(run: pathlib.Path) -> list[dict]:
+    """The run's validation lines, each with the seconds of training (validation left out) up to its step."""
+    seconds, curve = 0.0, []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "train":
+            seconds += entry["seconds"]
+        else:
+            curve.append(entry | {"training_seconds": seconds})
+    return curve
+
+
+def table(scores: dict[str, dict]) -> list[str]:
+    rows = ["| model | held-out CE (nats) | KL to teacher (nats) | top-1 agreement | ECE |", "|---|---|---|---|---|"]
+    for name, label in NAMES.items():
+        score = scores[name]
+        kl = f"{score['kd']:.3f}" if name != "teacher" else "0"
+        agreement = f"{score['agreement']:.1%}" if name != "teacher" else "100%"
+        rows.append(f"| {label} | {score['ce']:.3f} | {kl} | {agreement} | {score['ece']:.3f} |")
+    return rows
+
+
+def verdict(curves: dict[str, list[dict]]) -> str:
+    """When the distilled student reaches the final held-out CE of the other one."""
+    goal = curves["student_ce"][-1]
+    reached = next((entry for entry in curves["student_kd"] if entry["ce"] <= goal["ce"]), None)
+    target = f"CE {goal['ce']:.3f}, which the data-only student has after {cost(goal)},"
+    if reached is None:
+        best = min(entry["ce"] for entry in curves["student_kd"])
+        return f"The distilled student does not reach {target} its best is {best:.3f}."
+    return f"The distilled student reaches {target} after {cost(reached)}."
+
+
+def cost(entry: dict) -> str:
+    return f"{entry['step']} steps and {entry['training_seconds']:.0f} s of training"
+
+
+def completions(out: pathlib.Path) -> list[str]:
+    lines = []
+    for name, label in NAMES.items():
+        lines += [f"{label}:", "```", (out / name / "completion.txt").read_text(encoding="utf-8").rstrip(), "```"]
+    return lines
+
+
+def draw(curves: dict[str, list[dict]], path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, key, label in zip(axes, ("step", "training_seconds"), ("optimizer steps", "seconds"), strict=True):
+        for name in ("student_kd", "student_ce"):
+            curve = curves[name]
+            axis.plot([e[key] for e in curve], [e["ce"] for e in curve], marker=".", label=NAMES[name])
+        axis.axhline(curves["teacher"][-1]["ce"], color="grey", linestyle=":", label="teacher")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out cross-entropy (nats)")
+    axes[1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
