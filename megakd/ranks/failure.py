@@ -25,7 +25,7 @@ from megakd.ranks.launch import Launch, open_store
 
 WATCH_SECONDS = 1.0
 LOST_STORE_SECONDS = 10.0
-LAST_WORDS_SECONDS = 5.0
+LAST_WORDS_SECONDS = 2.0
 INTERRUPTED = 130
 PEER_LOST = (
     "Connection closed by peer",

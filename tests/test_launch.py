@@ -1,0 +1,208 @@
+"""How a launch of ranks begins and ends: real torchrun on gloo, and processes started by hand."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch.distributed as dist
+
+from megakd.errors import ConfigError
+from megakd.ranks import Ranks, read_launch, resolve_device
+
+ROOT = pathlib.Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+LIMIT_SECONDS = 30
+PREAMBLE = """
+import os, signal, sys, time, torch, torch.distributed as dist
+from megakd.errors import TrainingError
+from megakd.ranks import Ranks
+"""
+
+
+def environment(**more):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(body):
+        (tmp_path / "script.py").write_text(PREAMBLE + textwrap.dedent(body))
+        return str(tmp_path / "script.py")
+
+    return write
+
+
+def torchrun(ranks, path):
+    return subprocess.run([*TORCHRUN, str(ranks), path], env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def start_by_hand(path, rank, port):
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, path],
+        env=environment(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in variables.items()}),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_one_rank_fails_and_all_are_gone(script):
+    path = script("""
+        with Ranks("cpu") as ranks:
+            dist.barrier()
+            if ranks.rank == 1:
+                print(time.time(), flush=True)
+                raise TrainingError("loss is nan at step 3", hint="lower it")
+            if ranks.rank == 2:
+                time.sleep(600)
+            dist.all_reduce(torch.ones(3))
+    """)
+    result = torchrun(3, path)
+    assert result.returncode != 0 and time.time() - float(result.stdout) < LIMIT_SECONDS
+    assert result.stderr.count("TrainingError: loss is nan at step 3\nhint: lower it\n") == 1
+    for rank in (0, 2):
+        line = f"rank {rank} stopped: rank 1 failed with TrainingError: loss is nan at step 3\n"
+        assert result.stderr.count(line) == 1, result.stderr
+    assert "Connection closed by peer" not in result.stderr
+
+
+def test_a_killed_peer(script):
+    path, port = (
+        script("""
+        with Ranks("cpu", rendezvous_seconds=30) as ranks:
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.all_reduce(torch.ones(3))
+    """),
+        free_port(),
+    )
+    left, killed = start_by_hand(path, 0, port), start_by_hand(path, 1, port)
+    (code, _, err), (code_killed, _, _) = finish(left), finish(killed)
+    assert (code, code_killed) == (1, -signal.SIGKILL)
+    (line,) = err.splitlines()
+    assert line.startswith("rank 0 stopped: a peer is gone and left no message (killed, or out of memory?): ")
+
+
+def test_sigterm_is_agreed_on_and_leaving_is_clean(script):
+    result = torchrun(
+        2,
+        script("""
+        with Ranks("cpu") as ranks:
+            assert not ranks.agree_to_stop()
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            print(ranks.rank, ranks.world_size, ranks.stop_requested(), ranks.agree_to_stop(), flush=True)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    """),
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["0 2 False True", "1 2 True True"]
+
+
+def test_without_torchrun_rank_0_carries_the_store_and_a_bug_keeps_its_traceback(script):
+    path, port = (
+        script("""
+        with Ranks("cpu", rendezvous_seconds=30) as ranks:
+            if ranks.rank == 0:
+                raise ZeroDivisionError("a bug")
+            time.sleep(600)
+    """),
+        free_port(),
+    )
+    first, second = start_by_hand(path, 0, port), start_by_hand(path, 1, port)
+    (code_0, _, err_0), (code_1, _, err_1) = finish(first), finish(second)
+    assert (code_0, code_1) == (1, 1)
+    assert err_0.startswith("rank 0 failed\nTraceback") and "ZeroDivisionError: a bug" in err_0
+    assert err_1 == "rank 1 stopped: rank 0 failed with ZeroDivisionError: a bug\n"
+
+
+def test_missing_peer_nobody_there_and_port_in_use(script):
+    path = script("""
+        from megakd.cli import print_error
+        from megakd.errors import MegakdError
+        try:
+            with Ranks("cpu", rendezvous_seconds=3):
+                pass
+        except MegakdError as error:
+            print_error(error)
+            sys.exit(1)
+    """)
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        busy = taken.getsockname()[1]
+        processes = [start_by_hand(path, 0, port), start_by_hand(path, 1, free_port()), start_by_hand(path, 0, busy)]
+        (code_0, _, alone), (code_1, _, nobody), (code_2, _, in_use) = [finish(process) for process in processes]
+    assert (code_0, code_1, code_2) == (1, 1, 1)
+    assert f"rank 0 waited 3 s at 127.0.0.1:{port} for all 2 ranks; missing: rank 1\nhint: " in alone
+    assert "rank 1: MegakdError: rank 1 of 2 reached nothing at 127.0.0.1:" in nobody and "within 3 s" in nobody
+    assert f"MegakdError: rank 0 cannot listen on 127.0.0.1:{busy}: the port is in use\nhint: " in in_use
+    assert "Traceback" not in alone + nobody + in_use
+
+
+def test_alone_without_a_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), Ranks("cpu") as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.is_main, ranks.device.type) == (0, 1, True, "cpu")
+        assert dist.get_backend() == "gloo" and not ranks.agree_to_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ranks.agree_to_stop()
+        raise ZeroDivisionError
+    assert not dist.is_initialized() and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_the_environment_says():
+    full = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    launch = read_launch(full)
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.where) == (3, 4, 1, "n1:29500")
+    assert not launch.hosts_store and read_launch(full | {"RANK": "0"}).hosts_store
+    assert not read_launch(full | {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store
+    assert read_launch(full | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
+    assert read_launch({}).world_size == 1 and read_launch({"WORLD_SIZE": "1"}).world_size == 1
+    for wrong, said in (
+        ({"RANK": "4"}, r"RANK 4 is outside 0..3"),
+        ({"RANK": "x"}, r"RANK is 'x', expected a number"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_launch(full | wrong)
+    with pytest.raises(ConfigError, match="MASTER_PORT is missing"):
+        read_launch({name: value for name, value in full.items() if name != "MASTER_PORT"})
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match=r"run.device is cuda, but torch .* sees no GPU"):
+        resolve_device("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert resolve_device("auto") == "cuda"
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"rank 1 is local rank 1, but torch sees 1 GPU"):
+        Ranks("auto")
