@@ -149,29 +149,40 @@ class TorchDistReader:
         Raises:
             CheckpointError: it is not there, or cannot be read.
         """
-        entry = self.tensors.get(place.key)
-        if entry is None:
-            raise CheckpointError(
-                f"{self.folder} holds no tensor {place.key}", hint="is it the model that the record names?"
-            )
-        own = list(entry.size[len(place.index) :])
+        own = list(self.entry(place.key).size[len(place.index) :])
         if rows is not None:
             own[0] = min(rows, own[0])
-        low = [*place.index, *[0] * len(own)]
-        high = [*[i + 1 for i in place.index], *own]
+        return self.read_slice(place.key, [*place.index, *[0] * len(own)], [*[1] * len(place.index), *own]).view(own)
+
+    def entry(self, key: str) -> dcp.TensorStorageMetadata:
+        if key not in self.tensors:
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {key}", hint="is it the model that its record describes?"
+            )
+        return self.tensors[key]
+
+    def read_slice(self, key: str, low: list[int], sizes: list[int]) -> Tensor:
+        """The box of these sizes whose first element is at `low`, contiguous."""
+        entry = self.entry(key)
+        high = [a + size for a, size in zip(low, sizes, strict=True)]
+        if any(b > size for b, size in zip(high, entry.size, strict=True)):
+            raise CheckpointError(
+                f"{self.folder}: {key} is {list(entry.size)}, wanted are {low} to {high}",
+                hint="is it the model that its record describes?",
+            )
         whole = None
         for chunk in entry.chunks:
             start = [max(a, b) for a, b in zip(low, chunk.offsets, strict=True)]
             stop = [min(a, b + size) for a, b, size in zip(high, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(start, stop, strict=True)):
                 continue
-            part = self._chunk(place.key, chunk)[_slices(start, stop, chunk.offsets)]
+            part = self._chunk(key, chunk)[_slices(start, stop, chunk.offsets)]
             if start == low and stop == high:
-                return part.reshape(own).contiguous()
+                return part.contiguous()
             if whole is None:
-                whole = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=entry.properties.dtype)
+                whole = torch.empty(sizes, dtype=entry.properties.dtype)
             whole[_slices(start, stop, low)] = part
-        return whole.reshape(own)
+        return whole
 
     def _chunk(self, key: str, chunk: dcp.ChunkStorageMetadata) -> Tensor:
         info = self.description.storage_data[dcp.MetadataIndex(key, chunk.offsets)]
