@@ -72,7 +72,7 @@ class CacheReader:
         found = self.index.find(key)
         for shard, number in found:
             encoded = self.shard(shard).row(number)
-            if last_label not in (NO_LABEL, encoded.last_label) or encoded.length != len(mask_S):
+            if last_label not in (NO_LABEL, encoded.last_label):
                 continue
             recorded_S = decode_mask(encoded.mask, encoded.length)
             if (mask_S & ~recorded_S).any():
@@ -80,7 +80,7 @@ class CacheReader:
             table = build_table(self.row(shard, number), self.top_k)
             return table if encoded.tokens == int(mask_S.sum()) else table.rows(mask_S[recorded_S])
         if found:
-            self._refuse(found[0], mask_S, last_label)
+            self._refuse(found, mask_S, last_label)
         return None
 
     def shard(self, number: int) -> Shard:
@@ -97,10 +97,14 @@ class CacheReader:
                 self._open.popitem(last=False)
         return shard
 
-    def _refuse(self, place: tuple[int, int], mask_S: np.ndarray, last_label: int) -> None:
-        encoded = self.shard(place[0]).row(place[1])
-        recorded_S = decode_mask(encoded.mask, encoded.length)
-        extra = np.flatnonzero(mask_S & ~recorded_S) if len(mask_S) == len(recorded_S) else []
+    def _refuse(self, found: list[tuple[int, int]], mask_S: np.ndarray, last_label: int) -> None:
+        """Raises CacheError with what the recorded row that comes nearest lacks."""
+        extras = []
+        for shard, number in found:
+            encoded = self.shard(shard).row(number)
+            recorded_S = decode_mask(encoded.mask, encoded.length)
+            extras.append((np.flatnonzero(mask_S & ~recorded_S), encoded.last_label))
+        extra, recorded_label = min(extras, key=lambda found: len(found[0]))
         if len(extra):
             raise CacheError(
                 f"{self.folder} holds this sample without {len(extra)} of its {int(mask_S.sum())} supervised "
@@ -108,7 +112,7 @@ class CacheReader:
                 hint="a run may supervise what was recorded or less; record again with this mask",
             )
         raise CacheError(
-            f"{self.folder} holds this sample with {encoded.last_label} as its last label, this run has {last_label}",
+            f"{self.folder} holds this sample with {recorded_label} as its last label, this run has {last_label}",
             hint="the samples differ from the recorded ones after their last id; record the cache again",
         )
 

@@ -199,6 +199,7 @@ def _split(encoded: EncodedRow, contents: Contents) -> tuple:
         )
     ends = np.cumsum(sizes).tolist()
     parts = [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    log_tail_XT = np.frombuffer(parts[0], "<f4").reshape(-1, tokens)
+    tails = 0 if contents.sampled else len(contents.temperatures)
+    log_tail_XT = np.frombuffer(parts[0], "<f4").reshape(tails, tokens)
     entropy_T = np.frombuffer(parts[2], "<f4") if contents.sampled else None
     return log_tail_XT, np.frombuffer(parts[1], "<f4"), entropy_T, *parts[3:]
