@@ -88,7 +88,7 @@ def print_error(error: MegakdError) -> None:
     text = f"{type(error).__name__}: {error}"
     if os.environ.get("LOCAL_RANK", "0") != "0":
         text = f"rank {os.environ.get('RANK', '?')}: {text.splitlines()[0]}"
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{text}\n")  # in one piece, whatever other ranks write
 
 
 def format_help() -> str:

@@ -115,7 +115,7 @@ class FailureWatch:
         if not self._leaving.acquire(blocking=False):
             threading.Event().wait()  # another thread is already leaving, and takes this one along
         if text:
-            print(text, file=sys.stderr)
+            sys.stderr.write(f"{text}\n")  # in one piece, whatever other ranks write
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
