@@ -1,0 +1,85 @@
+"""`megakd convert`: Hugging Face folders to megakd checkpoints and back, verified by their logits.
+
+    megakd convert --from HF_FOLDER --to CHECKPOINT
+    megakd convert --from CHECKPOINT_OR_RUN --to HF_FOLDER --format hf
+    megakd convert --list
+
+One process, no GPU, one tensor in memory at a time. Afterwards the same prompts go through both models, and a
+conversion whose logits differ is thrown away.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+DEFAULT_FORMAT = {"hf": "megatron", "megatron": "hf"}
+
+
+def main(argv: list[str]) -> int:
+    """Run `megakd convert ARGV...`; returns the exit code 0, or raises CheckpointError."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        print(format_families())
+        return 0
+    if arguments.source is None or arguments.destination is None:
+        parser.error("--from and --to are needed (or --list)")
+    from megakd.checkpoints.conversion import Options, convert, format_of
+
+    target_format = arguments.format or DEFAULT_FORMAT[format_of(arguments.source)]
+    options = Options(
+        verify=not arguments.no_verify,
+        tp=arguments.tp,
+        family=arguments.family,
+        max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        overwrite=arguments.overwrite,
+        progress=sys.stderr.isatty() if arguments.progress is None else arguments.progress,
+    )
+    started = time.monotonic()
+    record = convert(arguments.source, arguments.destination, target_format, options)
+    print(format_result(arguments.destination, record, time.monotonic() - started))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megakd convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    path = pathlib.Path
+    parser.add_argument("--from", dest="source", type=path, metavar="SRC", help="a folder; what it is, is seen from it")
+    parser.add_argument("--to", dest="destination", type=path, metavar="DST", help="what to write; must not exist")
+    parser.add_argument("--format", choices=("megatron", "hf"), help="of DST (default: the other one)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel ranks of the check")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare logits; DST records it")
+    parser.add_argument("--family", metavar="NAME", help="Hugging Face model_type of a model that was not one before")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of one safetensors file (default: 5)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bars (default: on a terminal)")
+    parser.add_argument("--list", action="store_true", help="the model families and what of them is refused")
+    return parser
+
+
+def format_families() -> str:
+    from megakd.checkpoints.families import FAMILIES
+
+    lines = ["model_type        architecture                    without a Hugging Face origin"]
+    for name, family in sorted(FAMILIES.items()):
+        exported = "exported" if family.config else "-"
+        lines.append(f"{name:<16}  {family.architecture:<30}  {exported}")
+    return "\n".join(lines)
+
+
+def format_result(destination: pathlib.Path, record: dict, seconds: float) -> str:
+    verified = record["verified"]
+    if isinstance(verified, str):
+        return f"{destination}: {record['model_type']}, {verified}, {seconds:.0f} s\n{json.dumps(record)}"
+    worst = max(verified["differences"])
+    return (
+        f"{destination}: {record['model_type']}, {seconds:.0f} s\n"
+        f"verified: largest difference of a logit {worst:.1e}, allowed {verified['bound']:.1e} "
+        f"(standard deviation {verified['logit_std']:.2f}, TP {verified['tp']})"
+    )
