@@ -4,7 +4,6 @@ import contextlib
 import subprocess
 import sys
 
-
 from tests.ranks import run_ranks
 from tests.training import small
 
@@ -86,5 +85,3 @@ def test_upstream_still_shares_one_step_counter():
 
 def test_upstream_still_cannot_describe_a_fresh_optimizer():
     assert run_ranks(1, optimizer_round_trip, "sharded_state_dict") == ["AssertionError"]
-
-

@@ -1,0 +1,233 @@
+"""Runs from config to checkpoint: curves, resume to the bit after kill -9, stopping, refusals."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    runs.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tmp_path_factory):
+    """A run folder with a teacher that has learnt something, trained on two data-parallel ranks."""
+    run_dir = tmp_path_factory.mktemp("teacher")
+    config = runs.values(
+        folder,
+        run_dir,
+        student__model__hidden_size=48,
+        train__steps=60,
+        eval__every_steps=20,
+        checkpoint__every_steps=20,
+        log__tensorboard=True,
+    )
+    assert run_ranks(2, runs.train, config) == [None, None]
+    return run_dir
+
+
+def distil(folder, teacher, run_dir, tp=2, **changes):
+    changes = {"loss": {"top_k": 50, "ce_weight": 0.2}, "train__steps": 6} | changes
+    return runs.values(folder, run_dir, teacher__checkpoint=str(teacher), parallel__tp=tp, **changes)
+
+
+def test_a_run_leaves_a_whole_run_folder(teacher):
+    steps, validation = runs.lines(teacher), runs.lines(teacher, "validation")
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    assert [line["step"] for line in validation] == [20, 40, 60]
+    assert validation[-1]["ce"] < validation[0]["ce"] and 0 < validation[-1]["ece"] < 1
+    assert "kd" not in steps[0] and "agreement" not in validation[0], "no teacher, nothing said of one"
+    assert json.loads((teacher / "stopped.json").read_text()) == {"step": 60, "finished": True}
+    assert "megatron-core 0.16" in (teacher / "versions.txt").read_text()
+    assert list((teacher / "tensorboard").iterdir())
+    names = sorted(f.name for f in (teacher / "checkpoints").iterdir())
+    assert names == ["step_00000040", "step_00000060"]
+    assert {"megakd.json", "tokenizer.model", "metadata.json"} <= {
+        f.name for f in (teacher / "checkpoints" / names[-1]).iterdir()
+    }
+
+
+def test_tensor_and_data_parallel_runs_from_one_checkpoint_have_one_curve(folder, teacher, tmp_path):
+    curves = []
+    for ranks, tp in ((1, 1), (2, 2), (4, 2)):
+        config = distil(folder, teacher, tmp_path / f"{ranks}_{tp}", tp)
+        config["student"] = {"checkpoint": str(teacher)}
+        assert run_ranks(ranks, runs.train, config) == [None] * ranks
+        curves.append(runs.lines(tmp_path / f"{ranks}_{tp}") + runs.lines(tmp_path / f"{ranks}_{tp}", "validation"))
+    assert curves[0][0]["kd"] == pytest.approx(0, abs=1e-5), "the student starts as its own teacher"
+    for curve in curves[1:]:
+        for a, b in zip(curve, curves[0], strict=True):
+            assert a == pytest.approx(b, rel=2e-4, abs=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_bit(folder, teacher, tmp_path):
+    config = distil(folder, teacher, tmp_path / "whole", train__steps=20, student__model__hidden_dropout=0.1)
+    config["checkpoint"] = {"every_steps": 5, "keep_last": 10}
+    whole = runs.launch(tmp_path, 2, "train", config)
+    output = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, output
+    config["run"]["dir"] = str(tmp_path / "killed")
+    killed = runs.launch(tmp_path, 2, "train", config)
+    wait_for(tmp_path / "killed" / "checkpoints" / "step_00000010" / "megakd.json", killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert len(runs.lines(tmp_path / "killed")) < 20, "killed too late to prove anything"
+    again = runs.launch(tmp_path, 2, "train", config, "run.resume=required")
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, output
+    assert "continuing from" in output
+    for kind in ("train", "validation"):
+        assert runs.lines(tmp_path / "killed", kind) == runs.lines(tmp_path / "whole", kind)
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
+
+
+def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on(folder, teacher, tmp_path):
+    config = distil(folder, teacher, tmp_path / "run", train__steps=5000)
+    process = runs.launch(tmp_path, 2, "train", config)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert stopped["finished"] is False and 0 < stopped["step"] < 5000, output
+    config["train"]["steps"] = 5000
+    config["run"]["stop_after"] = 2
+    assert run_ranks(2, runs.train, config) == [None, None]
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["step"] == stopped["step"] + 2
+
+
+def test_background_saves_are_whole(folder, tmp_path):
+    config = runs.values(folder, tmp_path, train__steps=6)
+    config["checkpoint"] = {"every_steps": 2, "keep_last": 9, "asynchronous": True}
+    assert run_ranks(2, runs.train, config) == [None, None]
+    names = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000004", "step_00000006"]
+    shutil.rmtree(tmp_path / "checkpoints" / names[-1])
+    before = runs.lines(tmp_path)
+    assert run_ranks(2, runs.train, config) == [None, None]
+    assert runs.lines(tmp_path) == before
+
+
+def test_epochs_and_the_best_checkpoint(folder, tmp_path):
+    config = runs.values(folder, tmp_path, train__epochs=0.5, eval__every_steps=2)
+    del config["train"]["steps"]
+    config["checkpoint"] = {"keep_last": 1}
+    config["optimizer"] = {"lr": 5.0}
+    assert run_ranks(1, runs.train, config) == [None]
+    validation = runs.lines(tmp_path, "validation")
+    best = min(validation, key=lambda line: line["loss"])["step"]
+    kept = {int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {best, validation[-1]["step"]}
+
+
+REFUSED = {
+    "missing teacher": (
+        {"teacher__checkpoint": "nowhere"},
+        ["CheckpointError: checkpoint nowhere does not exist", "hint:"],
+    ),
+    "long sequence": ({"data__sequence_length": 64}, ["64 tokens exceed", "max_sequence_length = 32"]),
+    "top_k": ({"loss": {"top_k": 401}}, ["ConfigError: loss.top_k 401 exceeds the vocabulary of 400 ids"]),
+    "no data": ({"data__train": "none/train"}, ["DataError", "none/train"]),
+    "not finite": (
+        {"optimizer__lr": 1e30, "optimizer__clip_grad": 0.0},
+        ["TrainingError: step", "not finite", "hint: lower optimizer.lr"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_are_explained_on_every_rank(case, folder, teacher, tmp_path):
+    changes, texts = REFUSED[case]
+    messages = run_ranks(2, runs.train, distil(folder, teacher, tmp_path / "run", **changes))
+    assert messages[0] == messages[1] and all(text in messages[0] for text in texts), messages
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_a_teacher_that_knows_nothing_is_refused(folder, teacher, tmp_path):
+    fresh = runs.values(folder, tmp_path / "fresh", train__steps=1, optimizer__lr=1e-9, optimizer__min_lr=0.0)
+    assert run_ranks(1, runs.train, fresh) == [None]
+    config = distil(folder, tmp_path / "fresh", tmp_path / "run", tp=1)
+    (message,) = run_ranks(1, runs.train, config)
+    assert "TrainingError: the teacher's cross-entropy on the first batch" in message
+    config["teacher"]["allow_weak"] = True
+    assert run_ranks(1, runs.train, config) == [None]
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(folder, teacher, tmp_path):
+    from megakd.runs.prepare import main
+
+    for name in ("train", "validation"):
+        source = str(runs.ROOT / "megakd" / "cli.py")
+        if name == "train":
+            main(["tokenizer", "--input", source, "--output", f"{tmp_path}/tokenizer.model", "--vocab-size", "390"])
+        tokenizer, output = f"{tmp_path}/tokenizer.model", f"{tmp_path}/{name}"
+        main(["text", "--input", source, "--tokenizer", tokenizer, "--output", output])
+    (message,) = run_ranks(1, runs.train, distil(tmp_path, teacher, tmp_path / "run", tp=1))
+    assert "CheckpointError: teacher" in message and "(400 ids)" in message and "(390 ids)" in message
+
+
+def test_a_run_folder_belongs_to_one_run(folder, tmp_path):
+    config = runs.values(folder, tmp_path, train__steps=2)
+    assert run_ranks(1, runs.train, config) == [None]
+    config["optimizer"]["lr"] = 2e-2
+    config["run"]["resume"] = "auto"
+    (message,) = run_ranks(1, runs.train, config)
+    assert "optimizer.lr: was 0.01, is 0.02" in message
+    config["run"]["resume"] = "never"
+    assert "run.resume is never" in run_ranks(1, runs.train, config)[0]
+    config["run"] |= {"resume": "auto", "allow_change": ["optimizer.lr", "train.steps"]}
+    config["train"]["steps"] = 3
+    assert run_ranks(1, runs.train, config) == [None]
+    assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3]
+    config["run"] |= {"dir": str(tmp_path / "empty"), "resume": "required"}
+    assert "holds no whole checkpoint" in run_ranks(1, runs.train, config)[0]
+
+
+def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
+    config = distil(folder, teacher, teacher, tp=2, loss={"top_k": runs.PIECES})
+    process = runs.launch(tmp_path, 2, "evaluate", config)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    scores = json.loads((teacher / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert scores["kd"] == pytest.approx(0, abs=1e-5) and scores["agreement"] == 1
+    assert scores["ce"] == pytest.approx(runs.lines(teacher, "validation")[-1]["ce"], rel=1e-4)
+    generate = ["-m", "megakd", "generate", "--checkpoint", str(teacher), "--prompt", "def main(", "--device", "cpu"]
+    output = run_python([*generate, "--max-new-tokens", "8"])
+    assert output.returncode == 0, output.stderr
+    assert output.stdout.startswith("def main(") and len(output.stdout) > len("def main(") + 4
+    refused = run_python([*generate, "--max-new-tokens", "32"])
+    assert refused.returncode == 1 and "leave room for 1 to 0" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def run_python(arguments):
+    import subprocess
+    import sys
+
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=runs.ROOT)
+
+
+def test_the_last_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    from megakd.training.metrics import drop_lines_after
+
+    file = pathlib.Path(tmp_path) / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    drop_lines_after(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
