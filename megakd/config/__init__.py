@@ -5,6 +5,7 @@ dp = check_ranks(config, world_size)
 config.save(f"{config.run.dir}/config.yaml")
 """
 
+from megakd.config.cache import Cache
 from megakd.config.checks import check_model, check_ranks, check_vocab
 from megakd.config.config import Config
 from megakd.config.model import MLA, Model, MoE, RopeScaling
@@ -27,6 +28,7 @@ from megakd.config.sections import (
 
 __all__ = [
     "MLA",
+    "Cache",
     "Checkpoint",
     "Config",
     "Data",

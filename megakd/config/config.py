@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megakd.config import sections
+from megakd.config.cache import Cache
 from megakd.config.checks import model_problems
 from megakd.config.keys import iter_keys, section_of
 from megakd.config.overrides import apply_overrides
@@ -25,6 +26,7 @@ class Config(sections.Section):
     teacher: sections.Teacher | None = None
     loss: sections.Loss = sections.Loss()
     data: sections.Data
+    cache: Cache = Cache()
     train: sections.Train
     optimizer: sections.Optimizer
     schedule: sections.Schedule = sections.Schedule()

@@ -68,10 +68,20 @@ class Student(Section):
 class Teacher(Section):
     """The model that is learnt from; without this section the student trains on the data alone"""
 
-    checkpoint: Text
-    """Folder of a megakd checkpoint; it brings architecture and tokenizer. The teacher runs live beside the student."""
+    checkpoint: Text | None = None
+    """Folder of a megakd checkpoint; it brings architecture and tokenizer. Without a cache the teacher runs live beside
+    the student."""
+    cache: Text | None = None
+    """Folder of a logit cache: `megakd cache` records the checkpoint into it; training reads it, and the teacher does
+    not run. With a checkpoint as well, training checks that the cache was recorded from it."""
+    cache_checks: Literal["always", "sampled"] = "always"
+    """Which rows of the cache have their checksum compared when they are read: every one, or one in 16."""
     allow_weak: bool = False
     """Go on although the teacher predicts the first batch no better than chance."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint is None and self.cache is None:
+            yield "checkpoint", "neither checkpoint nor cache is given; expected one of them or both"
 
 
 class Loss(Section):

@@ -21,9 +21,11 @@ FREE = (
     "train.micro_batch_size",
     "train.recompute",
     "eval",
+    "cache",
     "checkpoint",
     "log",
     "teacher.allow_weak",
+    "teacher.cache_checks",
 )
 
 

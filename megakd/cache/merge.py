@@ -1,0 +1,87 @@
+"""Several recordings made one: their shards side by side under one header and one index."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+from megakd import __version__
+from megakd.cache.header import Header, ShardRecord, read_header, write_json
+from megakd.cache.index import Index
+from megakd.cache.reader import check_finished
+from megakd.cache.shard import check_head, open_shard_file, unwritable
+from megakd.cache.writer import finish, shard_file, writing
+from megakd.errors import CacheError
+
+SAME = ("contents", "mode", "options", "tail", "tokenizer_fingerprint", "teacher_fingerprint")
+
+
+def merge(output, inputs: list, command: str) -> tuple[Header, int]:
+    """Join finished caches into a new folder; the inputs stay as they are.
+
+    Shards are linked where the file system allows it and copied where not. A merge that was killed goes on when it is
+    started again.
+
+    Args:
+        inputs: folders of caches of one teacher, tokenizer and contents, in the order their samples are to have.
+        command: what made it, for the header.
+    Returns:
+        The merged header, and how many rows have a key that another row has too.
+    Raises:
+        CacheError: an input is unfinished or damaged, or two were recorded differently.
+    """
+    headers = [read_header(folder) for folder in inputs]
+    for folder, header in zip(inputs, headers, strict=True):
+        check_finished(pathlib.Path(folder), header)
+        check_mergeable(inputs[0], headers[0], folder, header)
+    sources = [
+        (pathlib.Path(folder) / record.file, record)
+        for folder, header in zip(inputs, headers, strict=True)
+        for record in header.shards
+    ]
+    merged = dataclasses.replace(
+        headers[0],
+        data={"merged": [header.data for header in headers]},
+        parts=len(sources),
+        created={"command": command, "megakd_version": __version__},
+        finished=False,
+        shards=(),
+        index=None,
+    )
+    output = pathlib.Path(output)
+    with writing(output, merged) as whole:
+        for part, (source, record) in enumerate(sources):
+            if part not in whole:
+                add_shard(output, part, source, record)
+        merged = finish(output, merged)
+    return merged, Index(output, merged).duplicates()
+
+
+def check_mergeable(first, first_header: Header, other, other_header: Header) -> None:
+    """Raises CacheError unless the two caches differ in nothing but their samples."""
+    for name in SAME:
+        a, b = (json.dumps(dataclasses.asdict(header)[name]) for header in (first_header, other_header))
+        if a != b:
+            raise CacheError(
+                f"{first} and {other} cannot be one cache: {name} is {a} and {b}",
+                hint="only recordings of one teacher with the same settings can be merged",
+            )
+
+
+def add_shard(output: pathlib.Path, part: int, source: pathlib.Path, record: ShardRecord) -> None:
+    """Publish a copy or a link of a shard as a part, after a check of its head."""
+    check_head(source, record, open_shard_file(source, record))
+    target = output / shard_file(part)
+    partial = target.with_name(target.name + ".incomplete")
+    try:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, partial)
+        os.replace(partial, target)
+        record = dataclasses.replace(record, file=target.name, part=part)
+        write_json(output / target.name.replace(".arrow", ".json"), dataclasses.asdict(record))
+    except OSError as error:
+        raise unwritable(target, error) from error

@@ -1,0 +1,109 @@
+"""What a cache holds in numbers: samples, tokens, bytes a token, and the share of the teacher's mass it keeps."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from megakd.cache.header import Header, read_header
+from megakd.cache.reader import CacheReader
+from megakd.cache.segments import reduce_tokens
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Figures of a cache.
+
+    Attributes:
+        header: the cache's.
+        file_bytes: of all its files.
+        duplicates: rows whose key another row has too.
+        rows_read: how many rows the following figures come from.
+        mass_T: mass that the entries hold, at the first recorded temperature, token by token.
+        entries_T: number of entries, token by token.
+        label_logprob_T: nats; NaN where it was not recorded.
+    """
+
+    header: Header
+    file_bytes: int
+    duplicates: int
+    rows_read: int
+    mass_T: np.ndarray
+    entries_T: np.ndarray
+    label_logprob_T: np.ndarray
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.file_bytes / max(self.header.tokens, 1)
+
+
+def measure(folder, most_rows: int = 2000) -> Statistics:
+    """Figures of a cache; those that need decoding from at most `most_rows` rows, evenly spread over it.
+
+    Raises:
+        CacheError: as the reader's.
+    """
+    header = read_header(folder)
+    reader = CacheReader(folder, temperature=header.contents.temperatures[0])
+    places = [(shard, row) for shard, record in enumerate(header.shards) for row in range(record.rows)]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(most_rows, len(places))).astype(int)) if places else []
+    rows = [reader.row(*places[i]) for i in chosen]
+    masses = [reduce_tokens(np.add, np.exp(row.logprobs_N.astype(np.float64)), row.counts_T) for row in rows]
+    return Statistics(
+        header=header,
+        file_bytes=sum(path.stat().st_size for path in pathlib.Path(folder).iterdir() if path.is_file()),
+        duplicates=reader.index.duplicates(),
+        rows_read=len(rows),
+        mass_T=np.concatenate([*masses, np.empty(0)]),
+        entries_T=np.concatenate([*(row.counts_T for row in rows), np.empty(0, np.int64)]),
+        label_logprob_T=np.concatenate([*(row.label_logprob_T for row in rows), np.empty(0)]),
+    )
+
+
+def describe(stats: Statistics) -> str:
+    """The figures as lines of text."""
+    header, contents = stats.header, stats.header.contents
+    temperatures = ", ".join(f"{t:g}" for t in contents.temperatures)
+    lines = [
+        f"mode          {header.mode}, at most {contents.top_k} entries a token, codec {contents.codec}",
+        f"temperature   {temperatures}",
+        f"tail          {'none: the entries stand for the whole vocabulary' if contents.sampled else header.tail}",
+        f"vocabulary    {contents.vocab_size:,} ids, tokenizer {header.tokenizer_fingerprint[:12]}",
+        f"teacher       {header.teacher_fingerprint[:12] or 'unknown (imported)'}",
+        f"samples       {header.rows:,} in {len(header.shards)} shards, {stats.duplicates} recorded more than once",
+        f"tokens        {header.tokens:,} supervised",
+        f"bytes         {stats.file_bytes:,}, {stats.bytes_per_token:.1f} a token",
+    ]
+    if len(stats.mass_T):
+        points = np.percentile(stats.mass_T, PERCENTILES)
+        spread = "  ".join(f"p{p} {value:.4f}" for p, value in zip(PERCENTILES, points, strict=True))
+        lines += [
+            f"from {stats.rows_read:,} samples:",
+            f"  mass kept   mean {stats.mass_T.mean():.4f}  {spread}",
+            f"  entries     mean {stats.entries_T.mean():.2f}, most {stats.entries_T.max()}",
+        ]
+        known_T = stats.label_logprob_T[~np.isnan(stats.label_logprob_T)]
+        if len(known_T):
+            lines.append(f"  teacher CE  {-known_T.mean():.4f} nats")
+    return "\n".join(lines)
+
+
+def plot(stats: Statistics, path) -> None:
+    """A PNG: how much of the teacher's mass the entries hold, as the share of tokens that have less than that."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    missing_T = np.sort(np.maximum(1 - stats.mass_T, 1e-9))
+    left.plot(missing_T, np.arange(1, len(missing_T) + 1) / max(len(missing_T), 1))
+    left.set(xscale="log", xlabel="mass outside the entries", ylabel="share of tokens with at most that", ylim=(0, 1))
+    left.grid(alpha=0.3)
+    right.hist(stats.mass_T, bins=50, range=(0, 1))
+    right.set(xlabel="mass of the entries", ylabel="tokens", yscale="log")
+    figure.suptitle(f"{stats.header.contents.top_k} entries a token, {stats.header.tokens:,} tokens")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,51 @@
+"""The `cache` section: what `megakd cache` records."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megakd.config.section import Count, CountOrZero, Positive, Section, Share
+
+
+class Cache(Section):
+    """What `megakd cache` records into teacher.cache, of the samples that this config would train and validate on"""
+
+    mode: Literal["top_k", "top_p", "sampled", "hybrid"] = "top_k"
+    """Which entries of the teacher's distribution are kept per token: the top_k most likely; the most likely that
+    together reach top_p; draws from the whole distribution; or the top_k most likely and draws from the rest."""
+    top_k: Count | None = None
+    """Most entries kept per token (sampled has only draws); null: loss.top_k. Training may use fewer."""
+    top_p: Share | None = None
+    """Mass that the entries reach, with top_k as their limit (top_p only, and needed there)."""
+    draws: Annotated[int, Field(ge=1, lt=2**16)] | None = None
+    """Draws per token (sampled and hybrid only, and needed there)."""
+    codec: Literal["fp32", "fp16", "q8"] = "fp16"
+    """How log-probabilities are stored: exactly, as float16, or in 8 bits. Sampled entries are counts, always exact."""
+    temperatures: list[Positive] = Field(default=[])
+    """Temperatures that training may use, each with a tail of its own; empty: loss.temperature. Draws have one only."""
+    keep_label: bool = False
+    """The data's next token is always among the entries, in place of the least likely one (top_k and top_p only)."""
+    start: CountOrZero = 0
+    """First sample to record, in the order validation data, then training data in training order. With end it lets
+    several jobs share the work, each into a folder of its own; `megakd cache merge` joins them."""
+    end: Count | None = None
+    """Sample to stop before; null: all that the run would read."""
+    shard_samples: Count | None = None
+    """Samples of one shard, which is written at once and is what a kill may lose; null: about 128 MiB."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        drawn = self.mode in ("sampled", "hybrid")
+        if (self.top_p is not None) != (self.mode == "top_p"):
+            yield "top_p", f"{'missing' if self.top_p is None else self.top_p}; only mode top_p has it, and needs it"
+        if (self.draws is not None) != drawn:
+            seen = "missing" if self.draws is None else self.draws
+            yield "draws", f"{seen}; only the modes sampled and hybrid have it, and need it"
+        if drawn and len(self.temperatures) > 1:
+            yield "temperatures", f"{self.temperatures}; draws are made at one temperature"
+        if len(set(self.temperatures)) < len(self.temperatures):
+            yield "temperatures", f"{self.temperatures} names one twice"
+        if drawn and self.keep_label:
+            yield "keep_label", f"true, but mode {self.mode} draws its entries"
+        if self.end is not None and self.end <= self.start:
+            yield "end", f"{self.end} must be above start = {self.start}"

@@ -1,0 +1,38 @@
+import pytest
+
+from megakd.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"teacher.allow_weak": True}, "teacher.checkpoint: neither checkpoint nor cache is given"),
+        ({"cache.mode": "top_p"}, "cache.top_p: missing; only mode top_p has it"),
+        ({"cache.top_p": 0.9}, "cache.top_p: 0.9; only mode top_p has it"),
+        ({"cache.mode": "hybrid"}, "cache.draws: missing; only the modes sampled and hybrid"),
+        ({"cache.draws": 8}, "cache.draws: 8; only the modes"),
+        (
+            {"cache.mode": "sampled", "cache.draws": 8, "cache.temperatures": [1.0, 2.0]},
+            "cache.temperatures: [1.0, 2.0]",
+        ),
+        ({"cache.temperatures": [2.0, 2.0]}, "cache.temperatures: [2.0, 2.0] names one twice"),
+        ({"cache.mode": "sampled", "cache.draws": 8, "cache.keep_label": True}, "cache.keep_label: true, but mode"),
+        ({"cache.start": 8, "cache.end": 8}, "cache.end: 8 must be above start = 8"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named(build, changes, problem):
+    with pytest.raises(ConfigError) as caught:
+        build(changes)
+    assert f"here.yaml: {problem}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher.cache": "cache"},
+        {"teacher.cache": "cache", "teacher.checkpoint": "teacher", "cache.temperatures": [1.0, 2.0]},
+        {"teacher.cache": "cache", "cache.mode": "hybrid", "cache.draws": 8, "cache.top_k": 4, "cache.start": 5},
+    ],
+)
+def test_what_can_be_recorded(build, changes):
+    assert build(changes).teacher.cache == "cache"
