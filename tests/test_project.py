@@ -1,0 +1,121 @@
+"""The project's own files agree with each other and with the code."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import megakd
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# Used when it is installed and asked for; the error that says it is missing names it.
+OPTIONAL = {"wandb"}
+MODULES = {"pyyaml": "yaml", "megatron-core": "megatron", "transformer-engine": "transformer_engine"}
+DOCKER_INSTRUCTIONS = {"ARG", "FROM", "LABEL", "WORKDIR", "COPY", "RUN", "ENV"}
+
+
+def package(requirement):
+    return re.match(r"[A-Za-z0-9._-]+", requirement).group().lower()
+
+
+def logical_lines(path):
+    """Lines of a Dockerfile without comments, continued lines joined."""
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    return "\n".join(lines).replace("\\\n", " ").splitlines()
+
+
+def test_the_version_stands_in_one_place():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "megakd.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", megakd.__version__)
+    others = [path.name for path in ROOT.glob("*") if path.is_file() and path.suffix in (".py", ".toml", ".txt")
+              if f'"{megakd.__version__}"' in path.read_text("utf-8")]  # fmt: skip
+    assert not others
+
+
+def test_extras():
+    assert {"dev", "cuda", "hub", "eval"} <= set(EXTRAS)
+    everything = PROJECT["project"]["dependencies"] + [r for requirements in EXTRAS.values() for r in requirements]
+    assert "apex" not in map(package, everything)
+    assert "transformer-engine[pytorch]>=2.9.0a0,<2.12" in EXTRAS["cuda"]
+    (triton,) = [r for r in EXTRAS["dev"] if package(r) == "triton"]
+    assert "==3.7.*" in triton and "sys_platform == 'linux'" in triton and "platform_machine == 'x86_64'" in triton
+
+
+def test_every_dependency_has_a_lower_bound_and_megatron_an_upper_one():
+    for requirement in PROJECT["project"]["dependencies"]:
+        assert ">=" in requirement, requirement
+    assert "megatron-core>=0.16.1,<0.17" in PROJECT["project"]["dependencies"]
+
+
+def test_what_the_package_imports_is_declared():
+    core = {package(requirement) for requirement in PROJECT["project"]["dependencies"]}
+    extras = {package(requirement) for requirements in EXTRAS.values() for requirement in requirements}
+    known = {MODULES.get(name, name.replace("-", "_")) for name in core | extras} | OPTIONAL | {"megakd"}
+    undeclared = {}
+    for path in sorted((ROOT / "megakd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for top in {name.partition(".")[0] for name in names} - known - sys.stdlib_module_names:
+                undeclared.setdefault(top, str(path.relative_to(ROOT)))
+    assert not undeclared
+
+
+def test_constraints_pin_every_dependency_of_development():
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for requirement in PROJECT["project"]["dependencies"] + EXTRAS["dev"] + EXTRAS["plots"]:
+        name = package(requirement).replace("_", "-")
+        assert name in pins or name == "megakd", f"{name} is not pinned"
+    assert pins["torch"] == "2.13.0"
+
+
+def test_the_command_is_installed_under_its_name():
+    assert PROJECT["project"]["scripts"] == {"megakd": "megakd.cli:main"}
+    try:
+        scripts = importlib.metadata.distribution("megakd").entry_points
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("megakd is not installed here")
+    assert [script.value for script in scripts if script.name == "megakd"] == ["megakd.cli:main"]
+
+
+def test_makefile_targets():
+    for target in ("quickstart", "test", "check", "bench"):
+        plan = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True)
+        assert plan.returncode == 0, plan.stderr
+        assert "-c constraints.txt -e '.[dev]'" in plan.stdout, f"{target} does not set up its environment"
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert re.findall(r"^make (\w+)", listed, re.MULTILINE) == ["help", "quickstart", "test", "check", "bench"]
+    plan = subprocess.run(["make", "-n", "test", "ARGS=-k x"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert re.search(r"OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 \S+ -m pytest -k x", plan)
+
+
+def test_ci_runs_check_and_test():
+    script = ROOT / ".ci" / "run"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert "set -euo pipefail\n" in script.read_text() and script.read_text().endswith("make check\nmake test\n")
+
+
+def test_dockerfile():
+    lines = [line.split(maxsplit=1) for line in logical_lines(ROOT / "Dockerfile")]
+    assert {name for name, _ in lines} == DOCKER_INSTRUCTIONS
+    assert lines[0][0] == "ARG" and lines[0][1].startswith("BASE_IMAGE=") and lines[1] == ["FROM", "${BASE_IMAGE}"]
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    for _, arguments in (line for line in lines if line[0] == "COPY"):
+        for source in arguments.split()[:-1]:
+            assert f"!{source}" in allowed and (ROOT / source).exists(), source
+    (install,) = [arguments for name, arguments in lines if name == "RUN"]
+    assert "-c base-packages.txt" in install and " -e " not in install and "--index-url" not in install
