@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megakd.kernels import divergences, rows
+from megakd.kernels import divergences
+from megakd.kernels.paths import row_passes
 from megakd.kernels.records import Merged, build_record, merge_records
 from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
@@ -165,7 +166,7 @@ class _KDLoss(torch.autograd.Function):
     def forward(ctx, logits_TW, targets, labels_T, shard, options, inplace_backward):
         s = localize(targets, labels_T, shard)
         temperature, sampled = options.temperature, targets.entropy_T is not None
-        stats = rows.statistics(
+        stats = row_passes(logits_TW).statistics(
             logits_TW, s.columns_TK, s.label_columns_T, s.supervised_T, shard.real_width, temperature
         )
         record = build_record(stats, s.logprobs_TK, temperature, sampled=sampled)
@@ -188,7 +189,7 @@ class _KDLoss(torch.autograd.Function):
         compared = divergences.Compared(*rest)
         factors = gradient_factors(grad_T, entry_logits_TK, s, merged, compared, ctx.options)
         out_TW = logits_TW.detach() if ctx.inplace_backward else torch.empty_like(logits_TW)
-        rows.backward(
+        row_passes(logits_TW).backward(
             logits_TW,
             s.columns_TK,
             s.label_columns_T,

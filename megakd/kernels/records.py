@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.kernels.rows import Statistics
+from megakd.kernels.rows import Statistics, finite
 
 
 class Merged(NamedTuple):
@@ -104,11 +104,6 @@ def merge_records(records_RTL: Tensor, temperature: float) -> Merged:
         ce_T=lse_at_one_T - (label_RT.amax(0) - top_T),
         lse_at_one_T=top_T + lse_at_one_T,
     )
-
-
-def finite(x: Tensor) -> Tensor:
-    """x with 0 for -inf; NaN and +inf pass through."""
-    return x.masked_fill(x == -torch.inf, 0)
 
 
 def _scaled(x_RT: Tensor, gap_RT: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""The two passes over the student's logits, row block by row block, in plain PyTorch.
+"""The passes over whole rows of logits, a few rows at a time, in plain PyTorch.
 
-This is the seam between the loss and the machine: another implementation (Triton) offers the same two functions.
-Everything else of the loss works on [T], [T, K] and a few numbers per rank.
+This is the seam between the losses and the machine: another implementation (Triton) offers the same functions, with the
+same signatures. Everything else works on [T], [T, K] and a few numbers per rank.
 
-Sizes: T tokens, K entries per token, W columns on this rank, of which the first `width` are real and the rest padding.
+    statistics   one read of the student's logits                 forward of kd_loss
+    backward     one read of them and one write of the gradient   backward of kd_loss
+    summarize    one read of the teacher's logits                 select_top_k
+
+Sizes: T tokens, K entries per token, W columns on this rank, of which the first `width` are real and the rest padding,
+C chunks of the columns.
 """
 
 from collections.abc import Iterator
@@ -12,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 20  # fp32 working set of one row block: half of a common L2 cache
+BLOCK_BYTES = (
+    5 << 18
+)  # fp32 working set of one row block: fits the L2 cache of a server core, beside what flows through
 
 
 class Statistics(NamedTuple):
@@ -46,23 +53,23 @@ def statistics(
         temperature: of the student.
     """
     tokens, top_k = columns_TK.shape
-    max_T = logits_TW.new_full((tokens,), -torch.inf, dtype=torch.float32)
+    picked_columns_TK = _or_last(torch.cat([columns_TK, label_columns_T[:, None]], 1), width)
+    picked_TK = logits_TW.new_full((tokens, top_k + 1), -torch.inf, dtype=torch.float32)
+    max_T = picked_TK.new_full((tokens,), -torch.inf)
     sum_T = torch.zeros_like(max_T)
     sum_at_one_T = None if temperature == 1 else torch.zeros_like(max_T)
-    entry_logits_TK = max_T[:, None].repeat(1, top_k)
-    label_logit_T = max_T.clone()
     for rows, x, spare in row_blocks(logits_TW, supervised_T, width, spare=temperature != 1):
-        columns, label_columns = _or_last(columns_TK[rows], width), _or_last(label_columns_T[rows, None], width)
-        entry_logits_TK[rows] = x.gather(1, columns)
-        label_logit_T[rows] = x.gather(1, label_columns)[:, 0]
-        x.scatter_(1, columns, -torch.inf)
-        max_T[rows] = top = x.amax(1)
-        x -= top.masked_fill(top == -torch.inf, 0)[:, None]
+        columns = picked_columns_TK[rows]
+        picked_TK[rows] = x.gather(1, columns)
+        x.scatter_(1, columns[:, :top_k], -torch.inf)
+        top = x.amax(1, keepdim=True)
+        max_T[rows] = top[:, 0]
+        x -= finite(top)
         if temperature != 1:
             sum_at_one_T[rows] = torch.exp(x, out=spare).sum(1)
             x *= 1 / temperature
         sum_T[rows] = x.exp_().sum(1)
-    return Statistics(max_T, sum_T, sum_at_one_T, entry_logits_TK, label_logit_T)
+    return Statistics(max_T, sum_T, sum_at_one_T, picked_TK[:, :top_k], picked_TK[:, top_k])
 
 
 def backward(
@@ -94,21 +101,59 @@ def backward(
         label_grad_T: float32.
         out_TW: written; may be `logits_TW` itself.
     """
+    columns_TK, label_columns_T = _or_last(columns_TK, width), _or_last(label_columns_T, width)
+    max_T1, outside_T1, label_columns_T1, label_grad_T1 = (
+        x_T[:, None] for x_T in (max_T, outside_T, label_columns_T, label_grad_T)
+    )
     for rows, x, spare in row_blocks(logits_TW, supervised_T, width, spare=outside_at_one_T is not None):
-        x -= max_T[rows, None]
+        x -= max_T1[rows]
         if spare is not None:
             torch.exp(x, out=spare).mul_(outside_at_one_T[rows, None])
         if temperature != 1:
             x *= 1 / temperature
-        x.exp_().mul_(outside_T[rows, None])
+        x.exp_().mul_(outside_T1[rows])
         if spare is not None:
             x += spare
-        x.scatter_add_(1, _or_last(label_columns_T[rows, None], width), label_grad_T[rows, None])
-        x.scatter_(1, _or_last(columns_TK[rows], width), entry_grad_TK[rows])
-        out_TW[rows, :width] = x[:, :width].to(out_TW.dtype)
+        x.scatter_add_(1, label_columns_T1[rows], label_grad_T1[rows])
+        x.scatter_(1, columns_TK[rows], entry_grad_TK[rows])
+        if isinstance(rows, slice):
+            out_TW[rows, :width].copy_(x[:, :width])
+        else:
+            out_TW[rows, :width] = x[:, :width].to(out_TW.dtype)
     out_TW[:, width:] = 0
     if not supervised_T.all():
         out_TW[~supervised_T] = 0
+
+
+def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """One read of the logits: maximum and sum of exponentials of every chunk, where column j is in chunk j % chunks.
+
+    Args:
+        logits_TW, width: as in `statistics`; every row is read.
+        chunks: 1 <= chunks <= width.
+    Returns:
+        max_TC: largest logit of the chunk, float32; NaN in all chunks of a row that holds anything but finite numbers.
+        sum_TC: sum over the chunk of exp((x - max) / temperature), float32.
+    """
+    tokens, height = len(logits_TW), -(-width // chunks)
+    max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
+    sum_TC = torch.empty_like(max_TC)
+    rows_per_block = max(1, BLOCK_BYTES // (4 * height * chunks))
+    buffer = max_TC.new_empty((rows_per_block, height * chunks))
+    for first in range(0, tokens, rows_per_block):
+        rows = slice(first, min(first + rows_per_block, tokens))
+        x = buffer[: rows.stop - first]
+        x[:, :width].copy_(logits_TW[rows, :width])
+        x[:, width:] = -torch.inf
+        infinite = x[:, :width].amin(1, keepdim=True) == -torch.inf
+        x = x.view(-1, height, chunks)
+        top = torch.amax(x, 1, out=max_TC[rows])
+        x -= top[:, None]
+        if temperature != 1:
+            x *= 1 / temperature
+        torch.sum(x.exp_(), 1, out=sum_TC[rows])
+        top.masked_fill_(infinite | ~(top < torch.inf).all(1, keepdim=True), torch.nan)
+    return max_TC, sum_TC
 
 
 def row_blocks(
@@ -136,6 +181,11 @@ def _runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:
     for piece in index.split(length) if len(index) else ():
         first, last = int(piece[0]), int(piece[-1])
         yield slice(first, last + 1) if last - first + 1 == len(piece) else piece
+
+
+def finite(x: Tensor) -> Tensor:
+    """x with 0 for -inf; NaN and +inf pass through."""
+    return x.masked_fill(x == -torch.inf, 0)
 
 
 def _or_last(columns: Tensor, width: int) -> Tensor:

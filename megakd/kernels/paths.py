@@ -1,0 +1,32 @@
+"""Which implementation of the row passes (`megakd.kernels.rows`) reads a tensor of logits, and why."""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+LOGGER = logging.getLogger(__name__)
+
+
+def row_passes(logits_TW: Tensor) -> ModuleType:
+    """The module with `statistics`, `backward` and `summarize` for these logits; the choice is logged once.
+
+    Triton on CUDA where it is installed, and anywhere under TRITON_INTERPRET=1 (slow: for tests); otherwise PyTorch.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _load("triton_rows", "TRITON_INTERPRET=1", logging.INFO)
+    if not logits_TW.is_cuda:
+        return _load("rows", f"the logits are on {logits_TW.device.type}", logging.INFO)
+    if importlib.util.find_spec("triton") is None:
+        return _load("rows", "triton is not installed; install it for several times the speed", logging.WARNING)
+    return _load("triton_rows", "the logits are on cuda", logging.INFO)
+
+
+@functools.cache
+def _load(name: str, reason: str, level: int) -> ModuleType:
+    LOGGER.log(level, "loss kernels: megakd.kernels.%s, because %s", name, reason)
+    return importlib.import_module(f"megakd.kernels.{name}")

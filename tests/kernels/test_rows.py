@@ -1,0 +1,76 @@
+"""The row passes one by one: blocks, gaps between supervised rows, crowded ties, and the choice of implementation."""
+
+import logging
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megakd.kernels import VocabShard, kd_loss, paths, rows, select_top_k, selection
+from tests.kernels.dense import dense_targets, draw
+
+T, V, K = 11, 101, 8
+
+
+@pytest.fixture(params=[1, 3 * 4 * (V + 1), 1 << 20])  # one row, three rows, all rows at a time
+def block_bytes(request, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK_BYTES", request.param)
+
+
+def test_blocks_and_gaps_change_nothing(block_bytes, monkeypatch):
+    student, teacher, labels = draw(T, V, dtype=torch.bfloat16)
+    labels[[0, 2, 5, 9]] = -100
+    shard = VocabShard(0, V, V)
+    targets = select_top_k(teacher, K, shard, 2.0)
+
+    def run():
+        leaf = student.clone().requires_grad_()
+        outputs = kd_loss(leaf, targets, labels, shard, ce_weight=0.3)
+        outputs.loss_T.sum().backward()
+        return *(part.detach() for part in outputs), leaf.grad
+
+    got = run()
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 30)
+    assert all(torch.equal(a, b) for a, b in zip(got, run(), strict=True))
+
+
+@pytest.mark.parametrize("width, chunks", [(101, 101), (101, 7), (101, 1), (128, 16), (97, 50)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_summarize(block_bytes, width, chunks, temperature):
+    _, teacher, _ = draw(T, V + 30, dtype=torch.bfloat16)
+    teacher[2, 5], teacher[3, 96], teacher[4, width - 1] = torch.nan, torch.inf, -torch.inf
+    teacher[:, width:] = torch.nan
+    max_TC, sum_TC = rows.summarize(teacher, width, chunks, temperature)
+    fine = torch.tensor([row not in (2, 3, 4) for row in range(T)])
+    assert max_TC[~fine].isnan().all()
+    for c in range(chunks):
+        x = teacher[fine, c:width:chunks].double()
+        assert torch.equal(max_TC[fine, c].double(), x.amax(1))
+        assert_close(sum_TC[fine, c].double(), ((x - x.amax(1, keepdim=True)) / temperature).exp().sum(1), rtol=1e-6,
+                     atol=0)  # fmt: skip
+
+
+def test_crowded_rows_are_scanned_whole(monkeypatch):
+    """More ties at the threshold than chunks looked at, in some rows; and few candidates in the others."""
+    width, top_k = 4099, 5
+    _, teacher, _ = draw(T, width)
+    teacher[[1, 7]] = teacher[[1, 7]].round().clamp(max=3)
+    teacher[8] = 0.0
+    taken = []
+    monkeypatch.setattr(selection, "_take", lambda *a, take=selection._take: (taken.append(a[0].shape), take(*a)))
+    targets = select_top_k(teacher, top_k, VocabShard(0, width, width))
+    ids, log_p, tail = dense_targets(teacher, top_k)
+    assert torch.equal(targets.ids_TK, ids)
+    assert_close(targets.logprobs_TK.double(), log_p, atol=2e-6, rtol=1e-6)
+    assert_close(targets.log_tail_T.double(), tail, atol=2e-6, rtol=1e-6)
+    assert taken[-1] == (3, width) and all(columns < width / 3 for _, columns in taken[:-1])
+
+
+def test_the_choice_of_path_is_logged_once_with_its_reason(monkeypatch, caplog):
+    paths._load.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with caplog.at_level(logging.INFO):
+        assert paths.row_passes(torch.zeros(1, 1)) is paths.row_passes(torch.zeros(2, 2)) is rows
+    assert [r.getMessage() for r in caplog.records] == [
+        "loss kernels: megakd.kernels.rows, because the logits are on cpu"
+    ]
