@@ -14,8 +14,10 @@ def test_installs_quietly_and_answers_for_cuda():
         "install('cpu'); install('cpu')\n"
         "import torch\n"
         "assert torch.zeros(2, device='cuda').device.type == 'cpu'\n"
-        "assert torch.zeros(2).type() == 'torch.cuda.FloatTensor' and torch.zeros(2).half().cuda().device.type == 'cpu'\n"
-        "assert torch.cuda.current_device() == torch.device('cpu') and torch.Generator(device='cuda').device.type == 'cpu'\n"
+        "assert torch.zeros(2).type() == 'torch.cuda.FloatTensor'\n"
+        "assert torch.zeros(2).half().cuda().device.type == 'cpu'\n"
+        "assert torch.cuda.current_device() == torch.device('cpu')\n"
+        "assert torch.Generator(device='cuda').device.type == 'cpu'\n"
     )
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -38,8 +38,9 @@ def teacher(folder, tmp_path_factory):
 
 
 def distil(folder, teacher, run_dir, tp=2, **changes):
-    changes = {"loss": {"top_k": 50, "ce_weight": 0.2}, "train__steps": 6} | changes
-    return runs.values(folder, run_dir, teacher__checkpoint=str(teacher), parallel__tp=tp, **changes)
+    defaults = {"loss": {"top_k": 50, "ce_weight": 0.2}, "train__steps": 6}
+    defaults |= {"teacher__checkpoint": str(teacher), "parallel__tp": tp}
+    return runs.values(folder, run_dir, **(defaults | changes))
 
 
 def test_a_run_leaves_a_whole_run_folder(teacher):
