@@ -12,7 +12,7 @@ from tests.kernels.dense import dense_targets, draw
 T, V, K = 11, 101, 8
 
 
-@pytest.fixture(params=[1, 3 * 4 * (V + 1), 1 << 20])  # one row, three rows, all rows at a time
+@pytest.fixture(params=[1, 6 * 4 * (V + 1), 1 << 20])  # one row, three or six, all rows at a time
 def block_bytes(request, monkeypatch):
     monkeypatch.setattr(rows, "BLOCK_BYTES", request.param)
 
