@@ -29,7 +29,7 @@ def run_gate(hf_path: pathlib.Path, megatron_path: pathlib.Path, model: Model, *
         for rank in range(tp):
             ours, theirs = context.Pipe(duplex=False)
             args = (rank, tp, f"{meeting}/store", hf_path, megatron_path, model, progress, theirs)
-            process = context.Process(target=serve, args=args)
+            process = context.Process(target=serve, args=args, daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)

@@ -54,6 +54,7 @@ class HuggingFaceReference:
             self.model = architecture._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
         self.layers = decoder_layers(self.model, self.opened.model.num_layers)
         self.persistent = set(self.model.state_dict())
+        self.names = renamed_names(self.model, self.opened)
 
     @torch.no_grad()
     def run(self, ids_PS: Tensor, *, progress: bool = False) -> Reference:
@@ -92,33 +93,40 @@ class HuggingFaceReference:
     def _load(self, name: str) -> Tensor:
         """The tensor of a transformers parameter, float32."""
         opened = self.opened
-        if name in opened.names:
-            return as_float(opened.load(name))
+        if name in self.names:
+            return as_float(opened.load(self.names[name]))
         source = getattr(self.model, "all_tied_weights_keys", {}).get(name)
-        if source is not None and source in opened.names:
-            return as_float(opened.load(source))
+        if source in self.names:
+            return as_float(opened.load(self.names[source]))
         if fused := FUSED.match(name):
             return self._experts(fused["experts"], fused["what"])
-        for pattern, replacement in ((r"\.mlp\.", ".block_sparse_moe."),):
-            renamed = re.sub(pattern, replacement, name)
-            if renamed in opened.names:
-                return as_float(opened.load(renamed))
         raise CheckpointError(
             f"{opened.folder.path}: transformers wants {name}, the files do not have it",
             hint="this transformers names the weights in a way the gate does not know; --no-verify converts without it",
         )
 
     def _experts(self, experts: str, what: str) -> Tensor:
-        number = self.opened.model.moe.num_experts
-        for base in (experts, experts.replace(".mlp.", ".block_sparse_moe.")):
-            for parts in EXPERT_NAMES[what]:
-                if f"{base}.0.{parts[0]}.weight" in self.opened.names:
-                    rows = [
-                        torch.cat([as_float(self.opened.load(f"{base}.{e}.{part}.weight")) for part in parts])
-                        for e in range(number)
-                    ]
-                    return torch.stack(rows)
+        for parts in EXPERT_NAMES[what]:
+            if f"{experts}.0.{parts[0]}.weight" in self.names:
+                names = [[f"{experts}.{e}.{p}.weight" for p in parts] for e in range(self.opened.model.moe.num_experts)]
+                return torch.stack(
+                    [torch.cat([as_float(self.opened.load(self.names[n])) for n in row]) for row in names]
+                )
         raise CheckpointError(f"{self.opened.folder.path}: the experts of {experts} are not found under a known name")
+
+
+def renamed_names(model: Module, opened: HuggingFaceModel) -> dict[str, str]:
+    """transformers' own names of the tensors -> names in the tables; transformers 5 renames some when it loads."""
+    names = {name: name for name in opened.names}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4 loads the names as they are
+        return names
+    for renaming in get_model_conversion_mapping(model):
+        if isinstance(renaming, WeightRenaming):
+            names = {renaming.rename_source_key(theirs)[0]: ours for theirs, ours in names.items()}
+    return names
 
 
 def as_float(tensor: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ def neox_model(config) -> dict:
         plain_fields(config)
         | ALL_BIASES
         | {
+            "num_query_groups": config.num_attention_heads,
             "norm_epsilon": float(config.layer_norm_eps),
             "activation": activation(config, PLAIN, config.hidden_act),
             "parallel_residual": bool(config.use_parallel_residual),
