@@ -37,6 +37,7 @@ class Verb:
 VERBS = {
     "train": Verb("megakd.runs.train:main", "train a student, from a teacher or plainly on data", True),
     "evaluate": Verb("megakd.runs.evaluate:main", "measure a student on held-out data, against its teacher", True),
+    "cache": Verb("megakd.runs.cache:main", "record a teacher's logits; look into, check and join caches", False),
     "generate": Verb("megakd.runs.generate:main", "complete a prompt with a checkpoint", False),
     "convert": Verb("megakd.runs.convert:main", "Hugging Face checkpoints to megakd and back, verified", False),
     "prepare": Verb("megakd.runs.prepare:main", "train a tokenizer; turn text into token files", False),

@@ -182,10 +182,9 @@ def _id_bits(contents: Contents) -> int:
     return (contents.vocab_size - 1).bit_length()
 
 
-def _split(encoded: EncodedRow, contents: Contents) -> tuple:
-    """The parts of the payload."""
-    tokens, entries, payload = encoded.tokens, encoded.entries, memoryview(encoded.payload)
-    sizes = [
+def part_bytes(tokens: int, entries: int, contents: Contents) -> list[int]:
+    """Bytes of each part of a payload, in order; a part that is absent has 0."""
+    return [
         0 if contents.sampled else 4 * tokens * len(contents.temperatures),
         4 * tokens,
         4 * tokens if contents.sampled else 0,
@@ -193,10 +192,20 @@ def _split(encoded: EncodedRow, contents: Contents) -> tuple:
         ids_bytes(contents.vocab_size, tokens, entries),
         packed_bytes(tokens, _id_bits(contents)),
     ]
-    if len(payload) != sum(sizes) + -sum(sizes) % 8:
-        raise ValueError(
-            f"{len(payload)} bytes are stored where {tokens} tokens of {entries} entries take {sum(sizes)}"
-        )
+
+
+def row_bytes(tokens: int, entries: int, contents: Contents) -> int:
+    """Bytes of a payload."""
+    used = sum(part_bytes(tokens, entries, contents))
+    return used + -used % 8
+
+
+def _split(encoded: EncodedRow, contents: Contents) -> tuple:
+    """The parts of the payload."""
+    tokens, entries, payload = encoded.tokens, encoded.entries, memoryview(encoded.payload)
+    sizes = part_bytes(tokens, entries, contents)
+    if len(payload) != row_bytes(tokens, entries, contents):
+        raise ValueError(f"{len(payload)} bytes are stored, {tokens} tokens with {entries} entries take {sum(sizes)}")
     ends = np.cumsum(sizes).tolist()
     parts = [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     tails = 0 if contents.sampled else len(contents.temperatures)

@@ -13,10 +13,12 @@ from megakd.data.dataset import TextDataset, load_batch
 from megakd.data.order import batch_indices, split_batch, validation_indices
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import CheckpointError, ConfigError, TrainingError
+from megakd.models.cached_teacher import CachedTeacher
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import MicroBatch
-from megakd.models.teacher import OnlineTeacher
+from megakd.models.teacher import OnlineTeacher, TeacherSource
+from megakd.training.cached import describe_data, open_cache
 
 LOG = logging.getLogger("megakd")
 CE_ONLY = Loss(kd_weight=0.0, ce_weight=1.0)
@@ -32,7 +34,7 @@ class Setup:
         groups: process groups.
         tokenizer: of the data and both models.
         model: the student's section with its real vocabulary filled in.
-        teacher_model: the teacher's section, None without one.
+        teacher_model: the section of a teacher that runs, None without one.
         student: this rank's part of the student, with weights.
         teacher: None for plain training.
         loss: the loss section that applies: CE alone without a teacher.
@@ -46,7 +48,7 @@ class Setup:
     model: Model
     teacher_model: Model | None
     student: GPT
-    teacher: OnlineTeacher | None
+    teacher: TeacherSource | None
     loss: Loss
     train_data: TextDataset
     validation_data: TextDataset | None
@@ -85,12 +87,15 @@ def build_setup(config: Config, device: torch.device) -> Setup:
             is read.
     """
     student_from = read_checkpoint(config.student.checkpoint) if config.student.checkpoint else None
-    teacher_from = read_checkpoint(config.teacher.checkpoint) if config.teacher else None
+    teacher_from = read_checkpoint(config.teacher.checkpoint) if config.teacher and config.teacher.checkpoint else None
     tokenizer = choose_tokenizer(config, student_from)
     model = with_vocab(student_from.model if student_from else config.student.model, tokenizer, "the student")
     check_model(config, model, "the student")
     check_vocab(config, tokenizer.vocab_size)
     vocab_size, padded_size = model.vocab_size, padded_vocab_size(model.vocab_size)
+    cache = open_cache(config, tokenizer, model, teacher_from) if config.teacher and config.teacher.cache else None
+    if cache:
+        vocab_size, teacher_from = cache.header.contents.vocab_size, None  # it need not run
     if teacher_from:
         check_teacher(config, teacher_from, tokenizer)
         vocab_size = min(vocab_size, teacher_from.model.vocab_size)
@@ -110,11 +115,12 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     student = build(model, None if student_from else config.run.seed)
     if student_from:
         load_weights(student, student_from, groups)
-    teacher, loss = None, CE_ONLY
-    if teacher_from:
+    teacher, loss = None, config.loss if config.teacher else CE_ONLY
+    if cache:
+        teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
+    elif teacher_from:
         gpt = build(teacher_from.model, None)
         load_weights(gpt, teacher_from, groups)
-        loss = config.loss
         teacher = OnlineTeacher(gpt, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
@@ -179,10 +185,10 @@ def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:
     """A teacher whose CE is that of a guess was not loaded, or belongs to other data: refuse to learn from it."""
     if setup.teacher is None or setup.config.teacher.allow_weak:
         return
-    chance = math.log(setup.tokenizer.vocab_size)
+    chance, source = math.log(setup.tokenizer.vocab_size), setup.config.teacher.cache or setup.config.teacher.checkpoint
     if not metrics["teacher_ce"] < chance - 0.1:
         raise TrainingError(
             f"the teacher's cross-entropy on the first batch is {metrics['teacher_ce']:.3f} nats, guessing gives "
-            f"{chance:.3f}: {setup.config.teacher.checkpoint} knows nothing about this data",
-            hint="check that teacher.checkpoint is trained; set teacher.allow_weak=true to learn from it all the same",
+            f"{chance:.3f}: {source} knows nothing about this data",
+            hint="check that the teacher is trained; set teacher.allow_weak=true to learn from it all the same",
         )

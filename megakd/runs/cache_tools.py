@@ -1,0 +1,80 @@
+"""`megakd cache stat|verify|merge|import|export`: tools for logit caches; none of them needs ranks or a GPU.
+
+megakd cache CONFIG.yaml [key=value ...]           record (see `megakd train --help` for the keys)
+megakd cache stat CACHE [--plot FILE.png]          samples, tokens, bytes a token, mass kept
+megakd cache verify CACHE                          every digest, checksum and row
+megakd cache merge --output CACHE CACHE CACHE ...  recordings of one teacher as one
+"""
+
+import argparse
+import pathlib
+
+from megakd.errors import CacheError
+
+
+def main(argv: list[str]) -> int:
+    """Run `megakd cache ARGV...`; returns the exit code 0, or raises CacheError."""
+    arguments = build_parser().parse_args(argv or ["--help"])
+    return arguments.run(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of every tool."""
+    parser = argparse.ArgumentParser(
+        prog="megakd cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tools = parser.add_subparsers(required=True, metavar="TOOL")
+    stat = tools.add_parser("stat", help="what a cache holds")
+    stat.add_argument("cache", type=pathlib.Path)
+    stat.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="write the mass kept as a picture")
+    stat.add_argument("--rows", type=int, default=2000, help="samples to decode for the mass (default: %(default)s)")
+    stat.set_defaults(run=run_stat)
+    verify = tools.add_parser("verify", help="check every digest, checksum and row")
+    verify.add_argument("cache", type=pathlib.Path)
+    verify.set_defaults(run=run_verify)
+    merge = tools.add_parser("merge", help="join recordings of one teacher; the inputs stay as they are")
+    merge.add_argument("--output", required=True, type=pathlib.Path, metavar="CACHE", help="folder to make")
+    merge.add_argument("caches", nargs="+", type=pathlib.Path, metavar="CACHE")
+    merge.set_defaults(run=run_merge)
+    return parser
+
+
+TOOLS = ("stat", "verify", "merge")
+
+
+def run_stat(arguments: argparse.Namespace) -> int:
+    from megakd.cache.stat import describe, measure, plot
+
+    stats = measure(arguments.cache, arguments.rows)
+    print(describe(stats))
+    if arguments.plot:
+        plot(stats, arguments.plot)
+        print(f"plot          {arguments.plot}")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megakd.cache import read_header
+    from megakd.cache.verify import verify
+
+    total = sum(shard.bytes for shard in read_header(arguments.cache).shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=str(arguments.cache), leave=False) as bar:
+        header = verify(arguments.cache, lambda shard: bar.update(shard.bytes))
+    held = f"{header.rows:,} samples and {header.tokens:,} tokens in {len(header.shards)} shards"
+    print(f"{arguments.cache}: {held}, all whole")
+    return 0
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    from megakd.cache.merge import merge
+
+    if arguments.output in arguments.caches:
+        raise CacheError(f"{arguments.output} is both input and output", hint="merge into a folder of its own")
+    inputs = [str(path) for path in arguments.caches]
+    command = " ".join(["megakd cache merge --output", str(arguments.output), *inputs])
+    header, duplicates = merge(arguments.output, arguments.caches, command)
+    twice = f", {duplicates} of them recorded more than once" if duplicates else ""
+    print(f"{arguments.output}: {header.rows:,} samples and {header.tokens:,} tokens from {len(inputs)} caches{twice}")
+    return 0

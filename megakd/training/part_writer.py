@@ -1,0 +1,87 @@
+"""Encoding and writing a cache's rows beside the teacher's forward passes."""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from megakd.cache import Contents, Row, decode_row, encode_row, publish_part
+from megakd.cache.segments import reduce_tokens
+from megakd.cache.shard import ShardWriter
+
+LOG = logging.getLogger("megakd")
+
+
+class PartWriter:
+    """Takes rows and publishes them part by part, in a thread; at most one batch of rows waits.
+
+    Args:
+        folder: of the cache.
+        contents: of its rows.
+        enabled: False on ranks that write nothing.
+    """
+
+    def __init__(self, folder, contents: Contents, enabled: bool):
+        self.folder, self.contents, self.enabled = folder, contents, enabled
+        self.pool = ThreadPoolExecutor(1, "megakd-cache-writer")
+        self.pending: Future | None = None
+        self.shard = ShardWriter()
+        self.tokens, self.bytes, self.measured = 0, 0, False
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Payload of the rows written so far; nan before the first."""
+        return self.bytes / self.tokens if self.tokens else float("nan")
+
+    def add(self, rows: list[Row]) -> None:
+        """Append rows to the part; returns when the rows before these are encoded."""
+        if self.enabled and rows:
+            self._wait()
+            self.pending = self.pool.submit(self._add, rows)
+
+    def publish(self, part: int) -> None:
+        """Publish what was added since the last call as a part.
+
+        Raises:
+            CacheError: the disk is full or cannot be written.
+        """
+        if self.enabled:
+            self._wait()
+            shard, self.shard = self.shard, ShardWriter()
+            self.pending = None
+            publish_part(self.folder, part, shard)
+
+    def _wait(self) -> None:
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def _add(self, rows: list[Row]) -> None:
+        for row in rows:
+            encoded = encode_row(row, self.contents)
+            self.shard.add(encoded)
+            self.tokens += encoded.tokens
+            self.bytes += len(encoded.payload)
+        if not self.measured:
+            self.measured = True
+            mean, most = codec_error(rows, self.contents)
+            LOG.info(
+                "codec %s: KL(teacher || stored) mean %.2e, most %.2e nats a token", self.contents.codec, mean, most
+            )
+
+
+def codec_error(rows: list[Row], contents: Contents) -> tuple[float, float]:
+    """Mean and largest KL, in nats a token, from the recorded distributions to what reads back; entries and tail."""
+    errors = []
+    for row in rows:
+        got = decode_row(encode_row(row, contents), contents)
+        exact_N = row.logprobs_N.astype(np.float64)
+        errors.append(reduce_tokens(np.add, np.exp(exact_N) * (exact_N - got.logprobs_N), row.counts_T))
+    error_T = np.concatenate(errors)
+    return float(error_T.mean()), float(error_T.max())
