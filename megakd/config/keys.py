@@ -71,7 +71,10 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         *first, last = typing.get_args(annotation)
         return f"{', '.join(first)} or {last}" if first else last
     if origin is list:
-        return f"list of {_describe(typing.get_args(annotation)[0], [])}"
+        inner = _describe(typing.get_args(annotation)[0], [])
+        return f"list of ({inner})" if " or " in inner else f"list of {inner}"
+    if origin is dict:
+        return "text for each key"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     bounds = " and ".join(_bounds(metadata))

@@ -23,12 +23,12 @@ def explain(error: ValidationError, root: type[Section], where: str, overridden:
         where: the file, or whatever else the values came from.
         overridden: dotted keys that the command line set; their problems say so.
     """
-    problems = []
+    problems: dict[str, str] = {}
     for entry in error.errors(include_url=False):
         for key, text in _problems_of(entry, root):
             origin = " (set on the command line)" if key in overridden else ""
-            problems.append(f"{key}: {text}{origin}")
-    return problems_error(where, problems)
+            problems.setdefault(key, f"{key}: {text}{origin}")  # a value that may be of several types fails for each
+    return problems_error(where, list(problems.values()))
 
 
 def problems_error(where: str, problems: Sequence[str], hint: str = HINT) -> ConfigError:
@@ -62,7 +62,8 @@ def nearest_key(key: str, root: type[Section]) -> str | None:
 
 
 def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, str]]:
-    location, kind = entry["loc"], entry["type"]
+    kind = entry["type"]
+    location = entry["loc"] if kind == "extra_forbidden" else _known_part(entry["loc"], root)
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     broken = entry.get("ctx", {}).get("error")
     if isinstance(broken, BrokenRules):
@@ -76,6 +77,17 @@ def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, 
     return [
         (key, f"missing, expected {wanted}" if kind == "missing" else f"{shown(entry['input'])}, expected {wanted}")
     ]
+
+
+def _known_part(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:
+    """The beginning of a location that consists of keys; pydantic goes on with which of several types it tried."""
+    section: type[Section] | None = root
+    for depth, part in enumerate(location):
+        if isinstance(part, str):
+            if section is None or part not in section.model_fields:
+                return location[:depth]
+            section = section_of(section.model_fields[part].annotation)
+    return location
 
 
 def _expected_at(location: tuple[str | int, ...], root: type[Section]) -> str:

@@ -43,4 +43,5 @@ def _format_group(name: str, keys: list[Key], width: int) -> list[str]:
 def _default(key: Key) -> str:
     if key.required:
         return "required"
-    return f"= {key.default if isinstance(key.default, str) else shown(key.default)}"
+    plain = isinstance(key.default, str) and key.default.isprintable()
+    return f"= {key.default if plain else shown(key.default)}"

@@ -110,17 +110,67 @@ class Loss(Section):
             yield "kd_weight", "0, and ce_weight is 0 too: nothing is left to minimise"
 
 
-class Data(Section):
-    """What is read; PREFIX.bin, PREFIX.idx and PREFIX.json are written by `megakd prepare text`"""
+class NemoChatTokens(Section):
+    """The strings that NeMo's chat format puts around turns; the defaults are NeMo's"""
 
-    train: Text
-    """Prefix of the training data."""
-    validation: Text | None = None
-    """Prefix of the held-out data; null: no validation."""
+    system_turn_start: str = "\x00"
+    """Before the system turn."""
+    turn_start: str = "\x11"
+    """Before every other turn."""
+    label_start: str = "\x12"
+    """Before a turn's label."""
+    end_of_turn: str = "\n"
+    """After a turn."""
+    end_of_name: str = "\n"
+    """After the speaker's name, and after a label."""
+
+
+class Data(Section):
+    """What is read. A raw file is tokenized once, into a folder beside it"""
+
+    train: Text | list[Text | Positive]
+    """Training data: a JSONL, Parquet, Arrow or text file, a folder of them, a folder saved by Hugging Face datasets, or
+    the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx). Several: `[path, path]`, or a blend
+    `[0.7, path, 0.3, path]`."""
+    validation: Text | list[Text | Positive] | None = None
+    """Held-out data, in the same forms (each part is read once, whatever its weight); null: no validation."""
     tokenizer: Text | None = None
-    """Tokenizer file; null: the student checkpoint's."""
+    """Tokenizer: a SentencePiece model, a tokenizer.json or its folder, a tiktoken file; null: the student
+    checkpoint's."""
     sequence_length: Count
-    """Tokens of one sample."""
+    """Tokens of one sample; longer ones are cut, and left out if no supervised token remains."""
+    format: Literal["auto", "text", "prompt_response", "nemo_chat", "messages"] = "auto"
+    """What a record is: `{"text"}`, `{"input", "output"}`, NeMo's `{"system", "conversations", "mask", "type"}`,
+    `{"messages": [{"role", "content"}]}`; auto: what the keys of the first record show."""
+    columns: dict[Text, Text] = Field({})
+    """Keys of the records where they differ: `{input: question, output: answer}`."""
+    template: Text = "{input} {output}"
+    """Text of a prompt_response sample. Ends with {output}; other names in braces are keys of the record."""
+    chat_template: Text | None = None
+    """Jinja template of a messages sample, or a file with one; null: the tokenizer's own."""
+    chat_tokens: NemoChatTokens = Field(default_factory=NemoChatTokens)
+    """Strings around the turns of a nemo_chat sample."""
+    answer_only_loss: bool = True
+    """Learn from the output or the assistant's turns only; false: from every token of a sample."""
+    add_bos: bool = False
+    """Put the tokenizer's bos before a text or prompt_response sample."""
+    add_eos: bool = True
+    """Put the tokenizer's eos after a text or prompt_response sample."""
+    packing: bool = False
+    """Several samples in one sequence of training data, without attention between them. Running text is not packed."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Records that cannot be used: name them and stop, or leave them out and count them."""
+    index_dir: Text | None = None
+    """Folder for the tokens of raw files; null: `PATH.megakd` beside each."""
+    workers: Count | None = None
+    """Processes that tokenize; null: one for each processor."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key, source in (("train", self.train), ("validation", self.validation)):
+            if isinstance(source, list):
+                kinds = [isinstance(item, str) for item in source]
+                if not kinds or not (all(kinds) or kinds == [False, True] * (len(kinds) // 2)):
+                    yield key, f"{source}; expected [path, path, ...] or [weight, path, weight, path, ...]"
 
 
 class Train(Section):

@@ -53,11 +53,15 @@ class TextDataset:
         """Samples of an epoch."""
         return -(-self.tokens_per_epoch // self.sequence_length)
 
-    def sample(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def length(self, epoch: int, index: int) -> int:
+        """Ids of one sample: sequence_length for all."""
+        return self.sequence_length
+
+    def sample(self, epoch: int, index: int) -> dict:
         """One sample, the same whenever and wherever it is asked for.
 
         Returns:
-            ids: int64[S]; labels: int64[S], label t is the token after id t, -100 where there is none.
+            ids: int64[S]; labels: int64[S], label t is the token after id t, -100 where there is none; segments: [S].
 
         Raises:
             DataError: a token is not an id of the vocabulary (the file was changed).
@@ -66,18 +70,12 @@ class TextDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         length = self.sequence_length
         row = self._read_row(epoch, index * length, length + 1)
-        vocab_size = self.file.info.vocab_size
-        if row.min() < 0 or row.max() >= vocab_size:
-            raise DataError(
-                f"{self.file.prefix}.bin holds token {row.max() if row.min() >= 0 else row.min()}, "
-                f"its vocabulary has {vocab_size} ids",
-                hint="the file is damaged: copy it again, or prepare the data again",
-            )
+        self.file.check_ids(row)
         ids = np.zeros(length, dtype=np.int64)
         labels = np.full(length, IGNORED, dtype=np.int64)
         ids[: min(length, row.size)] = row[:length]
         labels[: row.size - 1] = row[1:]
-        return {"ids": ids, "labels": labels}
+        return {"ids": ids, "labels": labels, "segments": [length]}
 
     def _read_row(self, epoch: int, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of an epoch's row, fewer at its end, as int64."""
@@ -107,19 +105,52 @@ class TextDataset:
         return self._epochs[epoch]
 
 
-def load_batch(dataset, indices: Sequence[tuple[int, int] | None]) -> dict:
-    """Stack samples into the tensors of one micro-batch.
+def batch_length(dataset, indices: Sequence[tuple[int, int] | None], multiple: int = 1) -> int:
+    """How long the rows of a global batch must be: its longest sample, rounded up to a multiple, at most the maximum.
+
+    The same for all ranks and micro-batches of a step if they pass the indices of the whole global batch.
+
+    Args:
+        dataset: as for `load_batch`.
+        indices: of the global batch.
+        multiple: what the length must be divisible by (tp with sequence parallelism); it divides sequence_length.
+    """
+    if dataset.sequence_length % multiple:
+        raise ValueError(f"sequence_length {dataset.sequence_length} is not a multiple of {multiple}")
+    longest = max((dataset.length(*index) for index in indices if index is not None), default=1)
+    return -(-longest // multiple) * multiple
+
+
+def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int | None = None) -> dict:
+    """Stack samples into one micro-batch, filled up at the end with id 0 and label -100.
+
+    A row may hold several segments (packed samples) that must not see each other: positions start again at each of
+    them. What fills a row up belongs to its last segment, which cannot see it.
 
     Args:
         dataset: anything with `sequence_length` and `sample(epoch, index)`.
         indices: B pairs (epoch, index); None gives a row without supervised tokens (id 0, label -100 throughout).
+        length: S, ids of a row; None is the dataset's sequence_length.
 
     Returns:
-        ids: int64 torch.Tensor[B, S]; labels: int64 torch.Tensor[B, S], -100 = not supervised.
+        ids: int64 torch.Tensor[B, S]; labels: int64 torch.Tensor[B, S], -100 = not supervised; position_ids: int64
+        torch.Tensor[B, S]; segments: for each row the lengths of its segments, which add up to S.
     """
     import torch
 
-    length = dataset.sequence_length
-    empty = {"ids": np.zeros(length, np.int64), "labels": np.full(length, IGNORED, np.int64)}
-    rows = [empty if index is None else dataset.sample(*index) for index in indices]
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in ("ids", "labels")}
+    length = length or dataset.sequence_length
+    ids = np.zeros((len(indices), length), np.int64)
+    labels = np.full((len(indices), length), IGNORED, np.int64)
+    positions = np.empty((len(indices), length), np.int64)
+    segments = []
+    for row, index in enumerate(indices):
+        lengths = [length]
+        if index is not None:
+            sample = dataset.sample(*index)
+            used = len(sample["ids"])
+            ids[row, :used], labels[row, :used] = sample["ids"], sample["labels"]
+            lengths = [*sample["segments"][:-1], sample["segments"][-1] + length - used]
+        segments.append(lengths)
+        np.concatenate([np.arange(segment) for segment in lengths], out=positions[row])
+    arrays = {"ids": ids, "labels": labels, "position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"segments": segments}

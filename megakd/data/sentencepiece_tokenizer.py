@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megakd.data.tokenizers import encode_continuation, fingerprint_of, puts_space_first
-from megakd.errors import DataError
+from megakd.errors import DataError, MegakdError
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
@@ -113,10 +113,10 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, failures = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(_cut_at_lines(texts), share),
+            sentence_iterator=_sample(_cut_at_lines(_noting_failure(texts, failures)), share),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -135,12 +135,21 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _explain(error, vocab_size) from error
+        raise (failures[0] if failures else _explain(error, vocab_size)) from error
     output = Path(output)
     incomplete = output.with_name(output.name + ".incomplete")
     incomplete.write_bytes(model.getvalue())
     incomplete.replace(output)
     return SentencePieceTokenizer(output)
+
+
+def _noting_failure(texts: Iterable[str], failures: list[MegakdError]) -> Iterator[str]:
+    """The texts; SentencePiece turns what they raise into a RuntimeError, so it is kept in `failures`."""
+    try:
+        yield from texts
+    except MegakdError as error:
+        failures.append(error)
+        raise
 
 
 def _sample(blocks: Iterable[str], share: float) -> Iterator[str]:

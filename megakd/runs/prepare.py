@@ -1,10 +1,13 @@
-"""`megakd prepare`: train a tokenizer, and turn text into the token files that training reads.
+"""`megakd prepare`: tokenizers and token files, made before a run, and a look at what a run would read.
 
     megakd prepare tokenizer --input FILES_OR_FOLDERS --output TOK.model --vocab-size N
-    megakd prepare text      --input FILES_OR_FOLDERS --tokenizer TOK.model --output PREFIX
+    megakd prepare text      --input FILES_OR_FOLDERS --tokenizer TOK --output PREFIX
+    megakd prepare samples   --input FILES_OR_FOLDERS --tokenizer TOK --output PREFIX [--format ...]
+    megakd prepare adopt     PREFIX --tokenizer TOK
+    megakd prepare inspect   DATA --tokenizer TOK --sequence-length N [--format ...]
 
-Text files are one document each; `.jsonl` files hold one `{"text": ...}` a line. Progress goes to stderr, the summary
-to stdout.
+Text files are one document each; JSONL, Parquet and Arrow files hold a record a line or row. Progress goes to stderr,
+the summary to stdout. A run tokenizes raw files by itself; `text` and `samples` do it elsewhere, or once for many.
 """
 
 import argparse
@@ -12,10 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megakd.data.documents import DEFAULT_SUFFIXES, Document, Problems, find_files, read_documents
+from megakd.config import Data
+from megakd.data.formats import FORMATS, SampleFormat, texts_of
+from megakd.data.records import DEFAULT_SUFFIXES, Problems, find_files, read_blocks, records_of
 from megakd.errors import DataError
-
-_BATCH_CHARACTERS = 1 << 22  # text handed to the tokenizer at a time
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of every `prepare` verb."""
     parser = argparse.ArgumentParser(prog="megakd prepare", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+
     tokenizer = verbs.add_parser("tokenizer", help="train a SentencePiece tokenizer that reproduces every text exactly")
     _add_input(tokenizer)
     tokenizer.add_argument("--output", required=True, type=Path, metavar="TOK.model", help="the model file to write")
@@ -38,12 +42,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="train on at most this much text, taken evenly from the whole input (default: %(default)s)",
     )  # fmt: skip
     tokenizer.set_defaults(run=prepare_tokenizer)
-    text = verbs.add_parser("text", help="tokenize text into PREFIX.bin, PREFIX.idx, PREFIX.json (Megatron's format)")
+
+    text = verbs.add_parser("text", help="tokenize running text into PREFIX.bin, .idx, .json (Megatron's format)")
     _add_input(text)
-    text.add_argument("--tokenizer", required=True, type=Path, metavar="TOK.model", help="the tokenizer to use")
-    text.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write, without ending")
-    text.add_argument("--no-eos", action="store_true", help="do not end every document with the tokenizer's eos")
+    _add_output(text)
     text.set_defaults(run=prepare_text)
+
+    samples = verbs.add_parser("samples", help="tokenize prompts with answers, or conversations; adds PREFIX.mask")
+    _add_input(samples)
+    _add_output(samples)
+    _add_format(samples)
+    samples.set_defaults(run=prepare_samples)
+
+    adopt = verbs.add_parser(
+        "adopt", help="describe .bin/.idx files that Megatron or NeMo wrote, so that runs read them"
+    )
+    adopt.add_argument("prefix", type=Path, metavar="PREFIX", help="the files, without ending")
+    adopt.add_argument("--tokenizer", required=True, metavar="TOK", help="the tokenizer they were written with")
+    adopt.set_defaults(run=prepare_adopt)
+
+    inspect = verbs.add_parser("inspect", help="show samples with their supervised parts, lengths, and what is dropped")
+    inspect.add_argument("data", metavar="DATA", help="what data.train would name: a file, a folder, or a prefix")
+    inspect.add_argument("--tokenizer", required=True, metavar="TOK", help="the run's tokenizer")
+    inspect.add_argument("--sequence-length", required=True, type=int, metavar="N", help="data.sequence_length")
+    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="how many to show (default: %(default)s)")
+    inspect.add_argument("--packing", action="store_true", help="data.packing")
+    inspect.add_argument("--png", type=Path, metavar="FILE", help="write the histogram of lengths as a picture too")
+    inspect.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="of supervised parts")
+    _add_on_error(inspect)
+    _add_format(inspect)
+    inspect.set_defaults(run=prepare_inspect)
     return parser
 
 
@@ -53,14 +81,37 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         "--suffix", default=",".join(DEFAULT_SUFFIXES), metavar=".A,.B",
         help="endings of the files taken from folders (default: %(default)s)",
     )  # fmt: skip
+    _add_on_error(parser)
+
+
+def _add_on_error(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-error", choices=("raise", "skip"), default="raise",
-        help="what to do about records that cannot be read: stop and name them, or leave them out and say how many",
+        help="what to do about records that cannot be used: stop and name them, or leave them out and say how many",
     )  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each processor)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, metavar="TOK", help="the tokenizer to use: a file or its folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write, without ending")
+    parser.add_argument("--no-eos", action="store_true", help="do not end documents with the tokenizer's eos")
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    """The flags behind data.format and its companions."""
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="data.format (default: auto)")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME=KEY", help="data.columns: the records' KEY is NAME here"
+    )
+    parser.add_argument("--template", default="{input} {output}", help='data.template (default: "%(default)s")')
+    parser.add_argument("--chat-template", metavar="FILE", help="data.chat_template")
+    parser.add_argument("--all-tokens", action="store_true", help="data.answer_only_loss=false")
+    parser.add_argument("--bos", action="store_true", help="data.add_bos=true")
 
 
 def prepare_tokenizer(arguments: argparse.Namespace) -> int:
-    """Train a tokenizer on the input and write it."""
+    """Train a tokenizer on the texts of the input, whatever its format, and write it."""
     from megakd.data.sentencepiece_tokenizer import train_sentencepiece
 
     if arguments.vocab_size < 1:
@@ -68,11 +119,14 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> int:
     files = find_files(arguments.input, arguments.suffix.split(","))
     problems = Problems(arguments.on_error)
     share = min(1.0, arguments.max_bytes / max(1, sum(path.stat().st_size for path in files)))
-    documents = _with_progress(files, read_documents(files, problems))
 
     def texts() -> Iterator[str]:
-        for document in documents:
-            yield document.text
+        for block in read_blocks(files):
+            for where, record in records_of(block, problems):
+                found = texts_of(record)
+                if not found:
+                    problems.add(where, f"no text under a known key (found {', '.join(sorted(map(str, record)))})")
+                yield from found
         problems.check()
 
     started = time.monotonic()
@@ -81,7 +135,8 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> int:
         texts(), arguments.output, vocab_size=arguments.vocab_size, model_type=arguments.type, share=share
     )
     kept = "" if share == 1.0 else f", on {100 * share:.1f} % of the text (--max-bytes)"
-    _report_skipped(problems)
+    if problems.count:
+        print(f"left out {problems.count} records (--on-error skip):\n{problems}")
     print(
         f"{arguments.output}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}, "
         f"{time.monotonic() - started:.1f} s{kept}"
@@ -90,68 +145,69 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> int:
 
 
 def prepare_text(arguments: argparse.Namespace) -> int:
-    """Tokenize the input into one token file."""
-    from megakd.data.indexed import TokenFileWriter
+    """Tokenize running text into one token file."""
+    return _write(arguments, lambda files: SampleFormat("text", add_eos=not arguments.no_eos))
+
+
+def prepare_samples(arguments: argparse.Namespace) -> int:
+    """Tokenize samples of their own into one masked token file."""
+    from megakd.data.sources import choose_format
+
+    data = _data(arguments, [str(path) for path in arguments.input], 1, add_eos=not arguments.no_eos)
+    return _write(arguments, lambda files: choose_format(data, files))
+
+
+def _write(arguments: argparse.Namespace, choose_format) -> int:
+    from megakd.data.tokenization import write_token_file
     from megakd.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     files = find_files(arguments.input, arguments.suffix.split(","))
-    problems = Problems(arguments.on_error)
-    if tokenizer.eos_id is None and not arguments.no_eos:
-        raise DataError(f"tokenizer {arguments.tokenizer} has no eos to end documents with", hint="--no-eos")
-    ending = [] if arguments.no_eos else [tokenizer.eos_id]
-    started = time.monotonic()
-    input_bytes = empty = 0
-    writer = TokenFileWriter(
-        arguments.output,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eos_appended=bool(ending),
+    sample_format = choose_format(files)
+    summary = write_token_file(
+        files, arguments.output, tokenizer, sample_format, on_error=arguments.on_error, workers=arguments.workers
     )
-    with writer:
-        for batch in _batches(_with_progress(files, read_documents(files, problems))):
-            input_bytes += sum(document.input_bytes for document in batch)
-            texts = [document.text for document in batch if document.text]
-            empty += len(batch) - len(texts)
-            if problems.count and problems.on_error == "raise":
-                continue  # only reading on, to name every problem
-            for ids in tokenizer.encode_batch(texts):
-                writer.add(ids + ending)
-        problems.check()
-    seconds = time.monotonic() - started
-    _report_skipped(problems)
-    if empty:
-        print(f"left out {empty} empty documents")
-    print(
-        f"{arguments.output}: {writer.documents:,} documents, {writer.tokens:,} tokens from {input_bytes:,} bytes, "
-        f"{seconds:.1f} s, {input_bytes / 1e6 / seconds:.2f} MB/s, {writer.tokens / seconds:,.0f} tokens/s"
-    )
+    print(f"{arguments.output}: {sample_format.name}, {summary}")
     return 0
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
+def prepare_adopt(arguments: argparse.Namespace) -> int:
+    """Check every token of .bin/.idx files written elsewhere against a tokenizer, and describe them."""
+    from megakd.data.indexed import describe
+    from megakd.data.tokenizers import load_tokenizer
+
+    info = describe(arguments.prefix, load_tokenizer(arguments.tokenizer))
+    print(f"{arguments.prefix}: {info.documents:,} documents, {info.tokens:,} tokens, all below {info.vocab_size}")
+    return 0
 
 
-def _with_progress(files: list[Path], documents: Iterator[Document]) -> Iterator[Document]:
-    """Pass documents on under a progress bar over the input's bytes."""
-    from tqdm import tqdm
+def prepare_inspect(arguments: argparse.Namespace) -> int:
+    """Open data as a run would and print what is in it."""
+    import sys
 
-    total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", leave=False) as bar:
-        for document in documents:
-            yield document
-            bar.update(document.input_bytes)
+    from megakd.data.inspection import describe_dataset, draw_lengths
+    from megakd.data.sources import open_data
+    from megakd.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    data = _data(arguments, arguments.data, arguments.sequence_length, packing=arguments.packing)
+    dataset = open_data(data, data.train, tokenizer, seed=1234 if arguments.packing else None)
+    color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
+    print(describe_dataset(dataset, tokenizer, samples=arguments.samples, color=color))
+    if arguments.png:
+        draw_lengths(dataset, arguments.png)
+        print(f"lengths drawn to {arguments.png}")
+    return 0
 
 
-def _report_skipped(problems: Problems) -> None:
-    if problems.count:
-        print(f"left out {problems.count} records (--on-error skip):\n{problems}")
+def _data(arguments: argparse.Namespace, source, sequence_length: int, **more) -> Data:
+    """The flags as the config's section."""
+    pairs = [column.partition("=") for column in arguments.column]
+    if not all(name and key for name, _, key in pairs):
+        raise DataError(f"--column {' '.join(arguments.column)}: expected NAME=KEY, as in --column input=question")
+    return Data(
+        train=source, sequence_length=sequence_length, format=arguments.format, template=arguments.template,
+        columns={name: key for name, _, key in pairs}, chat_template=arguments.chat_template,
+        answer_only_loss=not arguments.all_tokens, add_bos=arguments.bos, on_error=arguments.on_error,
+        workers=arguments.workers, **more,
+    )  # fmt: skip

@@ -33,7 +33,7 @@ def test_the_bytes_are_the_documented_ones(tmp_path):
     info = json.loads((tmp_path / "x.json").read_text())
     assert info.pop("content") and info == {
         "tokenizer_fingerprint": "aa" * 32, "vocab_size": 97, "documents": 2, "tokens": 5, "eos_appended": True,
-        "format": 1,
+        "masked": False, "supervised": 5, "made_from": None, "skipped": 0, "format": 1,
     }  # fmt: skip
     assert len(list(tmp_path.iterdir())) == 3
 

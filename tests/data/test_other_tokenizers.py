@@ -168,7 +168,7 @@ def test_files_travel_alone(folders, tmp_path):
 
 
 def merge_by_rank(piece, ranks):
-    """tiktoken's definition: join the leftmost neighbours whose union has the lowest rank, until no union is a token."""
+    """tiktoken's definition: join the leftmost neighbours whose union has the lowest rank, until none is a token."""
     parts = [bytes([value]) for value in piece]
     while True:
         unions = [(ranks[a + b], place) for place, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from megakd.data import tokenization
 from megakd.data.indexed import TokenFile
+from megakd.data.records import read_blocks
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
 from megakd.runs.prepare import main
@@ -55,12 +57,15 @@ def test_no_eos(corpus, model, tmp_path):
     assert not file.info.eos_appended
 
 
-def test_batches_of_text_do_not_change_the_result(corpus, model, tmp_path, monkeypatch):
+def test_blocks_and_workers_do_not_change_the_result(corpus, model, tmp_path, monkeypatch):
     prepare(corpus, model, tmp_path / "a")
-    monkeypatch.setattr("megakd.runs.prepare._BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(tokenization, "read_blocks", lambda files: read_blocks(files, 7))
     prepare(corpus, model, tmp_path / "b")
+    monkeypatch.setattr(tokenization, "_POOL_BYTES", 0)
+    prepare(corpus, model, tmp_path / "c", "--workers", "2")
     for suffix in (".bin", ".idx", ".json"):
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+        first = (tmp_path / f"a{suffix}").read_bytes()
+        assert (tmp_path / f"b{suffix}").read_bytes() == first == (tmp_path / f"c{suffix}").read_bytes()
 
 
 def test_bad_records_stop_the_run_or_are_left_out_and_counted(corpus, model, tmp_path, capsys):

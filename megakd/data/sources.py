@@ -1,0 +1,201 @@
+"""What `data.train` and `data.validation` name, opened: token files, raw files that are tokenized first, blends.
+
+A raw file or folder PATH is tokenized once, into PATH.megakd/KEY.bin and so on (or into data.index_dir); KEY is a hash
+of the data, the tokenizer and what the format depends on. A changed file, tokenizer or template is another index.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from megakd.config import ConfigError, Data
+from megakd.data.blend import BlendedDataset
+from megakd.data.dataset import TextDataset
+from megakd.data.formats import SampleFormat
+from megakd.data.indexed import load_info, part
+from megakd.data.nemo_chat import ChatTokens
+from megakd.data.records import DEFAULT_SUFFIXES, LINE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, find_files
+from megakd.data.samples import PackedDataset, SampleDataset
+from megakd.data.tokenization import detect, write_token_file
+from megakd.data.tokenizers import Tokenizer
+from megakd.errors import DataError
+
+LOG = logging.getLogger("megakd")
+_ENCODING = 1  # version of how samples are encoded; part of every key
+_CHUNK_BYTES = 1 << 20
+
+
+def open_data(data: Data, source, tokenizer: Tokenizer, seed: int | None, *, build: bool = True, progress: bool = True):
+    """Open what a run reads.
+
+    Args:
+        data: the config's section.
+        source: data.train or data.validation: a path, paths, or a blend [weight, path, weight, path, ...].
+        tokenizer: the run's.
+        seed: orders documents and packs; None for validation: stored order, nothing packed, each part once whatever its
+            weight.
+        build: tokenize what has not been yet; else expect that another rank has done it.
+        progress: show bars.
+
+    Returns:
+        A dataset for `load_batch`: `len`, `sequence_length`, `sample`, `length`, `counts`.
+
+    Raises:
+        DataError: see `write_token_file`, `TokenFile`.
+    """
+    paths, weights = parse_source(source)
+    parts = []
+    for path in paths:
+        prefix = path if part(path, ".idx").exists() else find_index(data, path, tokenizer, build, progress)
+        parts.append(_open(data, prefix, tokenizer, seed))
+    if len(parts) == 1:
+        return parts[0]
+    return BlendedDataset(parts, None if seed is None else weights, seed or 0)
+
+
+def parse_source(source) -> tuple[list[str], list[float] | None]:
+    """(paths, weights) of a path, a list of paths, or a list of weights and paths by turns."""
+    if isinstance(source, str):
+        return [source], None
+    if all(isinstance(item, str) for item in source):
+        return list(source), None
+    weights, paths = list(source[::2]), list(source[1::2])
+    return paths, [float(weight) for weight in weights]
+
+
+def _open(data: Data, prefix: str | Path, tokenizer: Tokenizer, seed: int | None):
+    if not load_info(prefix).masked:
+        return TextDataset(prefix, data.sequence_length, seed, tokenizer.fingerprint)
+    samples = SampleDataset(prefix, data.sequence_length, tokenizer.fingerprint)
+    counts = samples.counts
+    if counts["truncated"] or counts["dropped"] or counts["skipped"]:
+        LOG.warning(
+            "%s: of %s samples %s are cut to %s tokens; %s more are dropped, their answer lies beyond; %s records of "
+            "the input were left out as unusable",
+            prefix, *(f"{n:,}" for n in (counts["samples"], counts["truncated"], data.sequence_length + 1,
+                                         counts["dropped"], counts["skipped"])),
+        )  # fmt: skip
+    if seed is None or not data.packing:
+        return samples
+    packed = PackedDataset(samples, seed)
+    LOG.info(
+        "%s: %s samples packed into %s, %.1f %% full",
+        prefix,
+        f"{len(samples):,}",
+        f"{len(packed):,}",
+        100 * packed.fill,
+    )
+    return packed
+
+
+def find_index(data: Data, path: str | Path, tokenizer: Tokenizer, build: bool = True, progress: bool = True) -> Path:
+    """The prefix of the token file that belongs to a raw file or folder, made first if it is not there.
+
+    One process makes it while others that ask for it wait.
+
+    Raises:
+        DataError: see `write_token_file`; or it is not there and `build` is false.
+    """
+    files = data_files(path)
+    sample_format = choose_format(data, files)
+    folder = Path(data.index_dir) if data.index_dir else Path(f"{str(path).rstrip('/')}.megakd")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            prefix = folder / _key(files, folder / "digests.json", tokenizer, sample_format, data.on_error)
+            if part(prefix, ".json").exists():
+                return prefix
+            if not build:
+                raise DataError(
+                    f"{path} has no index for this run in {folder}", hint="the rank that makes it has failed"
+                )
+            LOG.info("tokenizing %s as %s into %s", path, sample_format.name, prefix)
+            summary = write_token_file(
+                files, prefix, tokenizer, sample_format,
+                on_error=data.on_error, workers=data.workers, progress=progress,
+            )  # fmt: skip
+            LOG.info("%s: %s", path, summary)
+            return prefix
+    except OSError as error:
+        raise DataError(
+            f"the index of {path} cannot be written: {error.strerror} ({error.filename or folder})",
+            hint="data.index_dir names another folder for it",
+        ) from error
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files of a raw path: of a folder its records, or its text files if it holds no records."""
+    if Path(path).is_dir():
+        with contextlib.suppress(DataError):
+            return find_files([path], (*LINE_SUFFIXES, *TABLE_SUFFIXES))
+        return find_files([path], TEXT_SUFFIXES)
+    if not Path(path).exists():
+        raise DataError(
+            f"{path} does not exist, nor {path}.idx",
+            hint=f"a file or folder ({', '.join(DEFAULT_SUFFIXES)}), or the --output of `megakd prepare`",
+        )
+    return find_files([path])
+
+
+def choose_format(data: Data, files: Sequence[Path]) -> SampleFormat:
+    """The config's format, found out from the first record if it is `auto`."""
+    name = detect(files, data.columns) if data.format == "auto" else data.format
+    return SampleFormat(
+        name, data.template, data.columns, read_chat_template(data.chat_template),
+        ChatTokens(**data.chat_tokens.model_dump()), data.answer_only_loss, data.add_bos, data.add_eos,
+    )  # fmt: skip
+
+
+def read_chat_template(value: str | None) -> str | None:
+    """A template given as such (it holds braces) or as a file's name."""
+    if value is None or "{" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template: {value} cannot be read: {error}", hint="a Jinja file") from error
+
+
+def _key(
+    files: Sequence[Path], remembered: Path, tokenizer: Tokenizer, sample_format: SampleFormat, on_error: str
+) -> str:
+    """Hash of everything the tokens depend on; digests of unchanged files are remembered."""
+    known = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(remembered.read_text())
+    digests = {}
+    for file in files:
+        stat = file.stat()
+        seen = known.get(str(file.absolute()))
+        same = seen and seen[:2] == [stat.st_size, stat.st_mtime_ns]
+        digests[str(file.absolute())] = seen if same else [stat.st_size, stat.st_mtime_ns, _digest(file)]
+    if known != digests:
+        remembered.write_text(json.dumps(known | digests, indent=1))
+    parts = {
+        "encoding": _ENCODING,
+        "data": [entry[2] for entry in digests.values()],
+        "tokenizer": [tokenizer.fingerprint, _digest(tokenizer.files[0])],
+        "format": sample_format.relevant(tokenizer),
+        "on_error": on_error,
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """Hold a lock file; it is let go when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
