@@ -1,5 +1,6 @@
 """The process groups of a run: Megatron's parallel_state, set up once and then passed around as a value."""
 
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -20,9 +21,16 @@ def build_groups(tp: int, pp: int, seed: int) -> ProcessGroupCollection:
 
 
 def destroy_groups() -> None:
-    """Forget the groups, so that another layout can be set up in the same processes."""
+    """End the groups, so that another layout can be set up in the same processes.
+
+    Megatron only forgets them; their threads (gloo's wake a hundred times a second) would live on.
+    """
+    globals_ = [value if isinstance(value, list | tuple) else [value] for value in vars(parallel_state).values()]
+    groups = {g for values in globals_ for g in values if isinstance(g, dist.ProcessGroup)} - {dist.group.WORLD}
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()
+    for group in sorted(groups, key=lambda group: group.group_name):
+        dist.destroy_process_group(group)
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
