@@ -4,6 +4,7 @@ A checkpoint that came from Hugging Face goes back into the same files: config.j
 the config of a family that computes exactly this model.
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -11,17 +12,15 @@ import shutil
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megakd.checkpoints.families import Family, config_of, family_of, model_section
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.hf_folder import CONFIG, INDEX, OTHER_FILES, TOKENIZER_FILES, read_json
-from megakd.checkpoints.import_hf import EXTRA, KEPT, WEIGHT_FILES, head_name, listed
+from megakd.checkpoints.import_hf import EXTRA, KEPT, WEIGHT_FILES, bytes_bar, head_name, listed
 from megakd.checkpoints.layout import OPT_UNUSED_POSITIONS, Place, expected_shape, place
 from megakd.checkpoints.rules import Rule, by_their_name, their_shapes
 from megakd.checkpoints.safetensors_files import SafetensorsWriter
 from megakd.checkpoints.torch_dist_files import TorchDistReader
-from megakd.config import Model
 from megakd.errors import CheckpointError
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -105,14 +104,16 @@ def export_hf(
     extras = {k.removeprefix(EXTRA): k for k in weights.reader.tensors if k.startswith(EXTRA)} if kept else {}
     specs |= {name: weights.spec(key) for name, key in extras.items()}
     in_files = {name: name for name in specs}
+    tied_head = None
     if kept:
         in_files = kept["names"]
-        if (head := head_name(family, checkpoint.model)) in in_files:
-            specs[head] = weights.spec("embedding.word_embeddings.weight")
+        if (head := head_name(family, checkpoint.model)) in in_files:  # the files stored it although it is tied
+            tied_head, specs[head] = head, weights.spec(VOCABULARY[0])
     specs = {in_files[name]: spec for name, spec in specs.items()}
-    writers, index = open_files(target, specs, kept, max_shard_bytes)
     total = sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
+    with contextlib.ExitStack() as files:
+        writers, index = open_files(target, specs, kept, max_shard_bytes, files)
+        bar = files.enter_context(bytes_bar(total, "export", progress))
 
         def write(name: str, tensor: Tensor) -> None:
             writers[in_files[name]].write(in_files[name], tensor)
@@ -122,25 +123,18 @@ def export_hf(
             theirs = rule.to_theirs(tuple(weights.load(name) for name in rule.ours))
             for name, tensor in zip(rule.theirs, theirs, strict=True):
                 write(name, tensor)
-                if name != head_name(family, checkpoint.model) and rule.ours[0] == VOCABULARY[0]:
-                    write_tied_head(family, checkpoint.model, in_files, write, tensor, kept)
+            if rule.ours[0] == VOCABULARY[0] and tied_head is not None:
+                write(tied_head, theirs[0])
             del theirs
         for name, key in extras.items():
             write(name, weights.reader.read(Place(key, (), ())))
-    for writer in dict.fromkeys(writers.values()):
-        writer.close()
+        for writer in dict.fromkeys(writers.values()):
+            writer.finish()
     if index is not None:
         (target / INDEX).write_text(index, encoding="utf-8")
     write_config(target, config, checkpoint, kept, {dtype for _, dtype in specs.values()})
     copy_small_files(checkpoint, target)
     return family
-
-
-def write_tied_head(family: Family, model: Model, in_files, write, embedding: Tensor, kept) -> None:
-    """Give back the head of a tied model whose files stored it although it is the embedding."""
-    head = head_name(family, model)
-    if kept and head in in_files:
-        write(head, embedding)
 
 
 def origin(checkpoint: Checkpoint, family_name: str | None) -> tuple[Family, dict, dict | None]:
@@ -158,13 +152,13 @@ def origin(checkpoint: Checkpoint, family_name: str | None) -> tuple[Family, dic
 
 
 def open_files(
-    target: pathlib.Path, specs: Specs, kept: dict | None, max_shard_bytes: int
+    target: pathlib.Path, specs: Specs, kept: dict | None, max_shard_bytes: int, files: contextlib.ExitStack
 ) -> tuple[dict[str, SafetensorsWriter], str | None]:
-    """A writer for every tensor, and the text of the index if there is one."""
+    """A writer for every tensor, closed by `files`, and the text of the index if there is one."""
     if kept and kept["headers"] and is_described(kept["headers"], specs):
         writers = {}
         for file, header in kept["headers"].items():
-            writer = SafetensorsWriter(target / file, {}, header)
+            writer = files.enter_context(SafetensorsWriter(target / file, {}, header))
             writers |= dict.fromkeys(writer.entries, writer)
         return writers, kept["index"]
     shards, size = [[]], 0
@@ -177,7 +171,7 @@ def open_files(
     writers, weight_map = {}, {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        writer = SafetensorsWriter(target / file, {name: specs[name] for name in names})
+        writer = files.enter_context(SafetensorsWriter(target / file, {name: specs[name] for name in names}))
         writers |= dict.fromkeys(names, writer)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) == 1:

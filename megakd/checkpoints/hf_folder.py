@@ -80,7 +80,7 @@ class HuggingFaceFolder:
         held = {(reader.path.name, name) for reader in self.readers for name in reader.entries}
         promised = {(file, name) for name, file in weight_map.items()}
         if held != promised:
-            wrong = sorted(name for _, name in held ^ promised)
+            wrong = sorted({name for _, name in held ^ promised})
             raise CheckpointError(
                 f"{self.path}: the shard index and the files disagree about {len(wrong)} tensors: "
                 f"{', '.join(wrong[:5])}",

@@ -154,9 +154,8 @@ def import_hf(opened: HuggingFaceModel, target: pathlib.Path, *, progress: bool 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or cannot be read.
     """
-    writer = TorchDistWriter(target)
     total = sum(s.numel() * d.itemsize for s, d in (opened.spec(name) for name in opened.names))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress) as bar:
+    with TorchDistWriter(target) as writer, bytes_bar(total, "convert", progress) as bar:
         for rule in dict.fromkeys(opened.rules.values()):
             theirs = tuple(opened.load(name) for name in rule.theirs)
             for name, tensor in zip(rule.theirs, theirs, strict=True):
@@ -172,10 +171,14 @@ def import_hf(opened: HuggingFaceModel, target: pathlib.Path, *, progress: bool 
             writer.write(Place(EXTRA + name, (), ()), opened.load(name))
         if opened.tied_head is not None:
             check_tied(opened)
-    for state in extra_states(opened.model):
-        writer.write_object(state, [None])
-    writer.close({})
+        for state in extra_states(opened.model):
+            writer.write_object(state, [None])
+        writer.finish({})
     keep_origin(opened, target / KEPT)
+
+
+def bytes_bar(total: int, what: str, progress: bool) -> tqdm:
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress)
 
 
 def keep_origin(opened: HuggingFaceModel, folder: pathlib.Path) -> None:

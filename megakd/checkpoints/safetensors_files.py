@@ -99,7 +99,7 @@ class SafetensorsWriter:
         self.missing = set(self.entries)
         data = header.encode("utf-8")
         self.start = 8 + len(data)
-        self.file = open(path, "wb")  # noqa: SIM115 closed in close()
+        self.file = open(path, "wb")  # noqa: SIM115 closed in __exit__
         self.file.write(len(data).to_bytes(8, "little") + data)
         self.file.truncate(self.start + max((e["data_offsets"][1] for e in self.entries.values()), default=0))
 
@@ -111,11 +111,16 @@ class SafetensorsWriter:
         self.file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.missing.remove(name)
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.file.close()
+
+    def finish(self) -> None:
         assert not self.missing, f"{self.path}: never written: {sorted(self.missing)[:10]}"
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
 
 
 def make_header(specs: dict[str, tuple[torch.Size, torch.dtype]]) -> str:

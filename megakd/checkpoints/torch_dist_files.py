@@ -31,7 +31,7 @@ class TorchDistWriter:
     """Writes a folder that Megatron loads at any layout; holds nothing but the tensor being written.
 
     Args:
-        folder: exists and is empty; whole after `close`.
+        folder: exists and is empty; whole after `finish`.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -73,21 +73,26 @@ class TorchDistWriter:
         if self.file is None or self.file.tell() >= FILE_BYTES:
             if self.file is not None:
                 self.file.close()
-            self.file = open(self.folder / f"__0_{self.files}.distcp", "wb")  # noqa: SIM115 closed in close()
+            self.file = open(self.folder / f"__0_{self.files}.distcp", "wb")  # noqa: SIM115 closed in __exit__
             self.files += 1
         start = self.file.tell()
         save(self.file)
         name = pathlib.Path(self.file.name).name
         self.storage[index] = _StorageInfo(name, start, self.file.tell() - start)
 
-    def close(self, common: dict) -> None:
-        """Write what describes the data.
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def finish(self, common: dict) -> None:
+        """Write what describes the data; without it the folder is no checkpoint.
 
         Args:
             common: plain values for Megatron's common.pt.
         """
-        if self.file is not None:
-            self.file.close()
         paths = {key: (key,) for key in self.entries}
         description = dcp.Metadata(state_dict_metadata=self.entries, planner_data=paths, storage_data=self.storage)
         torch.save(common, self.folder / "common.pt")

@@ -31,6 +31,23 @@ ODD_LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA = {"head_dim": 16, "pad_token_id": 0, "tie_word_embeddings": True}
+GEMMA2 = {
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+GEMMA3 = {
+    **GEMMA2,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 8}
 PARTLY = {**WINDOWED, "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]}
 
@@ -60,6 +77,9 @@ CASES = {  # name -> (model_type, changes of SIZES)
     "opt_untied": ("opt", OPT),
     "gpt_neox": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
     "gpt_neox_parallel": ("gpt_neox", {"use_parallel_residual": True, "rotary_pct": 0.5}),
+    "gemma": ("gemma", {**GEMMA, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**GEMMA, **GEMMA2}),
+    "gemma3": ("gemma3_text", {**GEMMA, **GEMMA3}),
 }
 ZERO_CENTERED = {"nemotron", "gemma", "gemma2", "gemma3_text"}
 

@@ -70,8 +70,8 @@ def cannot_express(config, reason: str) -> CheckpointError:
     )
 
 
-def plain_fields(config) -> dict:
-    """The fields that nearly every family spells alike."""
+def plain_fields(config, rope: dict | None = None) -> dict:
+    """The fields that nearly every family spells alike; `rope` stands for rope_parameters where those are nested."""
     heads = config.num_attention_heads
     channels = getattr(config, "head_dim", None)
     return {
@@ -86,7 +86,7 @@ def plain_fields(config) -> dict:
         "tie_embeddings": bool(config.tie_word_embeddings),
         "init_std": float(getattr(config, "initializer_range", 0.02)),
         "vocab_size": config.vocab_size,
-        **rope_fields(config, rope_parameters(config)),
+        **rope_fields(config, rope_parameters(config) if rope is None else rope),
     }
 
 
