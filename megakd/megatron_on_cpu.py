@@ -192,7 +192,7 @@ def _import_quietly() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron)\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        LOG.debug("neither Transformer Engine nor Apex is installed: torch's own Adam, norms and attention are used")
+        LOG.info("neither Transformer Engine nor Apex is installed: torch's own Adam, norms and attention are used")
 
 
 def mend_distributed_optimizer() -> None:

@@ -8,6 +8,7 @@ config.save(f"{config.run.dir}/config.yaml")
 from megakd.config.cache import Cache
 from megakd.config.checks import check_model, check_ranks, check_vocab
 from megakd.config.config import Config
+from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
 from megakd.config.reference import format_reference, section_summaries
 from megakd.config.section import Section
@@ -16,7 +17,6 @@ from megakd.config.sections import (
     Data,
     Eval,
     Log,
-    Loss,
     Optimizer,
     Parallel,
     Run,

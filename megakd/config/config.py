@@ -11,6 +11,7 @@ from megakd.config import sections
 from megakd.config.cache import Cache
 from megakd.config.checks import model_problems
 from megakd.config.keys import iter_keys, section_of
+from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
 from megakd.config.problems import explain, nearest_key
 from megakd.config.yaml12 import format_yaml, parse_yaml
@@ -24,7 +25,7 @@ class Config(sections.Section):
     parallel: sections.Parallel = sections.Parallel()
     student: sections.Student
     teacher: sections.Teacher | None = None
-    loss: sections.Loss = sections.Loss()
+    loss: Loss = Loss()
     data: sections.Data
     cache: Cache = Cache()
     train: sections.Train
@@ -110,11 +111,13 @@ class Config(sections.Section):
         if self.parallel.sp and self.data.sequence_length % self.parallel.tp:
             length, tp = self.data.sequence_length, self.parallel.tp
             yield "data.sequence_length", f"{length} is not divisible by parallel.tp = {tp}, and parallel.sp is true"
-        if self.teacher is None and self.loss != sections.Loss():
+        if self.teacher is None and self.loss != Loss():
             yield (
                 "loss",
                 "given without a teacher; the loss is then cross-entropy alone, and this section has no effect",
             )
+        if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
+            yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
         if self.eval.every_steps is not None and self.data.validation is None:
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
         yield from self._schedule_problems()

@@ -84,32 +84,6 @@ class Teacher(Section):
             yield "checkpoint", "neither checkpoint nor cache is given; expected one of them or both"
 
 
-class Loss(Section):
-    """What the student minimises per supervised token: ce_weight * CE + kd_weight * temperature^2 * divergence"""
-
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
-    """forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), in nats."""
-    tail: Literal["bucket", "renormalize", "renormalize_teacher", "drop"] = "bucket"
-    """What becomes of the mass outside the teacher's top_k: one more outcome (`bucket`), both sides rescaled to the
-    top_k (`renormalize`), the teacher alone rescaled (`renormalize_teacher`), or no term for it (`drop`)."""
-    top_k: Count = 64
-    """Entries of the teacher's distribution kept per token."""
-    temperature: Positive = 1.0
-    """Divides both models' logits in the divergence; the divergence is multiplied by its square."""
-    kd_weight: NotNegative = 1.0
-    """Weight of the divergence."""
-    ce_weight: NotNegative = 0.0
-    """Weight of the cross-entropy with the data's next token, at temperature 1."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if self.divergence == "reverse_kl" and self.tail == "renormalize_teacher":
-            yield "tail", "renormalize_teacher makes reverse_kl infinite; expected bucket or renormalize"
-        if self.divergence == "reverse_kl" and self.tail == "drop":
-            yield "tail", "drop lets reverse_kl fall by moving mass out of the top_k; expected bucket or renormalize"
-        if self.kd_weight == 0 and self.ce_weight == 0:
-            yield "kd_weight", "0, and ce_weight is 0 too: nothing is left to minimise"
-
-
 class NemoChatTokens(Section):
     """The strings that NeMo's chat format puts around turns; the defaults are NeMo's"""
 

@@ -114,6 +114,7 @@ class Loop:
 
     def validate(self) -> None:
         watch = Stopwatch()
+        self.evaluation.loss = self.setup.loss.at(self.progress.step)
         self.validation = self.evaluation(self.setup.validation_batches(), self.setup.device)
         if not self.validation:
             return

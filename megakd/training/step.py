@@ -29,7 +29,7 @@ class StudentStep:
     Attributes:
         gpt, ddp: the student, bare and in Megatron's data-parallel wrapper.
         teacher: None for plain training.
-        loss: the loss section that applies to this step.
+        loss: the loss section; its ramps are followed step by step.
         optimizer, scheduler: Megatron's.
         groups: the run's process groups.
     """
@@ -59,11 +59,12 @@ class StudentStep:
         self.scheduler.step(increment=1)  # before the update: step 1 of a warm-up does not train at rate 0
         if self.supervised_tokens(micro_batches) == 0:
             return None
-        lessons = self.lessons(micro_batches)
+        loss = self.loss.at(step)
+        lessons = self.lessons(micro_batches, loss)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = get_forward_backward_func()(
-            forward_step_func=functools.partial(self.forward_step, measure),
+            forward_step_func=functools.partial(self.forward_step, loss, measure),
             data_iterator=iter(zip(micro_batches, lessons, strict=True)),
             model=[self.ddp],
             num_microbatches=len(micro_batches),
@@ -77,7 +78,7 @@ class StudentStep:
         _, metrics["grad_norm"], _ = self.optimizer.step()
         check_finite(metrics, ["grad_norm"], step)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics
+        return metrics | self.loss.moved(step)
 
     def supervised_tokens(self, micro_batches: list[MicroBatch]) -> int:
         """Supervised tokens of the global batch."""
@@ -85,20 +86,24 @@ class StudentStep:
         dist.all_reduce(count, group=self.groups.dp_cp)
         return int(count)
 
-    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson | None]:
+    def lessons(self, micro_batches: list[MicroBatch], loss: Loss) -> list[Lesson | None]:
         if self.teacher is None:
             return [no_lesson(len(m.labels_T), m.ids_BS.device) for m in micro_batches]
+        if loss.temperature != self.loss.temperature:
+            self.teacher.temperature = loss.temperature  # a ramp; only a live teacher may have one
         return self.teacher.lessons(micro_batches) or [None] * len(micro_batches)  # none on earlier pipeline stages
 
-    def forward_step(self, measure: bool, iterator, model):
+    def forward_step(self, loss: Loss, measure: bool, iterator, model):
         micro_batch, lesson = next(iterator)
-        return forward(model, micro_batch), functools.partial(self.loss_function, micro_batch, lesson, measure)
+        return forward(model, micro_batch), functools.partial(self.loss_function, micro_batch, lesson, loss, measure)
 
-    def loss_function(self, micro_batch: MicroBatch, lesson: Lesson, measure: bool, hidden_SBH: Tensor):
+    def loss_function(
+        self, micro_batch: MicroBatch, lesson: Lesson, loss: Loss, measure: bool, hidden_SBH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
         logits_TW = self.gpt.logits(hidden_SBH, micro_batch.rows_T)
         loss_sum, sums = objective(
-            logits_TW, lesson.targets, micro_batch.labels_T, self.gpt.shard, self.loss, inplace_backward=True
+            logits_TW, lesson.targets, micro_batch.labels_T, self.gpt.shard, loss, inplace_backward=True
         )
         if measure and self.teacher is not None:
             compare(sums, predict(logits_TW.detach(), micro_batch.labels_T, self.gpt.shard), lesson)

@@ -138,3 +138,26 @@ def test_a_loss_that_is_not_finite_stops_every_rank():
     messages = run_ranks(2, step_with_nan)
     assert messages[0] == messages[1]
     assert "step 7" in messages[0] and "nan" in messages[0] and "hint:" in messages[0]
+
+
+RAMPS = {
+    "kd_weight": {"to": 0.5, "steps": 3},
+    "ce_weight": {"to": 1.0, "steps": 2},
+    "temperature": {"to": 1.0, "steps": 3},
+}
+
+
+def test_ramps_are_followed_step_by_step():
+    ramped = run_ranks(2, small.curve, 2, 1, 8, STEPS, {"loss__ramps": RAMPS})[0]
+    assert [m["temperature"] for m in ramped] == pytest.approx([2.0, 1.5, 1.0])
+    for m in ramped:
+        assert m["loss"] == pytest.approx(m["kd_weight"] * m["temperature"] ** 2 * m["kd"] + m["ce_weight"] * m["ce"])
+    assert ramped[0]["kd"] == pytest.approx(whole()[0]["kd"])
+    assert ramped[2]["teacher_mass"] > 1.2 * whole()[2]["teacher_mass"], "the teacher is sharper at temperature 1"
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_every_divergence_trains(divergence):
+    curve = run_ranks(2, small.curve, 2, 1, 8, STEPS, {"loss__divergence": divergence})[0]
+    assert curve[0]["ce"] == pytest.approx(whole()[0]["ce"]) and curve[0]["kd"] != pytest.approx(whole()[0]["kd"])
+    assert all(math.isfinite(m["grad_norm"]) and m["grad_norm"] > 0 for m in curve)

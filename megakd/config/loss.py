@@ -1,0 +1,82 @@
+"""The loss section: what the student minimises, and how its numbers move over the run."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from megakd.config.ramp import Ramp
+from megakd.config.section import Count, NotNegative, Positive, Section
+
+TAILS = {
+    "forward_kl": {"bucket", "renormalize", "renormalize_teacher", "drop"},
+    "reverse_kl": {"bucket", "renormalize"},
+    "jsd": {"bucket", "renormalize", "renormalize_teacher"},
+    "skew_forward_kl": {"bucket", "renormalize"},
+    "skew_reverse_kl": {"bucket", "renormalize", "renormalize_teacher"},
+}
+REFUSALS = {
+    ("reverse_kl", "renormalize_teacher"): "renormalize_teacher makes reverse_kl infinite",
+    ("reverse_kl", "drop"): "drop lets reverse_kl fall by moving mass out of the top_k",
+}
+
+
+class Ramps(Section):
+    """Numbers of the loss that move over the run; what is null stays what it is"""
+
+    kd_weight: Ramp | None = None
+    """Of kd_weight."""
+    ce_weight: Ramp | None = None
+    """Of ce_weight."""
+    temperature: Ramp | None = None
+    """Of temperature. A recorded teacher has the temperatures of its recording only."""
+
+
+class Loss(Section):
+    """What the student minimises per supervised token: ce_weight * CE + kd_weight * temperature^2 * divergence"""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"
+    """forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), jsd = beta KL(teacher || mix) +
+    (1 - beta) KL(student || mix), and the skewed ones against a mixture with `skew` of the first model; in nats."""
+    tail: Literal["bucket", "renormalize", "renormalize_teacher", "drop"] = "bucket"
+    """What becomes of the mass outside the teacher's top_k: one more outcome (`bucket`), both sides rescaled to the
+    top_k (`renormalize`), the teacher alone rescaled (`renormalize_teacher`), or no term for it (`drop`)."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Share of the teacher in the mixture of jsd, and of its own divergence in the sum (jsd only)."""
+    skew: float = Field(0.1, gt=0, lt=1)
+    """Share of the first model in the mixture of the skewed divergences (those only)."""
+    top_k: Count = 64
+    """Entries of the teacher's distribution kept per token."""
+    temperature: Positive = 1.0
+    """Divides both models' logits in the divergence; the divergence is multiplied by its square."""
+    student_temperature: Positive | None = None
+    """Divides the student's logits instead of `temperature`, and its square multiplies; null: the same for both."""
+    kd_weight: NotNegative = 1.0
+    """Weight of the divergence."""
+    ce_weight: NotNegative = 0.0
+    """Weight of the cross-entropy with the data's next token, at temperature 1."""
+    ramps: Ramps = Ramps()
+    """kd_weight, ce_weight and temperature as functions of the step."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        allowed = TAILS[self.divergence]
+        if self.tail not in allowed:
+            reason = REFUSALS.get((self.divergence, self.tail), f"{self.tail} has no meaning for {self.divergence}")
+            yield "tail", f"{reason}; expected {' or '.join(sorted(allowed))}"
+        rises = any(ramp is not None and ramp.to > 0 for ramp in (self.ramps.kd_weight, self.ramps.ce_weight))
+        if self.kd_weight == 0 and self.ce_weight == 0 and not rises:
+            yield "kd_weight", "0, and ce_weight is 0 too: nothing is left to minimise"
+        if self.ramps.temperature is not None and self.ramps.temperature.to == 0:
+            yield "ramps.temperature.to", "0; expected a temperature above 0"
+        if self.ramps.temperature is not None and self.student_temperature is not None:
+            yield "ramps.temperature", "given with student_temperature; only one temperature of both models can move"
+
+    def moved(self, step: int) -> dict[str, float]:
+        """The values at an optimizer step (1 is the first) of the numbers that have a ramp."""
+        ramps = {name: getattr(self.ramps, name) for name in Ramps.model_fields}
+        return {name: ramp.value(getattr(self, name), step) for name, ramp in ramps.items() if ramp is not None}
+
+    def at(self, step: int) -> "Loss":
+        """The section with its numbers at an optimizer step; a pure function of it."""
+        moved = self.moved(step)
+        return self.model_copy(update=moved) if moved else self
