@@ -1,0 +1,135 @@
+"""`megakd cache` and training from what it leaves, on real files, at several layouts."""
+
+import numpy as np
+import pytest
+
+from megakd.cache import CacheReader, read_header
+from megakd.cache.verify import verify
+from tests.ranks import run_ranks
+from tests.training import runs
+
+SHARD_SAMPLES = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    runs.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("teacher")
+    config = runs.values(folder, run_dir, student__model__hidden_size=48, train__steps=25)
+    assert run_ranks(2, runs.train, config) == [None, None]
+    return run_dir
+
+
+def distil(folder, teacher, run_dir, cache, tp=1, **changes):
+    defaults = {
+        "loss": {"top_k": 50, "ce_weight": 0.2},
+        "train__steps": 5,
+        "cache": {"codec": "fp32", "shard_samples": SHARD_SAMPLES},
+        "teacher": {"checkpoint": str(teacher), "cache": str(cache) if cache else None},
+        "parallel__tp": tp,
+    }
+    return runs.values(folder, run_dir, **(defaults | changes))
+
+
+class StopsAfter(runs.OneOfThePool):
+    """Asked to stop after so many groups of samples."""
+
+    def __init__(self, rank, groups):
+        super().__init__(rank)
+        self.groups = groups
+
+    def agree_to_stop(self):
+        self.groups -= 1
+        return self.groups < 0
+
+
+def record(rank, ranks, config, groups=10**9):
+    """One rank of a recording; returns the text of an explained error."""
+    from megakd.config import Config
+    from megakd.errors import MegakdError
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
+    from megakd.models.groups import destroy_groups
+    from megakd.training.recording import record
+
+    try:
+        record(Config.from_dict(config), StopsAfter(rank, groups), "a test")
+    except MegakdError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        destroy_groups()
+
+
+@pytest.fixture(scope="module")
+def cache(folder, teacher, tmp_path_factory):
+    """Recorded on one rank: 8 samples of validation, 40 of training."""
+    cache = tmp_path_factory.mktemp("cache")
+    assert run_ranks(1, record, distil(folder, teacher, "unused", cache)) == [None]
+    return cache
+
+
+def tables(cache):
+    """Every row of a cache by its key."""
+    reader, rows = CacheReader(cache), {}
+    for shard, shard_record in enumerate(reader.header.shards):
+        for number in range(shard_record.rows):
+            row = reader.row(shard, number)
+            rows[row.key] = row
+    return rows
+
+
+def test_a_recording_is_whole_and_says_what_it_is(cache, teacher):
+    header = verify(cache)
+    assert (header.rows, header.parts, header.mode, header.contents.top_k) == (48, 7, "top_k", 50)
+    assert header.tokens > 40 * 32 and header.data["validation_samples"] == 8
+    assert header.created["command"] == "a test" and len(header.teacher_fingerprint) == 32
+    assert not list(cache.glob("*.json*"))[1:] and not list(cache.glob("*.incomplete"))
+
+
+@pytest.mark.parametrize(("ranks", "tp", "pp"), [(2, 1, 1), (2, 2, 1), (4, 2, 2)])
+def test_every_layout_records_the_same(folder, teacher, cache, tmp_path, ranks, tp, pp):
+    config = distil(folder, teacher, "unused", tmp_path, tp, parallel__pp=pp)
+    assert run_ranks(ranks, record, config) == [None] * ranks
+    want, got = tables(cache), tables(tmp_path)
+    assert want.keys() == got.keys()
+    for key in want:
+        a, b = want[key], got[key]
+        assert (a.counts_T == b.counts_T).all() and (a.mask_S == b.mask_S).all() and a.last_label == b.last_label
+        assert (a.ids_N != b.ids_N).mean() < 0.01  # near-ties at the last place may fall either way
+        same = a.ids_N == b.ids_N
+        np.testing.assert_allclose(a.logprobs_N[same], b.logprobs_N[same], atol=2e-4)
+        np.testing.assert_allclose(a.label_logprob_T, b.label_logprob_T, atol=2e-4)
+    if tp == pp == 1:
+        for path in sorted(cache.glob("shard-*")):
+            assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
+    config = distil(folder, teacher, "unused", tmp_path)
+    assert run_ranks(1, record, config, 9) == [None]
+    assert not read_header(tmp_path).finished and len(list(tmp_path.glob("shard-*.arrow"))) == 2
+    assert run_ranks(2, record, config) == [None, None]
+    assert read_header(tmp_path).shards == read_header(cache).shards
+    before = (tmp_path / "cache.json").stat().st_mtime_ns
+    assert run_ranks(1, record, config) == [None]
+    assert (tmp_path / "cache.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("ranks", "tp", "changes"), [(1, 1, {}), (2, 2, {}), (2, 1, {"train__micro_batch_size": 4})])
+def test_training_from_the_cache_is_training_online(folder, teacher, cache, tmp_path, ranks, tp, changes):
+    online = distil(folder, teacher, tmp_path / "online", None, tp, **changes)
+    cached = distil(folder, teacher, tmp_path / "cached", cache, tp, **changes)
+    for config in (online, cached):
+        assert run_ranks(ranks, runs.train, config) == [None] * ranks
+    for kind in ("train", "validation"):
+        a, b = runs.lines(tmp_path / "online", kind), runs.lines(tmp_path / "cached", kind)
+        assert len(a) == {"train": 5, "validation": 1}[kind] and {"kd", "teacher_ce", "agreement"} <= a[-1].keys()
+        for online_line, cached_line in zip(a, b, strict=True):
+            assert cached_line == pytest.approx(online_line, rel=2e-5, abs=1e-6)
