@@ -6,7 +6,7 @@
    blocked in a collective. It prints one line, "rank 1 stopped: rank 0 failed with ...", and leaves.
 3. A rank whose collective fails because its peer is gone prints that same line; when the peer left no message (killed,
    out of memory), the line says so.
-4. A rank that cannot reach the store for ten seconds leaves too: its launcher, or the rank that carries it, is gone.
+4. A rank that cannot reach the store for a minute leaves too: its launcher, or the rank that carries it, is gone.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from megakd.errors import MegakdError
 from megakd.ranks.launch import Launch, open_store
 
 WATCH_SECONDS = 1.0
-LOST_STORE_SECONDS = 10.0
+LOST_STORE_SECONDS = 60.0
 LAST_WORDS_SECONDS = 2.0
 INTERRUPTED = 130
 PEER_LOST = (
@@ -99,7 +99,7 @@ class FailureWatch:
         store, answered = None, time.monotonic()
         while not self._closing.wait(WATCH_SECONDS):
             try:
-                store = store or open_store(self.launch, hosts=False, seconds=LOST_STORE_SECONDS / 2)
+                store = store or open_store(self.launch, hosts=False, seconds=LOST_STORE_SECONDS / 4)
                 failure = _read_failure(store)
                 answered = time.monotonic()
             except (dist.DistError, MegakdError) as error:
