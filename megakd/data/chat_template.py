@@ -85,13 +85,13 @@ class ChatTemplate:
                 continue
             before = self._render(messages[:number], tools, add_generation_prompt=True)
             after = self._render(messages[: number + 1], tools)
-            if not (after.startswith(before) and text.startswith(after) and len(before) >= place):
+            end = len(before) + len(_written(after[len(before) :], message.get("content") or ""))
+            if not (after.startswith(before) and text.startswith(after[:end]) and len(before) >= place):
                 raise BadRecord(
                     f"the chat template renders turn {number + 1} differently when it is asked for and when it is "
                     "given, so what the assistant writes cannot be told; mark it in the template with "
                     "{% generation %} ... {% endgeneration %}"
                 )
-            end = len(before) + len(_written(after[len(before) :], message.get("content") or ""))
             segments += [Segment(text[place : len(before)], False), Segment(text[len(before) : end], True)]
             place = end
         segments.append(Segment(text[place:], False))
@@ -108,8 +108,9 @@ class ChatTemplate:
 
 def _written(answer: str, content: str) -> str:
     """An assistant's turn without the white space after its end marker; all of it if there is no marker."""
-    stripped = answer.rstrip()
-    return answer if stripped.endswith(content.rstrip()) else stripped
+    body = content.strip()
+    marker = answer[max(0, answer.find(body)) + len(body) :].strip()
+    return answer.rstrip() if marker else answer
 
 
 def _cut_at_marks(text: str) -> Iterator[Segment]:

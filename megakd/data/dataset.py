@@ -31,6 +31,7 @@ class TextDataset:
     Attributes:
         file: the open `TokenFile`.
         tokens_per_epoch: supervised tokens, T - 1.
+        counts: "samples" of an epoch; "skipped", records that tokenization had to leave out.
 
     Raises:
         DataError: see `TokenFile`; or the file holds a single token.
@@ -47,6 +48,7 @@ class TextDataset:
         self.tokens_per_epoch = self.file.info.tokens - 1
         if self.tokens_per_epoch < 1:
             raise DataError(f"{prefix} holds {self.file.info.tokens} token(s), too few for one prediction")
+        self.counts = {"samples": len(self), "skipped": self.file.info.skipped}
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -154,3 +156,23 @@ def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int |
         np.concatenate([np.arange(segment) for segment in lengths], out=positions[row])
     arrays = {"ids": ids, "labels": labels, "position_ids": positions}
     return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"segments": segments}
+
+
+def attention_mask(segments: Sequence[Sequence[int]]):
+    """Which positions a position must not see: those after it, and those of other segments.
+
+    Args:
+        segments: for each of B rows the lengths of its segments, as `load_batch` returns them.
+
+    Returns:
+        bool torch.Tensor[B, 1, S, S], True = hidden (Megatron's convention); None if every row is one segment, which
+        plain causal attention is right for.
+    """
+    import torch
+
+    if all(len(row) == 1 for row in segments):
+        return None
+    owner = np.stack([np.repeat(np.arange(len(row)), row) for row in segments])
+    place = np.arange(owner.shape[1])
+    hidden = (owner[:, :, None] != owner[:, None, :]) | (place[:, None] < place[None, :])
+    return torch.from_numpy(hidden[:, None])

@@ -80,10 +80,11 @@ def _checked(record: dict) -> tuple[list[dict], str, str | None]:
     if kind not in TYPES:
         raise BadRecord(f'"type" is {kind!r}, not one of {", ".join(map(str, TYPES))}')
     for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise BadRecord(f'turn {number}: a {type(turn).__name__}, not an object with "from" and "value"')
         for key in ("from", "value"):
-            found = turn.get(key) if isinstance(turn, dict) else turn
-            if not isinstance(found, str):
-                raise BadRecord(f'turn {number}: "{key}" is a {type(found).__name__}, not a string')
+            if not isinstance(turn.get(key), str):
+                raise BadRecord(f'turn {number}: "{key}" is a {type(turn.get(key)).__name__}, not a string')
         if not isinstance(turn.get("label"), str | None):
             raise BadRecord(f'turn {number}: "label" is a {type(turn["label"]).__name__}, not a string or null')
     if not isinstance(record.get("system"), str | None):

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megakd.config import ConfigError, Data
+from megakd.config import Data
 from megakd.data.blend import BlendedDataset
 from megakd.data.dataset import TextDataset
 from megakd.data.formats import SampleFormat
@@ -22,7 +22,7 @@ from megakd.data.records import DEFAULT_SUFFIXES, LINE_SUFFIXES, TABLE_SUFFIXES,
 from megakd.data.samples import PackedDataset, SampleDataset
 from megakd.data.tokenization import detect, write_token_file
 from megakd.data.tokenizers import Tokenizer
-from megakd.errors import DataError
+from megakd.errors import ConfigError, DataError
 
 LOG = logging.getLogger("megakd")
 _ENCODING = 1  # version of how samples are encoded; part of every key

@@ -1,0 +1,155 @@
+"""What data.train names: indexes made once, found again, remade when what they depend on changes; blends, damage."""
+
+import json
+import logging
+import os
+
+import pytest
+
+from megakd.config import Data
+from megakd.data import sources
+from megakd.data.blend import BlendedDataset
+from megakd.data.dataset import TextDataset
+from megakd.data.samples import PackedDataset, SampleDataset
+from megakd.data.sources import find_index, open_data, parse_source
+from megakd.errors import ConfigError, DataError
+from tests.data import hf_tokenizers
+from tests.data.byte_tokenizer import EOS, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture
+def qa(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps({"input": f"Q{n}", "output": "A" * n}) + "\n" for n in range(1, 9)))
+    return path
+
+
+def section(train, **more):
+    return Data(train=str(train) if not isinstance(train, list) else train, sequence_length=20, **more)
+
+
+def opened(train, tokenizer, seed=1, **more):
+    data = section(train, **more)
+    return open_data(data, data.train, tokenizer, seed, progress=False)
+
+
+def test_raw_files_become_what_their_records_are(qa, letters, tmp_path):
+    samples = opened(qa, letters)
+    assert type(samples) is SampleDataset and len(samples) == 8
+    row = samples.sample(0, 1)
+    assert row["ids"].tolist() == [*b"Q2 AA"] and row["labels"].tolist() == [-100, *b" AA", EOS]
+    assert type(opened(qa, letters, packing=True)) is PackedDataset
+    assert type(opened(qa, letters, packing=True, seed=None)) is SampleDataset  # validation is never packed
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello " * 9)
+    assert type(opened(tmp_path / "texts", letters)) is TextDataset
+    assert (tmp_path / "texts.megakd").is_dir()
+
+
+def test_an_index_is_made_once_and_again_when_anything_changes(qa, letters, monkeypatch, tmp_path):
+    made = []
+    real = sources.write_token_file
+    monkeypatch.setattr(sources, "write_token_file", lambda *a, **k: made.append(a[1]) or real(*a, **k))
+    monkeypatch.setattr(sources, "_digest", lambda file, real=sources._digest: read.append(file) or real(file))
+    read = []
+
+    def find(**more):
+        return find_index(section(qa, **more), qa, letters, progress=False)
+
+    first = find()
+    assert first.parent == qa.with_name("qa.jsonl.megakd") and len(made) == 1 and qa in read
+    read.clear()
+    assert find() == first and len(made) == 1 and qa not in read  # not even read again
+    os.utime(qa, ns=(1, 1))
+    assert find() == first and qa in read  # touched but the same
+    for changes in ({"template": "{input}\n{output}"}, {"answer_only_loss": False}, {"add_bos": True},
+                    {"on_error": "skip"}, {"columns": {"input": "output"}}):  # fmt: skip
+        before = len(made)
+        assert find(**changes) != first and len(made) == before + 1
+    assert find(chat_template="{{ irrelevant }}", packing=True) == first
+    qa.write_text(qa.read_text() + '{"input": "new", "output": "new"}\n')
+    changed = find()
+    assert changed != first
+    other = byte_tokenizer(tmp_path)
+    other.fingerprint = "ff" * 32
+    assert find_index(section(qa), qa, other, progress=False) != changed
+    assert find(index_dir=str(tmp_path / "elsewhere")).parent == tmp_path / "elsewhere"
+
+
+def test_the_chat_template_is_part_of_the_key(tmp_path, letters):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}))
+    (tmp_path / "t.jinja").write_text(hf_tokenizers.CHATML)
+    by_file = find_index(section(path, chat_template=str(tmp_path / "t.jinja")), path, letters, progress=False)
+    by_text = find_index(section(path, chat_template=hf_tokenizers.CHATML), path, letters, progress=False)
+    other = find_index(section(path, chat_template="x" + hf_tokenizers.CHATML), path, letters, progress=False)
+    assert by_file == by_text != other
+    with pytest.raises(ConfigError, match=r"data\.chat_template: nowhere cannot be read"):
+        find_index(section(path, chat_template="nowhere"), path, letters)
+
+
+def test_other_ranks_expect_the_index(qa, letters):
+    data = section(qa)
+    with pytest.raises(DataError, match="has no index for this run"):
+        open_data(data, data.train, letters, 1, build=False)
+    open_data(data, data.train, letters, 1, progress=False)
+    assert len(open_data(data, data.train, letters, 1, build=False)) == 8
+
+
+def test_a_failed_index_leaves_nothing_that_looks_like_one(qa, letters):
+    qa.write_text('{"input": "a", "output": "b"}\n{"input": "a"}\n[]\n')
+    with pytest.raises(DataError, match=r'2 records .*\n.*:2: no key "output".*\n.*:3: a list'):
+        opened(qa, letters)
+    folder = qa.with_name("qa.jsonl.megakd")
+    assert {path.name for path in folder.iterdir()} <= {"lock", "digests.json"}
+    assert opened(qa, letters, on_error="skip").counts == {"samples": 1, "truncated": 0, "dropped": 0, "skipped": 1 + 1}
+
+
+def test_what_is_cut_or_left_out_is_said(qa, letters, caplog):
+    data = Data(train=str(qa), sequence_length=5)
+    with caplog.at_level(logging.WARNING, "megakd"):
+        assert open_data(data, data.train, letters, 1, progress=False).counts["truncated"] == 6
+    assert "of 8 samples 6 are cut to 6 tokens" in caplog.text
+
+
+def test_blends_and_prefixes(qa, letters, tmp_path):
+    prefix = find_index(section(qa), qa, letters, progress=False)
+    blend = opened([0.75, str(qa), 0.25, str(prefix)], letters)
+    assert type(blend) is BlendedDataset and len(blend) == 16
+    parts = [blend.locate(0, index)[0] for index in range(16)]
+    assert parts.count(0) == 12
+    assert [opened([0.75, str(qa), 0.25, str(prefix)], letters, seed=None).locate(0, i)[0] for i in (0, 7, 8, 15)] == [
+        0, 0, 1, 1,
+    ]  # fmt: skip
+    assert parse_source([0.7, "a", 3, "b"]) == (["a", "b"], [0.7, 3.0])
+    assert parse_source(["a", "b"]) == (["a", "b"], None) and parse_source("a") == (["a"], None)
+
+
+@pytest.mark.parametrize(
+    ("train", "complaint"),
+    [
+        ("{tmp}/none", r"none does not exist, nor .*none\.idx"),
+        ("{tmp}/empty", "no .* file in"),
+        ("{tmp}/empty.jsonl", "holds no record"),
+        ("{tmp}/odd.jsonl", r"odd\.jsonl:1: the keys a show none of the formats"),
+        ("{tmp}/broken.jsonl", r"broken\.jsonl:1: broken JSON"),
+    ],
+)
+def test_sources_that_cannot_be_opened(tmp_path, letters, train, complaint):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "odd.jsonl").write_text('{"a": 1}')
+    (tmp_path / "broken.jsonl").write_text('{"a": \n')
+    with pytest.raises(DataError, match=complaint):
+        opened(train.replace("{tmp}", str(tmp_path)), letters)
+
+
+def test_an_index_of_another_tokenizer_is_refused(qa, letters, tokenizer):
+    prefix = find_index(section(qa), qa, letters, progress=False)
+    with pytest.raises(DataError, match="was written with tokenizer"):
+        opened(prefix, tokenizer)
