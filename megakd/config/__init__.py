@@ -6,8 +6,9 @@ config.save(f"{config.run.dir}/config.yaml")
 """
 
 from megakd.config.cache import Cache
-from megakd.config.checks import check_model, check_ranks, check_vocab
+from megakd.config.checks import check_features, check_model, check_ranks, check_vocab
 from megakd.config.config import Config
+from megakd.config.features import Features
 from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
 from megakd.config.reference import format_reference, section_summaries
@@ -33,6 +34,7 @@ __all__ = [
     "Config",
     "Data",
     "Eval",
+    "Features",
     "Log",
     "Loss",
     "MoE",
@@ -46,6 +48,7 @@ __all__ = [
     "Student",
     "Teacher",
     "Train",
+    "check_features",
     "check_model",
     "check_ranks",
     "check_vocab",

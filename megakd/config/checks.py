@@ -79,6 +79,20 @@ def check_model(config: "Config", model: Model, whose: str) -> None:
         )
 
 
+def check_features(config: "Config", student: Model, teacher: Model) -> None:
+    """Checks that the layers of the features section exist and that pairs share a pipeline stage.
+
+    Raises:
+        ConfigError: lists all that does not fit.
+    """
+    if config.features is None:
+        return
+    problems = config.features.layer_problems(student.num_layers, teacher.num_layers, config.parallel.pp)
+    lines = [f"{key}: {text}" for key, text in problems]
+    if lines:
+        raise problems_error("features", lines, hint="choose layers that both models have, on one stage each pair")
+
+
 def model_problems(model: Model, parallel: Parallel, sequence_length: int) -> Iterator[tuple[str, str]]:
     """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
     tp, pp = parallel.tp, parallel.pp

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megakd.config import sections
 from megakd.config.cache import Cache
 from megakd.config.checks import model_problems
+from megakd.config.features import Features
 from megakd.config.keys import iter_keys, section_of
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
@@ -26,6 +27,7 @@ class Config(sections.Section):
     student: sections.Student
     teacher: sections.Teacher | None = None
     loss: Loss = Loss()
+    features: Features | None = None
     data: sections.Data
     cache: Cache = Cache()
     train: sections.Train
@@ -118,6 +120,13 @@ class Config(sections.Section):
             )
         if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
+        if self.features is not None and (
+            self.teacher is None or self.teacher.checkpoint is None or self.teacher.cache
+        ):
+            yield (
+                "features",
+                "given without a live teacher; hidden states are not recorded, expected teacher.checkpoint",
+            )
         if self.eval.every_steps is not None and self.data.validation is None:
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
         yield from self._schedule_problems()

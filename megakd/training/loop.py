@@ -30,7 +30,9 @@ def train(config: Config, ranks: Ranks) -> None:
     setup = build_setup(config, ranks.device)
     ddp = wrap_data_parallel(setup.student, config, setup.groups)
     optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
-    student = StudentStep(setup.student, ddp, setup.teacher, setup.loss, optimizer, scheduler, setup.groups)
+    student = StudentStep(
+        setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups
+    )
     progress = Progress()
     if checkpoint:
         progress = resume(student, checkpoint)

@@ -8,12 +8,13 @@ import torch
 
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
-from megakd.config import Config, Loss, Model, check_model, check_vocab
+from megakd.config import Config, Loss, Model, check_features, check_model, check_vocab
 from megakd.data.dataset import TextDataset, load_batch
 from megakd.data.order import batch_indices, split_batch, validation_indices
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import CheckpointError, ConfigError, TrainingError
 from megakd.models.cached_teacher import CachedTeacher
+from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import MicroBatch
@@ -37,6 +38,7 @@ class Setup:
         teacher_model: the section of a teacher that runs, None without one.
         student: this rank's part of the student, with weights.
         teacher: None for plain training.
+        features: distances between hidden states, attached to the student; None without a features section.
         loss: the loss section that applies: CE alone without a teacher.
         train_data, validation_data: samples; validation may be None.
     """
@@ -49,6 +51,7 @@ class Setup:
     teacher_model: Model | None
     student: GPT
     teacher: TeacherSource | None
+    features: FeatureLoss | None
     loss: Loss
     train_data: TextDataset
     validation_data: TextDataset | None
@@ -98,6 +101,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         vocab_size, teacher_from = cache.header.contents.vocab_size, None  # it need not run
     if teacher_from:
         check_teacher(config, teacher_from, tokenizer)
+        check_features(config, model, teacher_from.model)
         vocab_size = min(vocab_size, teacher_from.model.vocab_size)
         padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
     check_padding(padded_size, config.parallel.tp)
@@ -115,16 +119,18 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     student = build(model, None if student_from else config.run.seed)
     if student_from:
         load_weights(student, student_from, groups)
-    teacher, loss = None, config.loss if config.teacher else CE_ONLY
+    teacher, features, loss = None, None, config.loss if config.teacher else CE_ONLY
     if cache:
         teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
         gpt = build(teacher_from.model, None)
         load_weights(gpt, teacher_from, groups)
         teacher = OnlineTeacher(gpt, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
+        if config.features:
+            features = FeatureLoss(student, gpt, config.features, config.run.seed)
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
-        student, teacher, loss, train_data, validation_data,
+        student, teacher, features, loss, train_data, validation_data,
     )  # fmt: skip
 
 

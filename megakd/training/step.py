@@ -16,6 +16,7 @@ from megakd.config import Loss
 from megakd.errors import TrainingError
 from megakd.kernels.predictions import Predictions, predict
 from megakd.losses import SUMS, means, objective
+from megakd.models.features import FeatureLoss
 from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
@@ -29,6 +30,7 @@ class StudentStep:
     Attributes:
         gpt, ddp: the student, bare and in Megatron's data-parallel wrapper.
         teacher: None for plain training.
+        features: distances between hidden states, None without.
         loss: the loss section; its ramps are followed step by step.
         optimizer, scheduler: Megatron's.
         groups: the run's process groups.
@@ -37,6 +39,7 @@ class StudentStep:
     gpt: GPT
     ddp: torch.nn.Module
     teacher: TeacherSource | None
+    features: FeatureLoss | None
     loss: Loss
     optimizer: object
     scheduler: object
@@ -60,7 +63,11 @@ class StudentStep:
         if self.supervised_tokens(micro_batches) == 0:
             return None
         loss = self.loss.at(step)
+        if self.features:
+            self.features.begin(micro_batches)
         lessons = self.lessons(micro_batches, loss)
+        if self.features:
+            self.features.end_teacher()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = get_forward_backward_func()(
@@ -74,7 +81,10 @@ class StudentStep:
             **pipeline(self.gpt, self.groups),
         )
         metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device), self.teacher is not None)
-        check_finite(metrics, [name for name in ("loss", "kd", "ce") if name in metrics], step)
+        if self.features:
+            metrics["features"] = self.features.sum() / metrics["tokens"]
+            metrics["loss"] += metrics["features"]
+        check_finite(metrics, [name for name in ("loss", "kd", "ce", "features") if name in metrics], step)
         _, metrics["grad_norm"], _ = self.optimizer.step()
         check_finite(metrics, ["grad_norm"], step)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]

@@ -77,20 +77,23 @@ def build(section, config, groups, seed):
 
 def student_step(config, groups, teacher=True, **student_changes):
     """A StudentStep with optimizer; its teacher has other weights and another width."""
+    from megakd.models.features import FeatureLoss
     from megakd.models.teacher import OnlineTeacher
     from megakd.training.optimizer import build_optimizer, wrap_data_parallel
     from megakd.training.setup import CE_ONLY
     from megakd.training.step import StudentStep
 
     gpt = build(student_section(**student_changes), config, groups, seed=1)
-    ddp = wrap_data_parallel(gpt, config, groups)
-    optimizer, scheduler = build_optimizer(ddp, config, config.train.steps, groups)
-    loss, source = CE_ONLY, None
+    loss, source, features = CE_ONLY, None, None
     if teacher:
         loss = config.loss
         gpt_teacher = build(teacher_section(), config, groups, seed=2)
         source = OnlineTeacher(gpt_teacher, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
-    return StudentStep(gpt, ddp, source, loss, optimizer, scheduler, groups)
+        if config.features:
+            features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
+    ddp = wrap_data_parallel(gpt, config, groups)
+    optimizer, scheduler = build_optimizer(ddp, config, config.train.steps, groups)
+    return StudentStep(gpt, ddp, source, features, loss, optimizer, scheduler, groups)
 
 
 def tokens(step, samples=8):
