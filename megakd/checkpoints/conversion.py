@@ -5,12 +5,15 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 
 from megakd.checkpoints import folder
 from megakd.checkpoints.export_hf import export_hf
 from megakd.checkpoints.gate import run_gate
 from megakd.checkpoints.hf_folder import TOKENIZER_FILES, is_hf_folder
 from megakd.checkpoints.import_hf import import_hf, open_hf
+from megakd.checkpoints.nemo import check_equal, export_nemo, import_nemo, open_nemo, tokenizer_copy
+from megakd.checkpoints.nemo_archive import is_nemo, unpacked
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import CheckpointError, DataError
 
@@ -49,7 +52,7 @@ class Options:
 
 
 def format_of(path: pathlib.Path) -> str:
-    """ "hf" or "megatron", by what is in the folder.
+    """Which of hf, nemo and megatron it is, by what is there.
 
     Raises:
         CheckpointError: it is neither.
@@ -58,8 +61,10 @@ def format_of(path: pathlib.Path) -> str:
         return "megatron"
     if is_hf_folder(path):
         return "hf"
-    seen = "does not exist" if not path.exists() else f"holds neither config.json nor {folder.RECORD}"
-    raise CheckpointError(f"{path} {seen}", hint="give a Hugging Face folder or a megakd checkpoint")
+    if is_nemo(path):
+        return "nemo"
+    seen = f"holds neither config.json nor {folder.RECORD} nor model_config.yaml" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path} {seen}", hint="give a Hugging Face folder, a .nemo file or a megakd checkpoint")
 
 
 def convert(source: pathlib.Path, destination: pathlib.Path, target_format: str, options: Options) -> dict:
@@ -71,7 +76,14 @@ def convert(source: pathlib.Path, destination: pathlib.Path, target_format: str,
         CheckpointError: see open_hf, import_hf, export_hf, run_gate; the destination is then absent.
     """
     source_format = format_of(source)
-    converters = {("hf", "megatron"): hf_to_megatron, ("megatron", "hf"): megatron_to_hf}
+    converters = {
+        ("hf", "megatron"): hf_to_megatron,
+        ("megatron", "hf"): megatron_to_hf,
+        ("nemo", "megatron"): nemo_to_megatron,
+        ("megatron", "nemo"): megatron_to_nemo,
+        ("nemo", "hf"): by_way_of_megatron,
+        ("hf", "nemo"): by_way_of_megatron,
+    }
     if (source_format, target_format) not in converters:
         raise CheckpointError(
             f"{source} is a {source_format} checkpoint; it cannot be converted to {target_format}",
@@ -84,6 +96,47 @@ def convert(source: pathlib.Path, destination: pathlib.Path, target_format: str,
     except BaseException:
         folder.discard(destination)
         raise
+
+
+def by_way_of_megatron(source: pathlib.Path, destination: pathlib.Path, options: Options) -> dict:
+    """Two conversions, each verified, with a checkpoint beside the destination that is removed again."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=destination.parent) as scratch:
+        middle = pathlib.Path(scratch) / "megatron"
+        first = convert(source, middle, "megatron", options)
+        second = convert(middle, destination, "hf" if format_of(source) == "nemo" else "nemo", options)
+    return {**second, "by_way_of": first}
+
+
+def nemo_to_megatron(source: pathlib.Path, destination: pathlib.Path, options: Options) -> dict:
+    with unpacked(source, destination.parent) as files:
+        opened = open_nemo(files, source)
+        target = folder.begin(destination)
+        import_nemo(opened, target, progress=options.progress)
+        record = {"source": "nemo", "model_type": "megatron_gpt", "verified": NOT_VERIFIED}
+        if options.verify:
+            record["verified"] = run_gate(files, target, opened.model, tp=options.tp, progress=options.progress)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = tokenizer_copy(opened, pathlib.Path(scratch))
+            parts = {"model": opened.model, "step": 0, "training": False, "metrics": {}}
+            folder.publish(destination, tokenizer=tokenizer_of([file] if file else []), conversion=record, **parts)
+    return record
+
+
+def megatron_to_nemo(source: pathlib.Path, destination: pathlib.Path, options: Options) -> dict:
+    """The archive is read anew and compared to the bit, which is more than its logits could show."""
+    checkpoint = folder.read_checkpoint(source)
+    target = folder.incomplete(destination)
+    record = {"source": "megatron", "model_type": "megatron_gpt", "verified": NOT_VERIFIED}
+    try:
+        export_nemo(checkpoint, target, progress=options.progress)
+        if options.verify:
+            with unpacked(target, destination.parent) as files:
+                record["verified"] = f"{check_equal(open_nemo(files, target), checkpoint)} tensors equal to the bit"
+        os.replace(target, destination)
+    finally:
+        target.unlink(missing_ok=True)
+    return record
 
 
 def hf_to_megatron(source: pathlib.Path, destination: pathlib.Path, options: Options) -> dict:

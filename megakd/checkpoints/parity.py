@@ -1,6 +1,7 @@
 """The parity gate: fixed prompts through transformers and through our GPT, layer by layer, compared in float32.
 
-1. transformers runs the prompts (hf_reference.py); input and output of every layer and the logits are kept.
+1. The other side runs the prompts: transformers (hf_reference.py), or for a .nemo plain PyTorch (nemo_reference.py);
+   input and output of every layer and the logits are kept.
 2. Our GPT, at the layout asked for, runs the same prompts; each rank reads its shards of a layer from the
    torch_dist folder when its turn comes, and drops them after. The layer also runs on the reference's input alone.
 3. The largest difference of a logit must be below the bound. Argmax agreement is not looked at: a quarter of known
@@ -28,6 +29,8 @@ from tqdm import tqdm
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.hf_reference import HuggingFaceReference, Reference
+from megakd.checkpoints.nemo_archive import CONFIG
+from megakd.checkpoints.nemo_reference import NemoReference
 from megakd.checkpoints.streaming import parameters_on_meta, put, take_away
 from megakd.checkpoints.torch_dist import sharding_metadata
 from megakd.checkpoints.torch_dist_files import TorchDistReader
@@ -52,7 +55,7 @@ class Parity:
         differences: the largest of each prompt.
         layers: largest difference of each layer on the reference's input, relative to its output's largest value.
         logit_std: standard deviation of the reference's logits: what the differences compare with.
-        own_difference: transformers' eager against sdpa; None up to SHALLOW layers.
+        own_difference: transformers' eager against sdpa; None up to SHALLOW layers and where there is no sdpa.
         tp: tensor parallel size on our side.
     """
 
@@ -92,10 +95,12 @@ def prompts(model: Model) -> Tensor:
     return torch.randint(model.vocab_size, (PROMPTS, length), generator=generator)
 
 
-def reference_of(path: pathlib.Path, *, progress: bool = False) -> tuple[Reference, float | None]:
-    """transformers' answer, and for a deep model by how much its own implementations of attention differ."""
+def reference_of(path: pathlib.Path, model: Model, *, progress: bool = False) -> tuple[Reference, float | None]:
+    """The other side's answer, and for a deep transformers model how far its kinds of attention are apart."""
+    if (path / CONFIG).is_file():
+        return NemoReference(path, model).run(prompts(model), progress=progress), None
     reference = HuggingFaceReference(path)
-    ids_PS = prompts(reference.opened.model)
+    ids_PS = prompts(model)
     eager = reference.run(ids_PS, progress=progress)
     if len(reference.layers) <= SHALLOW or reference.opened.model.attention_softcap is not None:
         return eager, None  # sdpa knows no soft cap, so there is nothing to compare with
@@ -104,8 +109,10 @@ def reference_of(path: pathlib.Path, *, progress: bool = False) -> tuple[Referen
 
 
 def logit_bound(layers: int, own_difference: float | None) -> float:
-    if layers <= SHALLOW or own_difference is None:
+    if layers <= SHALLOW:
         return BOUND
+    if own_difference is None:
+        return DEEP_BOUND
     return min(max(BOUND, DEEP_FACTOR * own_difference), DEEP_BOUND)
 
 
@@ -201,8 +208,8 @@ class StreamedGpt:
         return ((output_SBH - wanted_SBH).abs().max() / wanted_SBH.abs().max()).item()
 
 
-def compare(hf_path: pathlib.Path, checkpoint: Checkpoint, groups, *, progress: bool = False) -> Parity:
-    """Compare a Hugging Face folder with a checkpoint folder; the same result on every rank.
+def compare(path: pathlib.Path, checkpoint: Checkpoint, groups, *, progress: bool = False) -> Parity:
+    """Compare a Hugging Face folder, or an unpacked .nemo, with a checkpoint folder; the same result on every rank.
 
     Args:
         groups: tensor parallel over all ranks.
@@ -213,7 +220,7 @@ def compare(hf_path: pathlib.Path, checkpoint: Checkpoint, groups, *, progress: 
     failure = [None]
     if rank_0:
         try:
-            reference, own = reference_of(hf_path, progress=progress)
+            reference, own = reference_of(path, checkpoint.model, progress=progress)
         except Exception as error:  # told to every rank, so that none waits for the first
             failure = [error]
     dist.broadcast_object_list(failure, src=0)
@@ -234,16 +241,16 @@ def compare(hf_path: pathlib.Path, checkpoint: Checkpoint, groups, *, progress: 
     return result[0]
 
 
-def check(hf_path: pathlib.Path, checkpoint: Checkpoint, groups, *, progress: bool = False) -> Parity:
+def check(path: pathlib.Path, checkpoint: Checkpoint, groups, *, progress: bool = False) -> Parity:
     """As `compare`.
 
     Raises:
         CheckpointError: the difference is above the bound, with a line for each prompt.
     """
-    parity = compare(hf_path, checkpoint, groups, progress=progress)
+    parity = compare(path, checkpoint, groups, progress=progress)
     if not parity.passed:
         raise CheckpointError(
-            f"{hf_path} and its conversion compute different logits:\n  " + parity.report().replace("\n", "\n  "),
+            f"{path} and its conversion compute different logits:\n  " + parity.report().replace("\n", "\n  "),
             hint="the conversion was thrown away; please report this with config.json",
         )
     return parity

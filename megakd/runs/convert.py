@@ -1,7 +1,9 @@
-"""`megakd convert`: Hugging Face folders to megakd checkpoints and back, verified by their logits.
+"""`megakd convert`: Hugging Face folders and .nemo files to megakd checkpoints and back, verified by their logits.
 
     megakd convert --from HF_FOLDER --to CHECKPOINT
-    megakd convert --from CHECKPOINT_OR_RUN --to HF_FOLDER --format hf
+    megakd convert --from MODEL.nemo --to CHECKPOINT
+    megakd convert --from CHECKPOINT_OR_RUN --to HF_FOLDER
+    megakd convert --from CHECKPOINT_OR_RUN --to MODEL.nemo --format nemo
     megakd convert --list
 
 One process, no GPU, one tensor in memory at a time. Afterwards the same prompts go through both models, and a
@@ -14,7 +16,7 @@ import pathlib
 import sys
 import time
 
-DEFAULT_FORMAT = {"hf": "megatron", "megatron": "hf"}
+DEFAULT_FORMAT = {"hf": "megatron", "nemo": "megatron", "megatron": "hf"}
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     path = pathlib.Path
     parser.add_argument("--from", dest="source", type=path, metavar="SRC", help="a folder; what it is, is seen from it")
     parser.add_argument("--to", dest="destination", type=path, metavar="DST", help="what to write; must not exist")
-    parser.add_argument("--format", choices=("megatron", "hf"), help="of DST (default: the other one)")
+    parser.add_argument(
+        "--format", choices=("megatron", "hf", "nemo"), help="of DST (default: megatron; hf from megatron)"
+    )
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel ranks of the check")
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits; DST records it")
     parser.add_argument("--family", metavar="NAME", help="Hugging Face model_type of a model that was not one before")
