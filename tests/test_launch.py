@@ -102,6 +102,7 @@ def test_a_killed_peer(script):
     assert (code, code_killed) == (1, -signal.SIGKILL)
     (line,) = err.splitlines()
     assert line.startswith("rank 0 stopped: a peer is gone and left no message (killed, or out of memory?): ")
+    assert "This is typically caused" not in line
 
 
 def test_sigterm_is_agreed_on_and_leaving_is_clean(script):
@@ -134,6 +135,21 @@ def test_without_torchrun_rank_0_carries_the_store_and_a_bug_keeps_its_traceback
     assert (code_0, code_1) == (1, 1)
     assert err_0.startswith("rank 0 failed\nTraceback") and "ZeroDivisionError: a bug" in err_0
     assert err_1 == "rank 1 stopped: rank 0 failed with ZeroDivisionError: a bug\n"
+
+
+def test_rank_0_leaves_last_when_it_carries_the_store(script):
+    path, port = (
+        script("""
+        with Ranks("cpu", rendezvous_seconds=30) as ranks:
+            time.sleep(2.5 * ranks.rank)
+        print(time.time())
+    """),
+        free_port(),
+    )
+    first, second = start_by_hand(path, 0, port), start_by_hand(path, 1, port)
+    (code_0, end_0, _), (code_1, end_1, err_1) = finish(first), finish(second)
+    assert (code_0, code_1, err_1) == (0, 0, "")
+    assert float(end_0) > float(end_1) - 1
 
 
 def test_missing_peer_nobody_there_and_port_in_use(script):
