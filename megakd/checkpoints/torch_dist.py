@@ -124,6 +124,10 @@ def load_weights(gpt, checkpoint: Checkpoint, groups) -> None:
     """Fill a model's parameters from a checkpoint of the same architecture saved under any layout.
 
     Vocabulary rows that the checkpoint does not have (another padding) load as zeros; the kernels leave them out.
+    Layers' extra states (scales of 8-bit training) are not weights: they are left as they are, so that a checkpoint
+    need not hold them for every kind of layer.
     """
-    state = load(checkpoint, {"model": gpt.sharded_state_dict(metadata=sharding_metadata(groups))})
-    gpt.load_state_dict(state["model"])
+    state = gpt.sharded_state_dict(metadata=sharding_metadata(groups))
+    weights = {name: part for name, part in state.items() if not name.endswith("_extra_state")}
+    loaded = load(checkpoint, {"model": weights})["model"]
+    gpt.load_state_dict(loaded | dict.fromkeys(state.keys() - weights.keys()))

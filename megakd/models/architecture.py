@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -18,6 +18,7 @@ from torch import Tensor
 from megakd.config import Model
 from megakd.models.attention import Norm, SdpaAttention
 from megakd.models.blocks import Layer, NormedRowParallelLinear, needs_own_layers
+from megakd.models.moe import mend, mla_fields, moe_fields
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -44,8 +45,10 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
 
     The result has the section itself as `config.model`, for the modules of megakd.models.
     """
+    mend()
     layers = range(model.num_layers)
-    config = TransformerConfig(
+    fields = {"qk_layernorm": model.qk_norm} if model.mla is None else mla_fields(model)
+    config = (TransformerConfig if model.mla is None else MLATransformerConfig)(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -55,7 +58,6 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         layernorm_zero_centered_gamma=model.norm_zero_centered,
-        qk_layernorm=model.qk_norm,
         gated_linear_unit=model.gated,
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=model.add_bias_linear,
@@ -85,6 +87,8 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
         recompute_granularity=None if train.recompute == "none" else train.recompute,
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=1 if train.recompute == "full" else None,
+        **fields,
+        **moe_fields(model, transformer_engine),
     )
     config.model = model
     return config
@@ -111,17 +115,39 @@ def layer_specs(config: TransformerConfig, transformer_engine: bool, pp_rank: in
 def layer_spec(config: TransformerConfig, number: int, transformer_engine: bool) -> ModuleSpec:
     """One layer, counted from 0."""
     model: Model = config.model
+    experts = model.moe.num_experts if model.has_experts(number) else None
+    kinds = {
+        "num_experts": experts,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": model.mla is not None,
+    }
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=model.qk_norm)
-    layer = spec.submodules
+        return get_gpt_layer_with_transformer_engine_spec(**kinds)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, **kinds)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-    attention = layer.self_attention.submodules
     attention.core_attention = SdpaAttention
-    attention.q_layernorm = attention.k_layernorm = Norm if model.qk_norm else IdentityOp
+    if model.mla is not None:
+        attention.q_layernorm = attention.kv_layernorm = Norm
+    else:
+        attention.q_layernorm = attention.k_layernorm = Norm if model.qk_norm else IdentityOp
     if model.post_norms:
         attention.linear_proj = NormedRowParallelLinear
         layer.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+    layer.sharded_state_dict_keys_map = saved_names(model, experts is not None)
     if needs_own_layers(model):
         spec = dataclasses.replace(spec, module=Layer)
     return spec
+
+
+def saved_names(model: Model, has_experts: bool) -> dict[str, str]:
+    """Local names -> the names that Transformer Engine layers save under, so that a checkpoint is the same for both."""
+    names = {}
+    if model.mla is None:
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    else:
+        names["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+        names["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
+    if not has_experts:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return names

@@ -31,6 +31,27 @@ ODD_LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 32,
 }
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MLA = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707,
+    }
+}  # fmt: skip
 GEMMA = {"head_dim": 16, "pad_token_id": 0, "tie_word_embeddings": True}
 GEMMA2 = {
     "query_pre_attn_scalar": 24,
@@ -80,6 +101,13 @@ CASES = {  # name -> (model_type, changes of SIZES)
     "gemma": ("gemma", {**GEMMA, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {**GEMMA, **GEMMA2}),
     "gemma3": ("gemma3_text", {**GEMMA, **GEMMA3}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", {**MOE, "norm_topk_prob": True, "head_dim": 16}),
+    "qwen3_moe_partly": ("qwen3_moe", {**MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "head_dim": 16}),
+    "deepseek_v2": ("deepseek_v2", {**MLA, "topk_method": "greedy", "q_lora_rank": 24}),
+    "deepseek_v2_lite": ("deepseek_v2", {**MLA, "topk_method": "greedy", "q_lora_rank": None, **YARN}),
+    "deepseek_v3": ("deepseek_v3", {**MLA, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}),
 }
 ZERO_CENTERED = {"nemotron", "gemma", "gemma2", "gemma3_text"}
 

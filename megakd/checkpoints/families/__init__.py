@@ -1,12 +1,12 @@
 """One table per family of Hugging Face models: config.json and tensors, read in both directions."""
 
-from megakd.checkpoints.families import gemma, gpt, llama
+from megakd.checkpoints.families import gemma, gpt, llama, mixture
 from megakd.checkpoints.families.family import Family
 from megakd.config import Model
 from megakd.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for module in (llama, gpt, gemma) for family in module.FAMILIES
+    family.model_type: family for module in (llama, gpt, gemma, mixture) for family in module.FAMILIES
 }
 
 
