@@ -136,7 +136,8 @@ def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int |
 
     Returns:
         ids: int64 torch.Tensor[B, S]; labels: int64 torch.Tensor[B, S], -100 = not supervised; position_ids: int64
-        torch.Tensor[B, S]; segments: for each row the lengths of its segments, which add up to S.
+        torch.Tensor[B, S]; segments: for each row the lengths of its segments, which add up to S; lengths: for each
+        row how many of its ids are a sample's, 0 for None.
     """
     import torch
 
@@ -144,18 +145,20 @@ def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int |
     ids = np.zeros((len(indices), length), np.int64)
     labels = np.full((len(indices), length), IGNORED, np.int64)
     positions = np.empty((len(indices), length), np.int64)
-    segments = []
+    segments, used_lengths = [], []
     for row, index in enumerate(indices):
-        lengths = [length]
+        lengths, used = [length], 0
         if index is not None:
             sample = dataset.sample(*index)
             used = len(sample["ids"])
             ids[row, :used], labels[row, :used] = sample["ids"], sample["labels"]
             lengths = [*sample["segments"][:-1], sample["segments"][-1] + length - used]
         segments.append(lengths)
+        used_lengths.append(used)
         np.concatenate([np.arange(segment) for segment in lengths], out=positions[row])
     arrays = {"ids": ids, "labels": labels, "position_ids": positions}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"segments": segments}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return tensors | {"segments": segments, "lengths": used_lengths}
 
 
 def attention_mask(segments: Sequence[Sequence[int]]):

@@ -53,7 +53,8 @@ class SdpaAttention(MegatronModule):
     With an explicit attention_mask ([B or 1, 1, S, S], True = hidden, as everywhere in Megatron) that mask is used
     as it is; without one, `causal` attention. A layer with a sliding window hides what is outside of it as well.
     Scores are never kept: memory is linear in S where torch has a fused kernel, on CPU too; but a soft cap on the
-    scores (`config.model.attention_softcap`) has none and keeps them.
+    scores (`config.model.attention_softcap`) has none and keeps them. The segments of a packed row (thd) are attended
+    to one by one.
     """
 
     def __init__(
@@ -87,9 +88,18 @@ class SdpaAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """[S, B, N, D], [S, B, G, D], [S, B, G, D] -> [S, B, N * D]."""
-        assert attention_bias is None and packed_seq_params is None, "SdpaAttention takes a mask, not a bias or a pack"
+        """[S, B, N, D], [S, B, G, D], [S, B, G, D] -> [S, B, N * D]; of a packed row without the axis B, in and out."""
+        assert attention_bias is None, "SdpaAttention takes a mask, not a bias"
+        if packed_seq_params is not None:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            segments = zip(*(x[:, None].split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*segment, None, causal=True)[:, 0] for segment in segments])
         causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        return self._attend(query, key, value, attention_mask, causal=causal)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
         if self.window is not None and query.size(0) > self.window:
             attention_mask, causal = self._windowed(attention_mask, query.size(0), query.device), False
         attend = F.scaled_dot_product_attention if self.softcap is None else self._attend_softly

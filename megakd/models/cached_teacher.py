@@ -84,11 +84,12 @@ class CachedTeacher:
         """One micro-batch's, on the host."""
         ids_BS, labels_BS = micro_batch.ids_BS.cpu().numpy(), micro_batch.labels_BS.cpu().numpy()
         batch, places, tables = len(ids_BS), [], []
-        for b in range(batch):
-            sample = read_sample(ids_BS[b], labels_BS[b])
+        for b, start, stop in micro_batch.parts():
+            ids_S = ids_BS[b, start:stop]
+            sample = read_sample(ids_S, labels_BS[b, start:stop])
             if sample.mask_S.any():
-                tables.append(self.table(sample, ids_BS[b]))
-                places.append(np.flatnonzero(sample.mask_S) * batch + b)
+                tables.append(self.table(sample, ids_S))
+                places.append((start + np.flatnonzero(sample.mask_S)) * batch + b)
         if not tables:
             tables, places = [empty_table(self.reader.header.contents.sampled)], [np.empty(0, np.int64)]
         order_T = np.argsort(np.concatenate(places))

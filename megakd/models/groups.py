@@ -1,5 +1,7 @@
 """The process groups of a run: Megatron's parallel_state, set up once and then passed around as a value."""
 
+import contextlib
+
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,7 +32,8 @@ def destroy_groups() -> None:
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()
     for group in sorted(groups, key=lambda group: group.group_name):
-        dist.destroy_process_group(group)
+        with contextlib.suppress(ValueError):  # Megatron still names one that ended earlier
+            dist.destroy_process_group(group)
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:

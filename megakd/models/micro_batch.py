@@ -1,12 +1,14 @@
-"""One micro-batch on the device, and which of its rows the loss will see.
+"""One micro-batch on the device: what the models read, which rows the loss sees, where its samples are.
 
 Legend: B samples, S sequence, T supervised tokens of the micro-batch.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megakd.kernels.vocab import MASKED
@@ -16,13 +18,20 @@ from megakd.kernels.vocab import MASKED
 class MicroBatch:
     """Token ids and their labels.
 
+    A micro-batch with packed rows is one row, B = 1: all its rows one after the other, cut into `segments` that do
+    not attend to each other.
+
     Attributes:
         ids_BS: int64.
         labels_BS: int64, the token after each; -100 where nothing is to be learnt.
+        segments: lengths of the parts of the one row; None when every row is one sequence.
+        samples: (row, start, stop) of each sample; what lies outside fills rows up. None: every row is one sample.
     """
 
     ids_BS: Tensor
     labels_BS: Tensor
+    segments: tuple[int, ...] | None = None
+    samples: tuple[tuple[int, int, int], ...] | None = None
 
     @functools.cached_property
     def rows_T(self) -> Tensor:
@@ -35,13 +44,53 @@ class MicroBatch:
 
     @functools.cached_property
     def position_ids_BS(self) -> Tensor:
+        """Positions; they start again at every segment."""
         batch, length = self.ids_BS.shape
-        return torch.arange(length, device=self.ids_BS.device).expand(batch, length)
+        if self.segments is None:
+            return torch.arange(length, device=self.ids_BS.device).expand(batch, length)
+        return torch.cat([torch.arange(n, device=self.ids_BS.device) for n in self.segments])[None]
+
+    @functools.cached_property
+    def packed(self) -> PackedSeqParams | None:
+        """Megatron's description of the segments, None without."""
+        if self.segments is None:
+            return None
+        ends = torch.tensor([0, *itertools.accumulate(self.segments)], dtype=torch.int32, device=self.ids_BS.device)
+        longest = max(self.segments)
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
 
     def to(self, device) -> "MicroBatch":
-        return MicroBatch(self.ids_BS.to(device), self.labels_BS.to(device))
+        return dataclasses.replace(self, ids_BS=self.ids_BS.to(device), labels_BS=self.labels_BS.to(device))
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """(row, start, stop) of every sample."""
+        batch, length = self.ids_BS.shape
+        return list(self.samples) if self.samples is not None else [(row, 0, length) for row in range(batch)]
+
+
+def build_micro_batch(loaded: dict, *, packed: bool) -> MicroBatch:
+    """A micro-batch from what `megakd.data.dataset.load_batch` returns.
+
+    Args:
+        packed: lay the rows out as one, cut into segments; the same for all micro-batches of a step, and needed when
+            a row may hold several samples.
+    """
+    ids_BS, labels_BS = loaded["ids"], loaded["labels"]
+    length, samples, segments = ids_BS.shape[1], [], []
+    assert packed or all(len(row) == 1 for row in loaded["segments"]), "rows of several samples must be packed"
+    for row, (lengths, used) in enumerate(zip(loaded["segments"], loaded["lengths"], strict=True)):
+        ends = list(itertools.accumulate(lengths))
+        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+            shift = row * length if packed else 0
+            samples.append((0 if packed else row, shift + start, shift + min(stop, used)))
+        segments += lengths
+    if not packed:
+        return MicroBatch(ids_BS, labels_BS, None, tuple(samples))
+    return MicroBatch(ids_BS.reshape(1, -1), labels_BS.reshape(1, -1), tuple(segments), tuple(samples))
 
 
 def forward(gpt, micro_batch: MicroBatch) -> Tensor:
     """Hidden states [S, B, H] on the last stage, the next stage's input on the others."""
-    return gpt(micro_batch.ids_BS, micro_batch.position_ids_BS, None)
+    return gpt(micro_batch.ids_BS, micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed)

@@ -4,7 +4,7 @@ from megakd.cache import CacheReader, check_identity
 from megakd.cache.fingerprint import folder_fingerprint
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
-from megakd.data.dataset import TextDataset
+from megakd.data.blend import BlendedDataset
 from megakd.errors import CacheError, ConfigError
 
 
@@ -46,11 +46,18 @@ def open_cache(config: Config, tokenizer, student: Model, teacher_from: Checkpoi
     return reader
 
 
-def describe_data(config: Config, train_data: TextDataset, validation_data: TextDataset | None) -> dict:
+def describe_data(config: Config, train_data, validation_data) -> dict:
     """What decides which samples a run reads; equal in a recording and a training run that fit each other."""
     return {
-        "train": train_data.file.info.content,
-        "validation": validation_data.file.info.content if validation_data is not None else None,
+        "train": content(train_data),
+        "validation": content(validation_data) if validation_data is not None else None,
         "sequence_length": config.data.sequence_length,
         "seed": config.run.seed,
     }
+
+
+def content(data) -> str:
+    """The identity of what a data set reads; of a blend, of its parts in order."""
+    if isinstance(data, BlendedDataset):
+        return "+".join(content(part) for part in data.parts)
+    return data.file.info.content

@@ -93,15 +93,15 @@ class Loop:
             check_teacher_knows(self.setup, metrics)
         tokens = metrics.pop("tokens")
         progress.tokens += int(tokens)
-        metrics |= self.speed(data_seconds, watch.lap(), tokens)
+        positions = sum(micro_batch.ids_BS.numel() for micro_batch in micro_batches) * self.setup.groups.dp.size()
+        metrics |= self.speed(data_seconds, watch.lap(), tokens, positions)
         if logged:
             self.log.write("train", progress.step, metrics | {"tokens": progress.tokens, "skipped": progress.skipped})
         self.log.advance(metrics)
 
-    def speed(self, data_seconds: float, step_seconds: float, tokens: float) -> dict[str, float]:
+    def speed(self, data_seconds: float, step_seconds: float, tokens: float, positions: int) -> dict[str, float]:
         """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
         setup, length = self.setup, self.config.data.sequence_length
-        positions = self.config.train.global_batch_size * length
         flops = model_flops_per_token(setup.model, setup.model.vocab_size, length, backward=True)
         if setup.teacher_model:
             flops += model_flops_per_token(setup.teacher_model, setup.model.vocab_size, length, backward=False)

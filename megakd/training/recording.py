@@ -22,17 +22,18 @@ from megakd.cache.row import row_bytes
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Config, check_model, check_vocab
-from megakd.data.dataset import TextDataset, load_batch
+from megakd.data.dataset import load_batch
 from megakd.data.order import batch_indices
 from megakd.errors import ConfigError, MegakdError
+from megakd.models.entries import Recipe
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
 from megakd.models.groups import build_groups
-from megakd.models.micro_batch import MicroBatch
-from megakd.models.recording import Recipe, Recorder
+from megakd.models.micro_batch import build_micro_batch
+from megakd.models.recording import Recorder
 from megakd.ranks import Ranks
 from megakd.training.cached import describe_data
 from megakd.training.part_writer import PartWriter
-from megakd.training.setup import check_padding, check_teacher, choose_tokenizer, open_data, with_vocab
+from megakd.training.setup import check_padding, check_teacher, choose_tokenizer, open_both, with_vocab
 
 LOG = logging.getLogger("megakd")
 SHARD_BYTES = 128 << 20
@@ -141,7 +142,7 @@ class Samples:
         config: the run's.
     """
 
-    def __init__(self, train_data: TextDataset, validation_data: TextDataset | None, config: Config):
+    def __init__(self, train_data, validation_data, config: Config):
         self.train_data, self.validation_data, self.config = train_data, validation_data, config
         self.sequence_length = config.data.sequence_length
         self.validated = 0
@@ -149,7 +150,8 @@ class Samples:
             self.validated = min(config.eval.samples or len(validation_data), len(validation_data))
         train = config.train
         steps = train.steps or max(math.ceil(train.epochs * len(train_data) / train.global_batch_size), 1)
-        every = self.validated + steps * train.global_batch_size
+        wanted = len(train_data) if config.data.packing else steps * train.global_batch_size  # packs hold any of them
+        every = self.validated + wanted
         self.start, self.end = config.cache.start, min(config.cache.end or every, every)
         if self.start >= self.end:
             raise ConfigError(
@@ -190,8 +192,9 @@ def build_recording(config: Config, device: torch.device) -> RecordingSetup:
     check_vocab(config, tokenizer.vocab_size)
     padded_size = padded_vocab_size(teacher_from.model.vocab_size)
     check_padding(padded_size, config.parallel.tp)
-    train_data = open_data(config, config.data.train, tokenizer, config.run.seed)
-    validation_data = open_data(config, config.data.validation, tokenizer, None) if config.data.validation else None
+    # One by one, never packed: a sample is recorded once, and found again in whatever pack it comes.
+    data = config.data.model_copy(update={"packing": False})
+    train_data, validation_data = open_both(config.model_copy(update={"data": data}), tokenizer)
     vocab_size = min(student.vocab_size, teacher_from.model.vocab_size)
     recipe = make_recipe(config, vocab_size)
     return RecordingSetup(
@@ -291,7 +294,7 @@ class Recording:
             batch = numbers[first : first + size]
             places = [(0, number) for number in batch] + [None] * (size - len(batch))
             loaded = load_batch(self.setup.samples, places)
-            micro_batches.append(MicroBatch(loaded["ids"], loaded["labels"]).to(self.setup.device))
+            micro_batches.append(build_micro_batch(loaded, packed=False).to(self.setup.device))
         rows = self.recorder.rows(micro_batches)
         writer.add(rows)
         if not bar.disable:

@@ -5,19 +5,21 @@ import logging
 import math
 
 import torch
+import torch.distributed as dist
 
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Config, Loss, Model, check_features, check_model, check_vocab
-from megakd.data.dataset import TextDataset, load_batch
+from megakd.data.dataset import batch_length, load_batch
 from megakd.data.order import batch_indices, split_batch, validation_indices
+from megakd.data.sources import open_data
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import CheckpointError, ConfigError, TrainingError
 from megakd.models.cached_teacher import CachedTeacher
 from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
 from megakd.models.groups import build_groups
-from megakd.models.micro_batch import MicroBatch
+from megakd.models.micro_batch import MicroBatch, build_micro_batch
 from megakd.models.teacher import OnlineTeacher, TeacherSource
 from megakd.training.cached import describe_data, open_cache
 
@@ -40,7 +42,7 @@ class Setup:
         teacher: None for plain training.
         features: distances between hidden states, attached to the student; None without a features section.
         loss: the loss section that applies: CE alone without a teacher.
-        train_data, validation_data: samples; validation may be None.
+        train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
     """
 
     config: Config
@@ -53,8 +55,8 @@ class Setup:
     teacher: TeacherSource | None
     features: FeatureLoss | None
     loss: Loss
-    train_data: TextDataset
-    validation_data: TextDataset | None
+    train_data: object
+    validation_data: object | None
 
     @property
     def steps(self) -> int:
@@ -66,20 +68,20 @@ class Setup:
         """This data-parallel rank's micro-batches of a step; the first step is 0."""
         train, seed = self.config.train, self.config.run.seed
         indices = batch_indices(seed, step, train.global_batch_size, len(self.train_data))
-        return self._load(self.train_data, indices)
+        return self._load(self.train_data, indices, packed=self.config.data.packing)
 
     def validation_batches(self):
         """This rank's micro-batches of the validation set, batch by batch."""
         size, data = self.config.train.global_batch_size, self.validation_data
         samples = min(self.config.eval.samples or len(data), len(data))
         for step in range(math.ceil(samples / size)):
-            yield self._load(data, validation_indices(step, size, samples))
+            yield self._load(data, validation_indices(step, size, samples), packed=False)
 
-    def _load(self, data: TextDataset, indices: list) -> list[MicroBatch]:
-        dp = self.groups.dp
+    def _load(self, data, indices: list, *, packed: bool) -> list[MicroBatch]:
+        dp, parallel = self.groups.dp, self.config.parallel
+        length = batch_length(data, indices, parallel.tp if parallel.sp else 1)
         parts = split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
-        batches = (load_batch(data, part) for part in parts)
-        return [MicroBatch(b["ids"], b["labels"]).to(self.device) for b in batches]
+        return [build_micro_batch(load_batch(data, part, length), packed=packed).to(self.device) for part in parts]
 
 
 def build_setup(config: Config, device: torch.device) -> Setup:
@@ -105,8 +107,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         vocab_size = min(vocab_size, teacher_from.model.vocab_size)
         padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
     check_padding(padded_size, config.parallel.tp)
-    train_data = open_data(config, config.data.train, tokenizer, config.run.seed)
-    validation_data = open_data(config, config.data.validation, tokenizer, None) if config.data.validation else None
+    train_data, validation_data = open_both(config, tokenizer)
     groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
 
     def build(section: Model, seed: int | None) -> GPT:
@@ -132,6 +133,15 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
         student, teacher, features, loss, train_data, validation_data,
     )  # fmt: skip
+
+
+def open_both(config: Config, tokenizer) -> tuple:
+    """Training and validation data (None without); what is not tokenized yet is, by one rank while the others wait."""
+    shown = config.log.progress and dist.get_rank() == 0
+    train_data = open_data(config.data, config.data.train, tokenizer, config.run.seed, progress=shown)
+    if config.data.validation is None:
+        return train_data, None
+    return train_data, open_data(config.data, config.data.validation, tokenizer, None, progress=shown)
 
 
 def choose_tokenizer(config: Config, student_from: Checkpoint | None):
@@ -181,10 +191,6 @@ def check_padding(padded_size: int, tp: int) -> None:
             f"the padded vocabulary of {padded_size} columns does not divide over parallel.tp = {tp} ranks",
             hint="choose a power of two for parallel.tp",
         )
-
-
-def open_data(config: Config, prefix: str, tokenizer, seed: int | None) -> TextDataset:
-    return TextDataset(prefix, config.data.sequence_length, seed, tokenizer.fingerprint)
 
 
 def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:

@@ -1,0 +1,125 @@
+"""Which entries of a teacher's logits a recording keeps: the most likely, up to a mass, with the label if asked for.
+
+Legend: T supervised tokens, W vocabulary columns on this rank, K entries, X temperatures, R ranks.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.kernels import VocabShard, select_top_k
+from megakd.kernels.paths import row_passes
+from megakd.kernels.predictions import predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Which entries are kept.
+
+    Attributes:
+        mode: top_k or top_p.
+        top_k: most entries of a token.
+        temperatures: each with a tail; entries are given at the first.
+        top_p: mass that the entries reach, top_k permitting.
+        keep_label: the label takes the place of the least likely entry where it is not among them.
+    """
+
+    mode: str
+    top_k: int
+    temperatures: tuple[float, ...]
+    top_p: float | None = None
+    keep_label: bool = False
+
+
+class Entries(NamedTuple):
+    """All entries of some tokens, on every rank.
+
+    ids_TK: ascending, -1 for an empty slot, last. logprobs_TK: at the first temperature. log_tail_XT: at each.
+    label_logprob_T, top_id_T: at temperature 1.
+    """
+
+    ids_TK: Tensor
+    logprobs_TK: Tensor
+    log_tail_XT: Tensor
+    label_logprob_T: Tensor
+    top_id_T: Tensor
+
+
+@torch.no_grad()
+def choose_entries(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, recipe: Recipe) -> Entries:
+    """What a recording keeps of the teacher's logits.
+
+    Args:
+        logits_TW: the teacher's; not modified.
+        labels_T: int64 global ids.
+        shard: which ids the columns are.
+    Collectives: those of `select_top_k` with gather and of `predict`; for each further temperature, and for all of
+        them with keep_label, one of 2 floats and one of K floats per token and rank.
+    """
+    targets = select_top_k(logits_TW, recipe.top_k, shard, recipe.temperatures[0], gather=True)
+    ids_TK, known = targets.ids_TK, [(targets.logprobs_TK, targets.log_tail_T)]
+    if recipe.keep_label:
+        ids_TK, known = with_label(ids_TK, targets.logprobs_TK, labels_T), []
+    for temperature in recipe.temperatures[len(known) :]:
+        known.append(entries_at(logits_TW, ids_TK, shard, temperature))
+    logprobs_XTK, log_tail_XT = (torch.stack(parts) for parts in zip(*known, strict=True))
+    if recipe.mode == "top_p":
+        kept_TK = reaches(logprobs_XTK[0], recipe.top_p) | (recipe.keep_label & (ids_TK == labels_T[:, None]))
+        ids_TK, logprobs_XTK, log_tail_XT = drop_entries(ids_TK, logprobs_XTK, log_tail_XT, kept_TK)
+    said = predict(logits_TW, labels_T, shard)
+    return Entries(ids_TK, logprobs_XTK[0], log_tail_XT, said.label_logprob_T, said.id_T)
+
+
+def entries_at(logits_TW: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given ids and of all others together; both summed directly, neither as 1 minus the other.
+
+    Args:
+        ids_TK: global ids, unique in a row, the same on every rank; none empty.
+    Returns:
+        logprobs_TK, log_tail_T: float32, on every rank.
+    Collectives: all-gather of 2 floats and all-reduce of K floats per token and rank.
+    """
+    columns_TK = shard.columns(ids_TK)
+    none_T = torch.full_like(ids_TK[:, 0], -1)
+    every_T = torch.ones_like(none_T, dtype=torch.bool)
+    stats = row_passes(logits_TW).statistics(logits_TW, columns_TK, none_T, every_T, shard.real_width, temperature)
+    entry_logits_TK = stats.entry_logits_TK.clone()
+    if shard.group is not None:
+        dist.all_reduce(entry_logits_TK, dist.ReduceOp.MAX, group=shard.group)
+    max_RT, sum_RT = shard.all_gather(torch.stack([stats.max_T, stats.sum_T], 1)).double().unbind(2)
+    outside_T = (sum_RT.log() + max_RT.masked_fill(max_RT == -torch.inf, 0) / temperature).logsumexp(0)
+    inside_TK = entry_logits_TK.double() / temperature
+    all_T = torch.logaddexp(outside_T, inside_TK.logsumexp(1))
+    return (inside_TK - all_T[:, None]).float(), (outside_T - all_T).float()
+
+
+def with_label(ids_TK: Tensor, logprobs_TK: Tensor, labels_T: Tensor) -> Tensor:
+    """The ids with the label in place of the least likely entry, the higher id among equals, where it is missing."""
+    least_T = logprobs_TK.shape[1] - 1 - logprobs_TK.flip(1).argmin(1)
+    missing_T = ~(ids_TK == labels_T[:, None]).any(1)
+    ids_TK = ids_TK.clone()
+    ids_TK[missing_T, least_T[missing_T]] = labels_T[missing_T]
+    return ids_TK.sort(1).values
+
+
+def reaches(logprobs_TK: Tensor, top_p: float) -> Tensor:
+    """Bool [T, K]: the fewest most likely entries, the lower id among equals, whose mass is at least top_p."""
+    order_TK = logprobs_TK.argsort(dim=1, descending=True, stable=True)
+    mass_TK = logprobs_TK.gather(1, order_TK).double().exp()
+    before_TK = mass_TK.cumsum(1) - mass_TK
+    return torch.zeros_like(logprobs_TK, dtype=torch.bool).scatter_(1, order_TK, before_TK < top_p)
+
+
+def drop_entries(
+    ids_TK: Tensor, logprobs_XTK: Tensor, log_tail_XT: Tensor, kept_TK: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves the mass of entries that are not kept to the tail, at every temperature; empty slots go last."""
+    dropped_XTK = logprobs_XTK.double().masked_fill(kept_TK, -torch.inf)
+    log_tail_XT = torch.logaddexp(log_tail_XT.double(), dropped_XTK.logsumexp(2)).float()
+    order_TK = kept_TK.int().argsort(dim=1, descending=True, stable=True)
+    ids_TK = ids_TK.masked_fill(~kept_TK, -1).gather(1, order_TK)
+    logprobs_XTK = logprobs_XTK.masked_fill(~kept_TK, -torch.inf).gather(2, order_TK.expand_as(logprobs_XTK))
+    return ids_TK, logprobs_XTK, log_tail_XT
