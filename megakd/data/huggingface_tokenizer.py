@@ -92,10 +92,6 @@ class HuggingFaceTokenizer:
     def _starts_with_special(self, text: str) -> bool:
         return any(text.startswith(content) for content, special in self._added.values() if special)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        self._tokenizer.encode_special_tokens = True
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 

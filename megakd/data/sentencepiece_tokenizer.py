@@ -57,7 +57,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         if not special and not continues:
-            return self.encode_batch([text])[0]
+            return self._encode_plain(text)
         ids: list[int] = []
         for number, part in enumerate(self._special_names.split(text) if special else [text]):
             if number % 2:
@@ -65,18 +65,14 @@ class SentencePieceTokenizer:
             elif part and self._puts_space_first and (continues or number):
                 ids += encode_continuation(self, part)
             elif part:
-                ids += self.encode_batch([part])[0]
+                ids += self._encode_plain(part)
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = list(texts)
-        rows = self._processor.EncodeAsIds(texts)
-        if self._space_mark_ids is not None:
-            for row, text in enumerate(texts):
-                if _SPACE in text:
-                    first, *rest = self._processor.EncodeAsIds(text.split(_SPACE))
-                    rows[row] = first + [i for part in rest for i in [*self._space_mark_ids, *part]]
-        return rows
+    def _encode_plain(self, text: str) -> list[int]:
+        if self._space_mark_ids is None or _SPACE not in text:
+            return self._processor.EncodeAsIds(text)
+        first, *rest = map(self._processor.EncodeAsIds, text.split(_SPACE))
+        return first + [i for part in rest for i in [*self._space_mark_ids, *part]]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.DecodeIds([int(i) for i in ids])

@@ -70,10 +70,6 @@ class TiktokenTokenizer:
         self._tokenizer.encode_special_tokens = not special
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        self._tokenizer.encode_special_tokens = True
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
 

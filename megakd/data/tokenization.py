@@ -182,17 +182,16 @@ def _encoding(tokenizer_path: Path, sample_format: SampleFormat, workers: int):
         encoder = Encoder(tokenizer_path, sample_format)
         yield lambda blocks, only_check: (encoder(block, only_check()) for block in blocks)
         return
-    with _one_thread_each():
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_path, sample_format))
-        try:
-            yield lambda blocks, only_check: _in_order(pool, blocks, only_check, 2 * workers)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a tokenizing process died without a word, as when memory runs out",
-                hint="fewer processes: --workers (data.workers in a run)",
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_path, sample_format))
+    try:
+        yield lambda blocks, only_check: _in_order(pool, blocks, only_check, 2 * workers)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenizing process died without a word, as when memory runs out",
+            hint="fewer processes: --workers (data.workers in a run)",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _in_order(pool, blocks: Iterable[Block], only_check, most: int) -> Iterator[Encoded]:
@@ -203,22 +202,6 @@ def _in_order(pool, blocks: Iterable[Block], only_check, most: int) -> Iterator[
         under_way.append(pool.submit(_encode, block, only_check()))
     while under_way:
         yield under_way.popleft().result()
-
-
-@contextlib.contextmanager
-def _one_thread_each():
-    """Environment for processes that are many: the tokenizer libraries use one thread in each."""
-    wanted = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _start_worker(tokenizer_path: Path, sample_format: SampleFormat) -> None:

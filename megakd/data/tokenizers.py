@@ -44,9 +44,6 @@ class Tokenizer(Protocol):
             continues: the text continues another one, so a tokenizer that puts a space before every text puts none.
         """
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out."""
 

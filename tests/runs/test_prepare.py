@@ -121,3 +121,67 @@ def test_a_full_disk_leaves_nothing(corpus, model, tmp_path, monkeypatch):
 def test_the_summary_is_json_free_and_the_description_is_json(corpus, model, tmp_path):
     prepare(corpus, model, tmp_path / "a.b")  # a prefix with a dot keeps it
     assert json.loads((tmp_path / "a.b.json").read_text())["documents"] == 4
+
+
+@pytest.fixture
+def qa(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    rows = [{"question": "what  is it?", "answer": "hello, world"}, {"question": "def a():", "answer": "\treturn  1"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+COLUMNS = ["--column", "input=question", "--column", "output=answer"]
+
+
+def test_samples(qa, model, tmp_path, capsys):
+    arguments = ["--input", str(qa), "--tokenizer", str(model), "--output", str(tmp_path / "x"), *COLUMNS]
+    assert main(["samples", *arguments, "--template", "{input}\n{output}", "--no-eos", "--bos"]) == 0
+    assert "prompt_response, 2 documents" in capsys.readouterr().out
+    file, tokenizer = TokenFile(tmp_path / "x"), load_tokenizer(model)
+    ids = file.document(1)
+    assert ids[0] == tokenizer.bos_id and tokenizer.decode(ids) == "def a():\n\treturn  1"
+    assert tokenizer.decode(ids[file.mask[file.starts[1] :]]) == "\treturn  1"
+    main(["samples", *arguments, "--all-tokens"])
+    assert TokenFile(tmp_path / "x").mask.all()
+    with pytest.raises(DataError, match="expected NAME=KEY"):
+        main(["samples", *arguments, "--column", "input"])
+
+
+def test_a_tokenizer_learns_from_records_of_any_format(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    record = {
+        "messages": [{"role": "user", "content": "zebra " * 99}, {"role": "assistant", "content": "quagga " * 99}]
+    }
+    path.write_text(json.dumps(record))
+    main(["tokenizer", "--input", str(path), "--output", str(tmp_path / "t.model"), "--vocab-size", "275"])
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    assert all(tokenizer.encode(letter)[0] >= 259 for letter in "zebrquag")
+
+
+def test_adopt_describes_files_of_others(corpus, model, tmp_path, capsys):
+    prefix = tmp_path / "x"
+    prepare(corpus, model, prefix)
+    ours = (tmp_path / "x.json").read_text()
+    (tmp_path / "x.json").unlink()
+    with pytest.raises(DataError, match=r"only \.bin and \.idx.*\nhint: .*prepare adopt PREFIX"):
+        TokenFile(prefix)
+    assert main(["adopt", str(prefix), "--tokenizer", str(model)]) == 0
+    assert "4 documents" in capsys.readouterr().out
+    assert {**json.loads(ours), "made_from": None} == json.loads((tmp_path / "x.json").read_text())
+    content = bytearray((tmp_path / "x.bin").read_bytes())
+    content[10:12] = (290).to_bytes(2, "little")
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"holds token 290 \(token number 5\), tokenizer .* has 290 ids"):
+        main(["adopt", str(prefix), "--tokenizer", str(model)])
+
+
+def test_inspect_shows_what_a_run_would_read(qa, model, tmp_path, capsys):
+    flags = ["--tokenizer", str(model), "--sequence-length", "64", *COLUMNS, "--png", str(tmp_path / "l.png")]
+    assert main(["inspect", str(qa), *flags, "--color", "never", "--samples", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 samples of at most 64 tokens" in shown and "what  is it?[[ hello, world</s>]]" in shown
+    assert (tmp_path / "l.png").exists()
+    assert main(["inspect", str(qa), *flags, "--packing", "--color", "always"]) == 0
+    shown = capsys.readouterr().out
+    assert "packs: 1" in shown and "--- packed with" in shown and "\x1b[32m hello, world</s>\x1b[0m" in shown
