@@ -103,8 +103,8 @@ class Data(Section):
     """What is read. A raw file is tokenized once, into a folder beside it"""
 
     train: Text | list[Text | Positive]
-    """Training data: a JSONL, Parquet, Arrow or text file, a folder of them, a folder saved by Hugging Face datasets, or
-    the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx). Several: `[path, path]`, or a blend
+    """Training data: a JSONL, Parquet, Arrow or text file, a folder of them, a folder saved by Hugging Face datasets,
+    or the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx). Several: `[path, path]`, or a blend
     `[0.7, path, 0.3, path]`."""
     validation: Text | list[Text | Positive] | None = None
     """Held-out data, in the same forms (each part is read once, whatever its weight); null: no validation."""
