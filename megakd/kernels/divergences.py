@@ -1,7 +1,7 @@
 """Divergences of the teacher P and the student Q over the K entries and the tail, and their gradients.
 
-Sizes: T tokens, K entries per token. S is the set of entries; p and q are P and Q as a `tail` rule compares them.
-With u_i = dD/dlog q_i for the entries and u_tail for the tail, and U their sum,
+Sizes: T tokens, K entries per token. S is the set of entries; p and q are P and Q as a `tail` rule compares them. Every
+divergence is a sum over the entries and the tail of some f(p, q). With u = df/dlog q, and U the sum of all u,
 
     dD/dz_j = u_j - U q_j                            for j in S
     dD/dz_j = (u_tail - U q_tail) Q_j / Q_tail       for every other column
@@ -10,6 +10,7 @@ where Q_j / Q_tail = exp(z_j - log-sum-exp outside S) is never formed as a quoti
 constant times q may be added to u: it leaves the gradient as it is.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,56 @@ from megakd.kernels.records import Merged
 TAILS = {
     "forward_kl": ("bucket", "renormalize", "renormalize_teacher", "drop"),
     "reverse_kl": ("bucket", "renormalize"),
+    "jsd": ("bucket", "renormalize", "renormalize_teacher"),
+    "skew_forward_kl": ("bucket", "renormalize"),
+    "skew_reverse_kl": ("bucket", "renormalize", "renormalize_teacher"),
 }
+
+
+def check_divergence(divergence: str, tail: str, beta: float = 0.5, skew: float = 0.1) -> None:
+    """Raises ValueError for an unknown divergence or tail, a pair that goes wrong, and a weight at its limits."""
+    if divergence not in TAILS:
+        raise ValueError(f"divergence must be one of {', '.join(TAILS)}, not {divergence!r}")
+    if tail not in TAILS[divergence]:
+        raise ValueError(f"tail must be one of {', '.join(TAILS[divergence])} with {divergence}, not {tail!r}")
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must be between 0 and 1, exclusive, not {beta}")
+    if divergence.startswith("skew") and not 0 < skew < 1:
+        raise ValueError(f"skew must be between 0 and 1, exclusive, not {skew}")
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, _) -> tuple[Tensor, Tensor]:
+    """f = p (log p - log q), u = -p: KL(p || q)."""
+    return _weighted(log_p, log_p - log_q), -log_p.exp()
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, _) -> tuple[Tensor, Tensor]:
+    """f = u = q (log q - log p), the u less q: KL(q || p)."""
+    f = _weighted(log_q, log_q - log_p)
+    return f, f
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; u = (1 - beta) q (log q - log m)."""
+    log_m = _mix(log_p, log_q, beta)
+    u = (1 - beta) * _weighted(log_q, log_q - log_m)
+    return beta * _weighted(log_p, log_p - log_m) + u, u
+
+
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    """KL(p || m) with m = skew p + (1 - skew) q; u = -p (1 - skew) q / m."""
+    log_m = _mix(log_p, log_q, skew)
+    return _weighted(log_p, log_p - log_m), (skew - 1) * _weighted(log_p, (log_q - log_m).exp())
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    """KL(q || m) with m = skew q + (1 - skew) p; u = q (log q - log m - skew q / m), less q."""
+    log_m = _mix(log_q, log_p, skew)
+    f = _weighted(log_q, log_q - log_m)
+    return f, f - skew * _weighted(log_q, (log_q - log_m).exp())
+
+
+FORMS = {form.__name__: form for form in (forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl)}
 
 
 class Compared(NamedTuple):
@@ -31,84 +81,77 @@ class Compared(NamedTuple):
     p_mass_T: Tensor  # sum in S of p
     log_p_tail_T: Tensor
     log_q_tail_T: Tensor
-    has_entries_T: Tensor
 
 
-class Gradient(NamedTuple):
-    """dD/dz: the values at the entries, float32, and the factor of Q_j / Q_tail at every other column, float64."""
+class Value(NamedTuple):
+    """D in nats, U, and u_tail - U q_tail; float64 [T]."""
 
-    entries_TK: Tensor
+    kd_T: Tensor
+    u_total_T: Tensor
     outside_T: Tensor
 
 
-def check_divergence(divergence: str, tail: str) -> None:
-    """Raises ValueError for an unknown divergence or tail, and for a pair that has no meaning or no minimum."""
-    if divergence not in TAILS:
-        raise ValueError(f"divergence must be one of {', '.join(TAILS)}, not {divergence!r}")
-    if tail not in TAILS[divergence]:
-        raise ValueError(f"tail must be one of {', '.join(TAILS[divergence])} with {divergence}, not {tail!r}")
-
-
 def compare(merged: Merged, log_tail_T: Tensor, tail: str) -> Compared:
-    """Applies a tail rule: `bucket` keeps both tails, the others no teacher's, `renormalize` no student's either."""
+    """Applies a tail rule: `bucket` keeps both tails, the others no teacher's, `renormalize` no student's either.
+
+    Where the others find no entries there is nothing to compare: all is 0, and so are D and its gradient.
+    """
     mass_T, nothing_T = merged.teacher_mass_T, torch.full_like(merged.teacher_mass_T, -torch.inf)
-    has_entries_T = mass_T > 0
+    some_T = mass_T > 0
     rescaled = tail in ("renormalize", "renormalize_teacher")
-    entry_lse_T = merged.entry_sum_T.log()
+    q_tail_T = merged.log_student_tail_T
+    if tail != "bucket":
+        q_tail_T = nothing_T if tail == "renormalize" else q_tail_T.where(some_T, -torch.inf)
     return Compared(
-        p_shift_T=mass_T.log().where(has_entries_T, 0) if rescaled else torch.zeros_like(mass_T),
-        q_shift_T=entry_lse_T.where(has_entries_T, 0) if tail == "renormalize" else merged.lse_above_entry_max_T,
-        p_mass_T=has_entries_T.double() if rescaled else mass_T,
+        p_shift_T=mass_T.log().where(some_T, 0) if rescaled else torch.zeros_like(mass_T),
+        q_shift_T=merged.entry_sum_T.log().where(some_T, 0) if tail == "renormalize" else merged.lse_above_entry_max_T,
+        p_mass_T=some_T.double() if rescaled else mass_T,
         log_p_tail_T=log_tail_T.double() if tail == "bucket" else nothing_T,
-        log_q_tail_T=nothing_T if tail == "renormalize" else merged.log_student_tail_T,
-        has_entries_T=has_entries_T,
+        log_q_tail_T=q_tail_T,
     )
 
 
-def value(divergence: str, c: Compared, merged: Merged) -> Tensor:
-    """D in nats, [T], float64."""
-    return {"forward_kl": forward_kl_value, "reverse_kl": reverse_kl_value}[divergence](c, merged)
-
-
-def gradient(divergence: str, c: Compared, merged: Merged, logprobs_TK: Tensor, above_TK: Tensor) -> Gradient:
-    """dD/dz of this rank's columns.
+def entry_logs(c: Compared, logprobs_TK: Tensor, above_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log q of this rank's entries, -inf in empty slots; float32.
 
     Args:
-        logprobs_TK: of the teacher, -inf in empty slots; above_TK: z of the entries minus their maximum; float32.
+        logprobs_TK: of the teacher, -inf in empty slots; above_TK: z of the entries minus their maximum.
     """
-    log_p_TK = logprobs_TK - c.p_shift_T[:, None].float()
     log_q_TK = above_TK - c.q_shift_T[:, None].float()
-    form = {"forward_kl": forward_kl_u, "reverse_kl": reverse_kl_u}[divergence]
-    u_TK, u_tail_T, total_T = form(c, merged, log_p_TK, log_q_TK)
-    entries_TK = u_TK - total_T[:, None].float() * log_q_TK.exp()
-    return Gradient(entries_TK.where(logprobs_TK > -torch.inf, 0), u_tail_T - total_T * c.log_q_tail_T.exp())
+    return logprobs_TK - c.p_shift_T[:, None].float(), log_q_TK.where(logprobs_TK > -torch.inf, -torch.inf)
 
 
-def forward_kl_value(c: Compared, merged: Merged) -> Tensor:
-    """KL(p || q) = sum of p (log p - log q)."""
-    scale_T = c.p_shift_T.neg().exp()
-    entries_T = scale_T * (merged.cross_T + merged.teacher_mass_T * (c.q_shift_T - c.p_shift_T))
-    return entries_T.where(c.has_entries_T, 0) + _weighted(c.log_p_tail_T, c.log_p_tail_T - c.log_q_tail_T)
+def mixes(divergence: str) -> bool:
+    """Whether P and Q meet inside a logarithm, so that the sums over S need a second look at the entries."""
+    return divergence not in ("forward_kl", "reverse_kl")
 
 
-def forward_kl_u(c: Compared, merged: Merged, log_p_TK: Tensor, log_q_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u = -p."""
-    p_tail_T = c.log_p_tail_T.exp()
-    return -log_p_TK.exp(), -p_tail_T, -(c.p_mass_T + p_tail_T)
+def entry_sums(divergence: str, log_p_TK: Tensor, log_q_TK: Tensor, parameter: float) -> Tensor:
+    """Sums of f and of u over this rank's entries: [T, 2], float32, to be summed over the ranks."""
+    return torch.stack([x_TK.sum(1) for x_TK in FORMS[divergence](log_p_TK, log_q_TK, parameter)], 1)
 
 
-def reverse_kl_value(c: Compared, merged: Merged) -> Tensor:
-    """KL(q || p) = sum of q (log q - log p)."""
-    entries_T = c.q_shift_T.neg().exp() * (merged.drift_T + merged.entry_sum_T * (c.p_shift_T - c.q_shift_T))
-    return entries_T.where(c.has_entries_T, 0) + _weighted(c.log_q_tail_T, c.log_q_tail_T - c.log_p_tail_T)
-
-
-def reverse_kl_u(c: Compared, merged: Merged, log_p_TK: Tensor, log_q_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u = q (log q - log p), less the q that leaves the gradient as it is; its sum is D."""
-    tail_T = _weighted(c.log_q_tail_T, c.log_q_tail_T - c.log_p_tail_T)
-    return _weighted(log_q_TK, log_q_TK - log_p_TK), tail_T, reverse_kl_value(c, merged)
+def evaluate(divergence: str, c: Compared, merged: Merged, sums_T2: Tensor | None, parameter: float) -> Value:
+    """The divergence of the whole vocabulary; `sums_T2` over all ranks, None unless `mixes(divergence)`."""
+    some_T = merged.teacher_mass_T > 0
+    if sums_T2 is not None:
+        f_T, u_T = sums_T2.unbind(1)
+    elif divergence == "forward_kl":
+        f_T = c.p_shift_T.neg().exp() * (merged.cross_T + merged.teacher_mass_T * (c.q_shift_T - c.p_shift_T))
+        f_T, u_T = f_T.where(some_T, 0), -c.p_mass_T
+    else:
+        f_T = c.q_shift_T.neg().exp() * (merged.drift_T + merged.entry_sum_T * (c.p_shift_T - c.q_shift_T))
+        f_T = u_T = f_T.where(some_T, 0)
+    f_tail_T, u_tail_T = FORMS[divergence](c.log_p_tail_T, c.log_q_tail_T, parameter)
+    u_total_T = u_T + u_tail_T
+    return Value(f_T + f_tail_T, u_total_T, u_tail_T - u_total_T * c.log_q_tail_T.exp())
 
 
 def _weighted(log_weight: Tensor, x: Tensor) -> Tensor:
     """exp(log_weight) * x, and 0 where the weight is 0, whatever x is."""
     return (log_weight.exp() * x).where(log_weight > -torch.inf, 0)
+
+
+def _mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b)."""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))

@@ -3,13 +3,14 @@
 Sizes: T tokens, K entries per token, W vocabulary columns on this rank, V the real vocabulary, O outcomes compared.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megakd.kernels.divergences import check_divergence
-from megakd.kernels.kd_loss import KDLoss
+from megakd.kernels.terms import KDLoss, build_options
 from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
 
@@ -55,8 +56,8 @@ def kd_loss_reference(
 
     Collectives: two all-reduces of [T, V]; none in the backward.
     """
-    check_divergence(divergence, tail)
-    temperature = targets.temperature if student_temperature is None else student_temperature
+    options = build_options(targets, divergence, tail, beta, skew, student_temperature, kd_weight, ce_weight)
+    temperature = options.temperature
     on_T = labels_T != MASKED
     x_TW = logits_TW[on_T].to(torch.promote_types(logits_TW.dtype, torch.float32))
     x_TV = _WholeVocabulary.apply(x_TW, shard)
@@ -72,12 +73,13 @@ def kd_loss_reference(
         log_P_TV = log_P_TV - torch.where(log_m_T > -torch.inf, log_m_T, 0)[:, None]
     if tail == "renormalize":
         log_Q_S_TV = log_Q_S_TV - torch.where(log_q_T > -torch.inf, log_q_T, 0)[:, None]
-    log_p_TO, log_q_TO = log_P_TV, log_Q_S_TV
-    if tail == "bucket":
-        log_p_TO = torch.cat([log_P_TV, log_P_tail_T[:, None]], 1)
-        log_q_TO = torch.cat([log_Q_S_TV, log_Q_tail_T[:, None]], 1)
+    if tail != "bucket":
+        log_P_tail_T = torch.full_like(log_m_T, -torch.inf)
+        log_Q_tail_T = log_P_tail_T if tail == "renormalize" else log_Q_tail_T.where(log_m_T > -torch.inf, -torch.inf)
+    log_p_TO = torch.cat([log_P_TV, log_P_tail_T[:, None]], 1)
+    log_q_TO = torch.cat([log_Q_S_TV, log_Q_tail_T[:, None]], 1)
 
-    kd_T = {"forward_kl": _kl, "reverse_kl": lambda p, q: _kl(q, p)}[divergence](log_p_TO, log_q_TO)
+    kd_T = _divergence(divergence, log_p_TO, log_q_TO, options.parameter)
     if targets.entropy_T is not None:
         kd_T = kd_T + _kl(log_P_TV, torch.zeros_like(log_P_TV)).neg() - targets.entropy_T[on_T]
     ce_T = cross_entropy(x_TV, labels_T[on_T], reduction="none")
@@ -92,6 +94,27 @@ def _entries(targets: TeacherTargets, shard: VocabShard, like: Tensor) -> Tensor
     log_P_TW = like.new_full((len(like), width + 1), -torch.inf)
     log_P_TW.scatter_(1, columns_TK.where(columns_TK >= 0, width), targets.logprobs_TK.to(like.dtype))
     return _WholeVocabulary.apply(log_P_TW[:, :width], shard)
+
+
+def _divergence(name: str, log_p_TO: Tensor, log_q_TO: Tensor, weight: float) -> Tensor:
+    if name == "forward_kl":
+        return _kl(log_p_TO, log_q_TO)
+    if name == "reverse_kl":
+        return _kl(log_q_TO, log_p_TO)
+    if name == "jsd":
+        log_m_TO = _mix(log_p_TO, log_q_TO, weight)
+        return weight * _kl(log_p_TO, log_m_TO) + (1 - weight) * _kl(log_q_TO, log_m_TO)
+    if name == "skew_forward_kl":
+        return _kl(log_p_TO, _mix(log_p_TO, log_q_TO, weight))
+    return _kl(log_q_TO, _mix(log_q_TO, log_p_TO, weight))
+
+
+def _mix(log_a_TO: Tensor, log_b_TO: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b), whose gradient is 0, not NaN, where both are 0."""
+    some_TO = (log_a_TO > -torch.inf) | (log_b_TO > -torch.inf)
+    log_a_TO, log_b_TO = log_a_TO.where(some_TO, 0), log_b_TO.where(some_TO, 0)
+    mixed_TO = torch.logaddexp(log_a_TO + math.log(weight), log_b_TO + math.log1p(-weight))
+    return mixed_TO.where(some_TO, -torch.inf)
 
 
 def _kl(log_p_TO: Tensor, log_q_TO: Tensor) -> Tensor:

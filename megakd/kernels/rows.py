@@ -6,6 +6,7 @@ same signatures. Everything else works on [T], [T, K] and a few numbers per rank
     statistics   one read of the student's logits                 forward of kd_loss
     backward     one read of them and one write of the gradient   backward of kd_loss
     summarize    one read of the teacher's logits                 select_top_k
+    extremes     one read of either's                             predict
 
 Sizes: T tokens, K entries per token, W columns on this rank, of which the first `width` are real and the rest padding,
 C chunks of the columns.
@@ -20,6 +21,7 @@ from torch import Tensor
 BLOCK_BYTES = (
     5 << 18
 )  # fp32 working set of one row block: fits the L2 cache of a server core, beside what flows through
+DEVICE_BLOCK_BYTES = 1 << 28  # on other devices, where what counts is the number of launches
 
 
 class Statistics(NamedTuple):
@@ -36,6 +38,19 @@ class Statistics(NamedTuple):
     sum_T: Tensor
     sum_at_one_T: Tensor | None
     entry_logits_TK: Tensor
+    label_logit_T: Tensor
+
+
+class Extremes(NamedTuple):
+    """The largest logit and its surroundings; float32, and int64 columns.
+
+    max_T: largest logit of the row; -inf when there is none. column_T: its column, the lowest among equals.
+    sum_T: sum of exp(x - max). label_logit_T: -inf when the label is not on this rank.
+    """
+
+    max_T: Tensor
+    column_T: Tensor
+    sum_T: Tensor
     label_logit_T: Tensor
 
 
@@ -138,7 +153,7 @@ def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) ->
     tokens, height = len(logits_TW), -(-width // chunks)
     max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
     sum_TC = torch.empty_like(max_TC)
-    rows_per_block = max(1, BLOCK_BYTES // (4 * height * chunks))
+    rows_per_block = max(1, _block_bytes(logits_TW) // (4 * height * chunks))
     buffer = max_TC.new_empty((rows_per_block, height * chunks))
     for first in range(0, tokens, rows_per_block):
         rows = slice(first, min(first + rows_per_block, tokens))
@@ -156,6 +171,22 @@ def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) ->
     return max_TC, sum_TC
 
 
+def extremes(logits_TW: Tensor, label_columns_T: Tensor, width: int) -> Extremes:
+    """One read of the logits: where each row is largest, its log-sum-exp, and the label's logit. Every row is read.
+
+    Args:
+        logits_TW, label_columns_T, width: as in `statistics`. A NaN in a row makes its sum NaN.
+    """
+    max_T = torch.full_like(label_columns_T, -torch.inf, dtype=torch.float32)
+    sum_T, label_logit_T, column_T = torch.zeros_like(max_T), max_T.clone(), torch.zeros_like(label_columns_T)
+    label_columns_T = _or_last(label_columns_T, width)
+    for rows, x, _ in row_blocks(logits_TW, torch.ones_like(max_T, dtype=torch.bool), width):
+        label_logit_T[rows] = x.gather(1, label_columns_T[rows, None])[:, 0]
+        max_T[rows], column_T[rows] = top_T, _ = x.max(1)  # the first of equals, says torch
+        sum_T[rows] = x.sub_(finite(top_T)[:, None]).exp_().sum(1)
+    return Extremes(max_T, column_T, sum_T, label_logit_T)
+
+
 def row_blocks(
     logits_TW: Tensor, supervised_T: Tensor, width: int, *, spare: bool = False
 ) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
@@ -164,7 +195,7 @@ def row_blocks(
     The block has width + 1 columns; the last one holds -inf and takes what is to go nowhere. `rows` indexes the first
     axis of any [T, ...] tensor. The spare buffer has the block's shape and no content.
     """
-    rows_per_block = max(1, BLOCK_BYTES // (4 * (width + 1) * (1 + spare)))
+    rows_per_block = max(1, _block_bytes(logits_TW) // (4 * (width + 1) * (1 + spare)))
     buffer = logits_TW.new_empty((rows_per_block, width + 1), dtype=torch.float32)
     second = torch.empty_like(buffer) if spare else None
     for rows in _runs(supervised_T, rows_per_block):
@@ -173,6 +204,10 @@ def row_blocks(
         block[:, :width].copy_(source)
         block[:, width] = -torch.inf
         yield rows, block, second[: len(source)] if spare else None
+
+
+def _block_bytes(logits_TW: Tensor) -> int:
+    return BLOCK_BYTES if logits_TW.device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 
 def _runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:

@@ -220,8 +220,10 @@ def normalize(logits_TW: Tensor, columns_TK: Tensor, records_RT4: Tensor, temper
 
 
 def gather_entries(ids_TK: Tensor, logprobs_TK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """All entries of a row on every rank; each row has exactly K of them, ascending from rank to rank."""
-    tokens, top_k = ids_TK.shape
+    """All entries of a row on every rank, at most K, ascending from rank to rank; empty slots last."""
     ids_TRK, logprobs_TRK = (shard.all_gather(x).transpose(0, 1).flatten(1) for x in (ids_TK, logprobs_TK))
-    used = ids_TRK >= 0
-    return ids_TRK[used].view(tokens, top_k), logprobs_TRK[used].view(tokens, top_k)
+    row, place = (ids_TRK >= 0).nonzero().unbind(1)
+    slot = _place(row, len(ids_TK))
+    ids_TK, logprobs_TK = torch.full_like(ids_TK, -1), torch.full_like(logprobs_TK, -torch.inf)
+    ids_TK[row, slot], logprobs_TK[row, slot] = ids_TRK[row, place], logprobs_TRK[row, place]
+    return ids_TK, logprobs_TK

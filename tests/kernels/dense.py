@@ -17,8 +17,21 @@ def dense_targets(teacher_TV, top_k, temperature=1.0):
     return ids, log_p.gather(1, ids), tail
 
 
-def dense_loss(student_TV, ids_TK, log_p_TK, log_tail_T, labels_T, *, divergence, tail, temperature, kd_weight=1.0,
-               ce_weight=0.0):  # fmt: skip
+def dense_loss(
+    student_TV,
+    ids_TK,
+    log_p_TK,
+    log_tail_T,
+    labels_T,
+    *,
+    divergence,
+    tail,
+    temperature,
+    beta=0.5,
+    skew=0.1,
+    kd_weight=1.0,
+    ce_weight=0.0,
+):
     """(loss_T, kd_T, ce_T, teacher mass, student mass) of rows that are all supervised; student_TV is float64."""
     log_Q = (student_TV / temperature).log_softmax(1)
     p, q = log_p_TK.exp(), log_Q.gather(1, ids_TK).exp()
@@ -30,10 +43,22 @@ def dense_loss(student_TV, ids_TK, log_p_TK, log_tail_T, labels_T, *, divergence
     elif tail == "renormalize":
         p, q = p / m[:, None], q / q_mass[:, None]
     elif tail == "renormalize_teacher":
-        p = p / m[:, None]
-    kd = {"forward_kl": kl, "reverse_kl": lambda p, q: kl(q, p)}[divergence](p, q)
+        p, q = torch.cat([p / m[:, None], 0 * p_tail], 1), torch.cat([q, q_tail], 1)
+    kd = dense_divergence(divergence, p, q, beta, skew)
     ce = -student_TV.log_softmax(1).gather(1, labels_T[:, None])[:, 0]
     return ce_weight * ce + kd_weight * temperature**2 * kd, kd, ce, m, q_mass
+
+
+def dense_divergence(name, p, q, beta=0.5, skew=0.1):
+    """By the definition, from probabilities."""
+    mixed = beta * p + (1 - beta) * q
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(p, mixed) + (1 - beta) * kl(q, mixed),
+        "skew_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
+        "skew_reverse_kl": lambda: kl(q, skew * q + (1 - skew) * p),
+    }[name]()
 
 
 def kl(p, q):
@@ -44,7 +69,8 @@ def kl(p, q):
 
 PAIRS = [
     *[("forward_kl", tail) for tail in ("bucket", "renormalize", "renormalize_teacher", "drop")],
-    *[("reverse_kl", tail) for tail in ("bucket", "renormalize")],
+    *[(name, tail) for name in ("reverse_kl", "skew_forward_kl") for tail in ("bucket", "renormalize")],
+    *[(name, tail) for name in ("jsd", "skew_reverse_kl") for tail in ("bucket", "renormalize", "renormalize_teacher")],
 ]
 
 

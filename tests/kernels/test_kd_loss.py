@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, select_top_k
+from megakd.kernels.divergences import FORMS
 from megakd.targets import TeacherTargets
 from tests.kernels.dense import PAIRS, cut, dense_loss, dense_targets, draw
 from tests.ranks import run_ranks
@@ -31,13 +32,14 @@ def compare(rank, ranks, loss, student_TV, teacher_TV, labels_T, *, atol, top_k=
     student_TW[~on_T] = torch.nan
     student_TW.requires_grad_()
     outputs = LOSSES[loss](student_TW, targets, labels_T, shard, **options)
+    student_temperature = options.get("student_temperature", temperature)
     weight_T = torch.arange(1.0, len(labels_T) + 1)  # tokens must not be mixed up
     (outputs.loss_T * weight_T).sum().backward()
 
     truth_TV = student_TV.double().requires_grad_()
     entries = [x[on_T] for x in dense_targets(teacher_TV, top_k, temperature)]
-    kind = {k: v for k, v in options.items() if k != "inplace_backward"}
-    want = dense_loss(truth_TV[on_T], *entries, labels_T[on_T], temperature=temperature, **kind)
+    kind = {k: v for k, v in options.items() if k not in ("inplace_backward", "student_temperature")}
+    want = dense_loss(truth_TV[on_T], *entries, labels_T[on_T], temperature=student_temperature, **kind)
     (want[0] * weight_T[on_T]).sum().backward()
     for got_T, want_T in zip(outputs, want, strict=True):
         assert got_T.dtype == torch.float32 and (got_T[~on_T] == 0).all()
@@ -70,7 +72,7 @@ def test_every_divergence_tail_temperature_and_ce_weight_is_the_dense_one(ranks,
 
 def compare_hard(rank, ranks, loss):
     for tokens, vocabulary, top_k in [(1, 101, 1), (5, 7, 7), (3, 11, 10), (2, 13, 9), (2, 4099, 100)]:
-        for divergence, tail in [("forward_kl", "bucket"), ("reverse_kl", "bucket"), ("forward_kl", "drop")]:
+        for divergence, tail in [*((name, "bucket") for name in FORMS), ("forward_kl", "drop")]:
             kind = dict(divergence=divergence, tail=tail, top_k=top_k)
             compare(rank, ranks, loss, *draw(tokens, vocabulary), ce_weight=0.3, temperature=2.0, atol=4e-6, **kind)
     for height in (200.0, 250.0):  # beyond exp's range, in float32 and with it relative to one maximum
@@ -81,6 +83,11 @@ def compare_hard(rank, ranks, loss):
             for divergence, tail in PAIRS:
                 kind = dict(divergence=divergence, tail=tail, ce_weight=0.3, temperature=1.0)
                 compare(rank, ranks, loss, student, teacher, labels, atol=2e-5, **kind)
+    for divergence, tail in PAIRS:
+        kind = dict(divergence=divergence, tail=tail, beta=0.2, skew=0.7, ce_weight=0.3)
+        for teachers, students in [(1.0, 3.0), (2.0, 1.0), (1.5, 0.5)]:
+            kind.update(temperature=teachers, student_temperature=students)
+            compare(rank, ranks, loss, *draw(T, V, seed=1), atol=2e-5, **kind)
     student, teacher, labels = draw(T, V)
     teacher[:, :K] += 60  # every entry on the first rank, and a teacher's tail of e-57
     compare(rank, ranks, loss, student, teacher, labels, divergence="forward_kl", tail="bucket", atol=4e-6)
@@ -174,6 +181,13 @@ def count_traffic(rank, ranks):
             sent.clear()
             loss.backward()
             report["backward", top_k] = list(sent)
+        targets = select_top_k(teacher_TW, K, shard)
+        sent.clear()
+        loss = kd_loss(student_TW, targets, labels, shard, divergence="jsd").loss_T.sum()
+        report["forward", "jsd"] = list(sent)
+        sent.clear()
+        loss.backward()
+        report["backward", "jsd"] = list(sent)
     finally:
         for name, function in original.items():
             setattr(dist, name, function)
@@ -190,6 +204,8 @@ def test_what_is_sent():
             ("select", 60): [(gather, torch.bfloat16, T * width), (gather, torch.float32, T * 4)],
             ("forward", 60): [(gather, torch.float32, T * 10)],
             ("backward", 60): [],
+            ("forward", "jsd"): [(gather, torch.float32, T * 8), (gather, torch.float32, T * 2)],
+            ("backward", "jsd"): [],
         }
 
 
@@ -203,7 +219,7 @@ def empty_cases(rank, ranks):
             leaf_TW = student_TW.clone().requires_grad_()
             outputs = kd_loss(leaf_TW, targets, labels, shard, divergence=divergence, tail=tail)
             outputs.loss_T.sum().backward()
-            assert (outputs.loss_T == 0).all() and (leaf_TW.grad == 0).all(), (divergence, tail)
+            assert outputs.loss_T.abs().max() < 1e-15 and leaf_TW.grad.abs().max() < 1e-15, (divergence, tail)
         leaf_TW = student_TW.clone().requires_grad_()
         kd_loss(leaf_TW, targets, labels, shard, kd_weight=0.0, ce_weight=1.0).loss_T.sum().backward()
         truth = student.double().requires_grad_()
@@ -239,12 +255,16 @@ def refuse(rank, ranks):
     (student_TW, shard), (teacher_TW, _) = cut(student, rank, ranks), cut(teacher, rank, ranks)
     targets = select_top_k(teacher_TW, K, shard)
     valid = {(d, t) for d, t in PAIRS}
-    for divergence in ("forward_kl", "reverse_kl", "mse"):
+    for divergence in {name for name, _ in PAIRS} | {"mse"}:
         for tail in ("bucket", "renormalize", "renormalize_teacher", "drop", "ghost"):
             if (divergence, tail) not in valid:
                 for loss in LOSSES.values():
                     with pytest.raises(ValueError, match="must be one of"):
                         loss(student_TW, targets, labels, shard, divergence=divergence, tail=tail)
+    for limit in (0.0, 1.0):
+        for divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl"):
+            with pytest.raises(ValueError, match="must be between 0 and 1, exclusive"):
+                kd_loss(student_TW, targets, labels, shard, divergence=divergence, beta=limit, skew=limit)
     for label in (V, -1, V + 2):
         stray = labels.clone()
         stray[1] = label
