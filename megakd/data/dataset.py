@@ -126,8 +126,8 @@ def batch_length(dataset, indices: Sequence[tuple[int, int] | None], multiple: i
 def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int | None = None) -> dict:
     """Stack samples into one micro-batch, filled up at the end with id 0 and label -100.
 
-    A row may hold several segments (packed samples) that must not see each other: positions start again at each of
-    them. What fills a row up belongs to its last segment, which cannot see it.
+    A row may hold several segments (packed samples) that must not see each other. What fills a row up belongs to its
+    last segment, which cannot see it.
 
     Args:
         dataset: anything with `sequence_length` and `sample(epoch, index)`.
@@ -135,16 +135,15 @@ def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int |
         length: S, ids of a row; None is the dataset's sequence_length.
 
     Returns:
-        ids: int64 torch.Tensor[B, S]; labels: int64 torch.Tensor[B, S], -100 = not supervised; position_ids: int64
-        torch.Tensor[B, S]; segments: for each row the lengths of its segments, which add up to S; lengths: for each
-        row how many of its ids are a sample's, 0 for None.
+        ids: int64 torch.Tensor[B, S]; labels: int64 torch.Tensor[B, S], -100 = not supervised; segments: for
+        each row the lengths of its segments, which add up to S; lengths: for each row how many of its ids are a
+        sample's, 0 for None.
     """
     import torch
 
     length = length or dataset.sequence_length
     ids = np.zeros((len(indices), length), np.int64)
     labels = np.full((len(indices), length), IGNORED, np.int64)
-    positions = np.empty((len(indices), length), np.int64)
     segments, used_lengths = [], []
     for row, index in enumerate(indices):
         lengths, used = [length], 0
@@ -155,27 +154,9 @@ def load_batch(dataset, indices: Sequence[tuple[int, int] | None], length: int |
             lengths = [*sample["segments"][:-1], sample["segments"][-1] + length - used]
         segments.append(lengths)
         used_lengths.append(used)
-        np.concatenate([np.arange(segment) for segment in lengths], out=positions[row])
-    arrays = {"ids": ids, "labels": labels, "position_ids": positions}
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return tensors | {"segments": segments, "lengths": used_lengths}
-
-
-def attention_mask(segments: Sequence[Sequence[int]]):
-    """Which positions a position must not see: those after it, and those of other segments.
-
-    Args:
-        segments: for each of B rows the lengths of its segments, as `load_batch` returns them.
-
-    Returns:
-        bool torch.Tensor[B, 1, S, S], True = hidden (Megatron's convention); None if every row is one segment, which
-        plain causal attention is right for.
-    """
-    import torch
-
-    if all(len(row) == 1 for row in segments):
-        return None
-    owner = np.stack([np.repeat(np.arange(len(row)), row) for row in segments])
-    place = np.arange(owner.shape[1])
-    hidden = (owner[:, :, None] != owner[:, None, :]) | (place[:, None] < place[None, :])
-    return torch.from_numpy(hidden[:, None])
+    return {
+        "ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "segments": segments,
+        "lengths": used_lengths,
+    }

@@ -104,15 +104,12 @@ def find_index(data: Data, path: str | Path, tokenizer: Tokenizer, build: bool =
     sample_format = choose_format(data, files)
     folder = Path(data.index_dir) if data.index_dir else Path(f"{str(path).rstrip('/')}.megakd")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        with _locked(folder):
             prefix = folder / _key(files, folder / "digests.json", tokenizer, sample_format, data.on_error)
             if part(prefix, ".json").exists():
                 return prefix
             if not build:
-                raise DataError(
-                    f"{path} has no index for this run in {folder}", hint="the rank that makes it has failed"
-                )
+                raise DataError(f"{path} has no index for this run in {folder}", hint="the rank that makes it failed")
             LOG.info("tokenizing %s as %s into %s", path, sample_format.name, prefix)
             summary = write_token_file(
                 files, prefix, tokenizer, sample_format,
@@ -173,8 +170,9 @@ def _key(
         seen = known.get(str(file.absolute()))
         same = seen and seen[:2] == [stat.st_size, stat.st_mtime_ns]
         digests[str(file.absolute())] = seen if same else [stat.st_size, stat.st_mtime_ns, _digest(file)]
-    if known != digests:
-        remembered.write_text(json.dumps(known | digests, indent=1))
+    if known | digests != known:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: read the data again next time
+            remembered.write_text(json.dumps(known | digests, indent=1))
     parts = {
         "encoding": _ENCODING,
         "data": [entry[2] for entry in digests.values()],
@@ -194,8 +192,10 @@ def _digest(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
-    """Hold a lock file; it is let go when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(folder: Path):
+    """Make a folder and hold the lock in it, until the process ends at the latest; a finished index needs neither."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / "lock").open("w")), fcntl.LOCK_EX)
         yield

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megakd.data.blend import BlendedDataset
-from megakd.data.dataset import TextDataset, attention_mask, batch_length, load_batch
+from megakd.data.dataset import TextDataset, batch_length, load_batch
 from megakd.data.indexed import NEVER, TokenFile, TokenFileWriter, part
 from megakd.data.order import batch_indices
 from megakd.data.samples import PackedDataset, SampleDataset
@@ -88,8 +88,7 @@ def test_batches_are_filled_up_and_as_long_as_they_must_be(tmp_path):
     batch = load_batch(data, indices, batch_length(data, indices, 4))
     assert batch["ids"].tolist() == [[20, 0, 0, 0], [10, 11, 12, 0], [0, 0, 0, 0]]
     assert batch["labels"].tolist() == [[21, X, X, X], [X, 12, 13, X], [X, X, X, X]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 3
-    assert batch["segments"] == [[4]] * 3
+    assert batch["segments"] == [[4]] * 3 and batch["lengths"] == [1, 3, 0]
     with pytest.raises(ValueError, match="12 is not a multiple of 5"):
         batch_length(data, indices, 5)
 
@@ -100,12 +99,7 @@ def test_packs_by_hand(tmp_path):
     batch = load_batch(packed, [(0, 0), (0, 1)])
     assert batch["ids"].tolist() == [[10, 11, 12, 30, 31, 32, 33, 34], [20, 50, 51, 52, 53, 0, 0, 0]]
     assert batch["labels"].tolist() == [[X, 12, 13, X, X, X, 34, 35], [21, 51, X, X, 54, X, X, X]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 6]]
-    assert batch["segments"] == [[3, 5], [1, 7]]
-    hidden = attention_mask([[1, 3], [4]])[:, 0].int().tolist()
-    assert hidden[0] == [[0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 1], [1, 0, 0, 0]]
-    assert hidden[1] == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
-    assert attention_mask([[4], [4]]) is None
+    assert batch["segments"] == [[3, 5], [1, 7]] and batch["lengths"] == [8, 5]
     assert packed.counts["packs"] == 2 and packed.fill == 13 / 16
     assert [packed.length(0, index) for index in (0, 1)] == [8, 5]
 

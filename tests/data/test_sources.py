@@ -1,7 +1,9 @@
 """What data.train names: indexes made once, found again, remade when what they depend on changes; blends, damage."""
 
+import errno
 import json
 import logging
+import multiprocessing
 import os
 
 import pytest
@@ -99,6 +101,44 @@ def test_other_ranks_expect_the_index(qa, letters):
         open_data(data, data.train, letters, 1, build=False)
     open_data(data, data.train, letters, 1, progress=False)
     assert len(open_data(data, data.train, letters, 1, build=False)) == 8
+
+
+def test_a_folder_that_cannot_be_written_to_is_read_or_named(qa, letters, monkeypatch):
+    """As a data disk mounted read-only: an index that is there serves, another cannot be made."""
+    prefix = find_index(section(qa), qa, letters, progress=False)
+
+    def refused(self, *arguments, **more):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    real = type(qa).open
+    monkeypatch.setattr(type(qa), "mkdir", refused)
+    monkeypatch.setattr(type(qa), "write_text", refused)
+    monkeypatch.setattr(
+        type(qa), "open", lambda s, mode="r", *a, **k: (refused if "w" in mode else real)(s, mode, *a, **k)
+    )
+    assert find_index(section(qa), qa, letters, progress=False) == prefix
+    with pytest.raises(DataError, match="Read-only file system"):
+        find_index(section(qa, add_bos=True), qa, letters, progress=False)
+
+
+def build_in_process(path, folder, results):
+    results.put(str(find_index(section(path), path, byte_tokenizer(folder), progress=False)))
+
+
+def test_processes_that_ask_at_once_make_one_index(qa, tmp_path):
+    qa.write_text(qa.read_text() * 2000)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    folders = [tmp_path / str(n) for n in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    processes = [context.Process(target=build_in_process, args=(qa, folder, results)) for folder in folders]
+    for process in processes:
+        process.start()
+    found = {results.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(found) == 1 and len(list(qa.with_name("qa.jsonl.megakd").glob("*.bin"))) == 1
 
 
 def test_a_failed_index_leaves_nothing_that_looks_like_one(qa, letters):
