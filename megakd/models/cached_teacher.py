@@ -17,6 +17,7 @@ from megakd.models.micro_batch import MicroBatch
 from megakd.models.teacher import Lesson
 from megakd.targets import TeacherTargets, sample_key
 
+STEPS_AHEAD = 2  # this one and the next
 THREADS = 4  # decoding is numpy and checksums, which leave the interpreter free
 
 
@@ -64,7 +65,9 @@ class CachedTeacher:
         """Start reading what the next `lessons` of these very micro-batches will return."""
         if is_last_stage(self.groups):
             futures = [self.pool.submit(self.lesson, micro_batch) for micro_batch in micro_batches]
-            self.ahead = {id(micro_batches): (micro_batches, futures)}
+            self.ahead[id(micro_batches)] = (micro_batches, futures)
+            while len(self.ahead) > STEPS_AHEAD:
+                del self.ahead[next(iter(self.ahead))]  # of a step that was left out
 
     def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
         """As `TeacherSource`; every rank of the last stage has all entries of its rows.

@@ -11,6 +11,7 @@ import math
 import pathlib
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -22,7 +23,8 @@ from megakd.cache.row import row_bytes
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Config, check_model, check_vocab
-from megakd.data.dataset import load_batch
+from megakd.data.blend import BlendedDataset
+from megakd.data.dataset import TextDataset, load_batch
 from megakd.data.order import batch_indices
 from megakd.errors import ConfigError, MegakdError
 from megakd.models.entries import Recipe
@@ -137,6 +139,8 @@ class RecordingSetup:
 class Samples:
     """Validation data, then training data in training order, as one data set; counted from cache.start to cache.end.
 
+    A sample that training reads again, in a later epoch or as part of a blend, stands there once.
+
     Args:
         train_data, validation_data: the run's.
         config: the run's.
@@ -151,7 +155,8 @@ class Samples:
         train = config.train
         steps = train.steps or max(math.ceil(train.epochs * len(train_data) / train.global_batch_size), 1)
         wanted = len(train_data) if config.data.packing else steps * train.global_batch_size  # packs hold any of them
-        every = self.validated + wanted
+        self.firsts = first_readings(train_data, config.run.seed, wanted)
+        every = self.validated + (wanted if self.firsts is None else len(self.firsts))
         self.start, self.end = config.cache.start, min(config.cache.end or every, every)
         if self.start >= self.end:
             raise ConfigError(
@@ -167,7 +172,10 @@ class Samples:
         position = self.start + number
         if position < self.validated:
             return self.validation_data.sample(0, position)
-        (place,) = batch_indices(self.config.run.seed, position - self.validated, 1, len(self.train_data))
+        reading = position - self.validated
+        if self.firsts is not None:
+            reading = int(self.firsts[reading])
+        (place,) = batch_indices(self.config.run.seed, reading, 1, len(self.train_data))
         return self.train_data.sample(*place)
 
     def describe(self) -> dict:
@@ -175,6 +183,26 @@ class Samples:
         return describe_data(self.config, self.train_data, self.validation_data) | {
             "validation_samples": self.validated, "start": self.start, "end": self.end,
         }  # fmt: skip
+
+
+def first_readings(data, seed: int, readings: int) -> np.ndarray | None:
+    """Which of a run's readings of a data set are the first of their sample; None when no sample is read twice.
+
+    Windows of running text differ from epoch to epoch, samples of their own do not.
+    """
+    parts = data.parts if isinstance(data, BlendedDataset) else [data]
+    if all(isinstance(part, TextDataset) for part in parts):
+        return None
+    seen, firsts = set(), []
+    for reading, (epoch, index) in enumerate(batch_indices(seed, 0, readings, len(data))):
+        part = 0
+        if isinstance(data, BlendedDataset):
+            part, epoch, index = data.locate(epoch, index)
+        sample = (part, epoch if isinstance(parts[part], TextDataset) else 0, index)
+        if sample not in seen:
+            seen.add(sample)
+            firsts.append(reading)
+    return np.array(firsts, np.int64)
 
 
 def build_recording(config: Config, device: torch.device) -> RecordingSetup:

@@ -43,6 +43,7 @@ class Setup:
         features: distances between hidden states, attached to the student; None without a features section.
         loss: the loss section that applies: CE alone without a teacher.
         train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
+        ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Setup:
     loss: Loss
     train_data: object
     validation_data: object | None
+    ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -67,8 +69,16 @@ class Setup:
     def batch(self, step: int) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of a step; the first step is 0."""
         train, seed = self.config.train, self.config.run.seed
-        indices = batch_indices(seed, step, train.global_batch_size, len(self.train_data))
-        return self._load(self.train_data, indices, packed=self.config.data.packing)
+
+        def load(step: int) -> list[MicroBatch]:
+            indices = batch_indices(seed, step, train.global_batch_size, len(self.train_data))
+            return self._load(self.train_data, indices, packed=self.config.data.packing)
+
+        micro_batches = self.ahead.pop(step, None) or load(step)
+        if isinstance(self.teacher, CachedTeacher):
+            self.ahead = {step + 1: load(step + 1)}
+            self.teacher.prefetch(self.ahead[step + 1])
+        return micro_batches
 
     def validation_batches(self):
         """This rank's micro-batches of the validation set, batch by batch."""

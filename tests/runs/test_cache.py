@@ -1,5 +1,9 @@
 """`megakd cache` and training from what it leaves, on real files, at several layouts."""
 
+import json
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -133,3 +137,59 @@ def test_training_from_the_cache_is_training_online(folder, teacher, cache, tmp_
         assert len(a) == {"train": 5, "validation": 1}[kind] and {"kd", "teacher_ce", "agreement"} <= a[-1].keys()
         for online_line, cached_line in zip(a, b, strict=True):
             assert cached_line == pytest.approx(online_line, rel=2e-5, abs=1e-6)
+
+
+def test_samples_of_their_own_are_recorded_once_and_found_in_any_pack(folder, teacher, tmp_path):
+    lines = [line for line in pathlib.Path(runs.__file__).read_text().splitlines() if len(line) > 30][:24]
+    records = [{"input": line[:12], "output": line[12 : 20 + 3 * i]} for i, line in enumerate(lines)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    changes = {"data__train": str(tmp_path / "qa.jsonl"), "teacher__allow_weak": True, "data__workers": 1}
+    config = distil(folder, teacher, tmp_path / "online", tmp_path / "cache", train__steps=12, **changes)
+    assert run_ranks(1, record, config) == [None]
+    assert read_header(tmp_path / "cache").rows == 24 + 8, "12 steps of 8 read the 24 samples four times"
+    for packing in (False, True):
+        config["data"]["packing"] = packing
+        config["teacher"]["cache"] = None
+        config["run"]["dir"] = str(tmp_path / f"online_{packing}")
+        assert run_ranks(2, runs.train, config) == [None, None]
+        config["teacher"]["cache"] = str(tmp_path / "cache")
+        config["run"]["dir"] = str(tmp_path / f"cached_{packing}")
+        assert run_ranks(2, runs.train, config) == [None, None]
+        pairs = zip(runs.lines(tmp_path / f"online_{packing}"), runs.lines(tmp_path / f"cached_{packing}"), strict=True)
+        for online_line, cached_line in pairs:
+            assert cached_line == pytest.approx(online_line, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": {"top_k": 51}}, "holds 50 entries a token, this run wants 51"),
+        ({"loss": {"top_k": 50, "temperature": 2.0}}, "recorded at temperature 1, this run wants 2"),
+        ({"data__sequence_length": 16}, "recorded with sequences of 32 tokens, data.sequence_length is 16"),
+        ({"run__seed": 7}, "does not hold the sample .* seed 1234 was recorded, this run has 7"),
+        ({"train__steps": 7}, "does not hold the sample .* data, sequence length and seed are those of the recording"),
+    ],
+)
+def test_a_run_that_the_cache_is_not_for_stops_with_the_reason(folder, teacher, cache, tmp_path, changes, words):
+    config = distil(folder, teacher, tmp_path, cache, **changes)
+    (failure,) = run_ranks(1, runs.train, config)
+    assert failure.startswith("CacheError") and re.search(words, failure) and "\nhint: " in failure
+
+
+def test_another_teacher_is_refused_by_name_and_none_is_needed(folder, teacher, cache, tmp_path):
+    other = runs.values(folder, tmp_path / "other", train__steps=1)
+    assert run_ranks(1, runs.train, other) == [None]
+    config = distil(folder, tmp_path / "other", tmp_path / "a", cache)
+    (failure,) = run_ranks(1, runs.train, config)
+    assert re.search("was recorded from teacher .*, teacher.checkpoint is", failure)
+    config["teacher"] = {"cache": str(cache)}
+    assert run_ranks(1, runs.train, config) == [None]
+
+
+def test_recording_needs_a_teacher_and_a_folder(folder, teacher, tmp_path):
+    config = distil(folder, teacher, tmp_path, None)
+    (failure,) = run_ranks(1, record, config)
+    assert failure.startswith("ConfigError: teacher.checkpoint and teacher.cache are both needed")
+    config = distil(folder, teacher, tmp_path, tmp_path / "cache", cache__start=1000)
+    (failure,) = run_ranks(1, record, config)
+    assert failure.startswith("ConfigError: cache.start = 1000, but there are 48 samples (8 of validation data)")
