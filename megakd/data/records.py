@@ -220,6 +220,14 @@ def records_of(block: Block, problems: Problems) -> Iterator[tuple[str, dict]]:
                 problems.add(where, f"a {type(record).__name__}, not an object with keys")
 
 
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write JSON lines under another name and rename them, so that a file of that name is whole."""
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    with incomplete.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    incomplete.replace(path)
+
+
 def _decode(content: bytes, where: str, line: int, problems: Problems) -> str | None:
     """UTF-8 text of `content`, which starts on `line`; None after naming the first byte that is not."""
     try:
