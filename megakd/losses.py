@@ -7,6 +7,8 @@ on how the batch is cut into micro-batches and ranks.
 Legend: T supervised tokens, W this rank's vocabulary columns.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,11 +70,16 @@ def objective(
 
 
 def means(sums: Tensor, with_teacher: bool) -> dict[str, float]:
-    """Averages of a reduced vector of sums, and `tokens`; what was not measured is left out, never reported as 0."""
+    """Averages of a reduced vector of sums, and `tokens`; what was not measured is left out, never reported as 0.
+
+    The teacher's CE is unknown (NaN) where an imported recording does not hold a label's probability.
+    """
     by_name = dict(zip(SUMS, sums.tolist(), strict=True))
     averages = {
         name: by_name[name] / by_name[count]
         for name, count in MEANS.items()
         if by_name[count] > 0 and (with_teacher or name not in OF_A_TEACHER)
     }
+    if math.isnan(averages.get("teacher_ce", 0.0)):
+        del averages["teacher_ce"]
     return averages | {"tokens": by_name["tokens"]}

@@ -69,16 +69,20 @@ class CacheReader:
         Raises:
             CacheError: they were, but without some of these positions or with another last label; or it is damaged.
         """
+        row = self.find(key, mask_S, last_label)
+        if row is None:
+            return None
+        table = build_table(row, self.top_k)
+        return table if len(row.counts_T) == int(mask_S.sum()) else table.rows(mask_S[row.mask_S])
+
+    def find(self, key: bytes, mask_S: np.ndarray, last_label: int) -> Row | None:
+        """The row of a sample, with all its recorded positions; otherwise as `table`."""
         found = self.index.find(key)
         for shard, number in found:
             encoded = self.shard(shard).row(number)
-            if last_label not in (NO_LABEL, encoded.last_label):
-                continue
             recorded_S = decode_mask(encoded.mask, encoded.length)
-            if (mask_S & ~recorded_S).any():
-                continue
-            table = build_table(self.row(shard, number), self.top_k)
-            return table if encoded.tokens == int(mask_S.sum()) else table.rows(mask_S[recorded_S])
+            if last_label in (NO_LABEL, encoded.last_label) and not (mask_S & ~recorded_S).any():
+                return self.row(shard, number)
         if found:
             self._refuse(found, mask_S, last_label)
         return None

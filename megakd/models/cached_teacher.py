@@ -4,47 +4,20 @@ Legend: B samples of a micro-batch, S ids of a sample, T supervised tokens of th
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megakd.cache import CacheReader, Table
-from megakd.errors import CacheError, DataError
-from megakd.kernels.vocab import MASKED
+from megakd.cache.samples import Sample, read_sample
+from megakd.errors import CacheError
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.models.teacher import Lesson
-from megakd.targets import TeacherTargets, sample_key
+from megakd.targets import TeacherTargets
 
 STEPS_AHEAD = 2  # this one and the next
 THREADS = 4  # decoding is numpy and checksums, which leave the interpreter free
-
-
-class Sample(NamedTuple):
-    """How the cache knows a sample."""
-
-    key: bytes
-    mask_S: np.ndarray
-    last_label: int
-
-
-def read_sample(ids_S: np.ndarray, labels_S: np.ndarray) -> Sample:
-    """The identity of a sample and its supervised positions.
-
-    Raises:
-        DataError: a label is not the next id, so that ids alone would not tell what the teacher was asked.
-    """
-    mask_S = labels_S != MASKED
-    wrong = np.flatnonzero(mask_S[:-1] & (labels_S[:-1] != ids_S[1:]))
-    if len(wrong):
-        at = int(wrong[0])
-        raise DataError(
-            f"position {at} of a sample has label {labels_S[at]}, but the next id is {ids_S[at + 1]}; the logit cache "
-            f"holds next-token targets only",
-            hint="leave teacher.cache out and train online",
-        )
-    return Sample(sample_key(ids_S), mask_S, int(labels_S[-1]) if mask_S[-1] else -1)
 
 
 class CachedTeacher:

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from megakd.cache import Row
-from megakd.models.cached_teacher import read_sample
+from megakd.cache.samples import read_sample
 from megakd.models.entries import Entries, Recipe, choose_entries
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT

@@ -4,12 +4,14 @@ megakd cache CONFIG.yaml [key=value ...]           record (see `megakd train --h
 megakd cache stat CACHE [--plot FILE.png]          samples, tokens, bytes a token, mass kept
 megakd cache verify CACHE                          every digest, checksum and row
 megakd cache merge --output CACHE CACHE CACHE ...  recordings of one teacher as one
+megakd cache import / export (see their --help)    NeMo-Aligner's JSONL chunks
 """
 
 import argparse
 import pathlib
 
 from megakd.errors import CacheError
+from megakd.runs.cache_aligner import add_export, add_import
 
 
 def main(argv: list[str]) -> int:
@@ -36,10 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--output", required=True, type=pathlib.Path, metavar="CACHE", help="folder to make")
     merge.add_argument("caches", nargs="+", type=pathlib.Path, metavar="CACHE")
     merge.set_defaults(run=run_merge)
+    add_import(tools)
+    add_export(tools)
     return parser
 
 
-TOOLS = ("stat", "verify", "merge")
+TOOLS = ("stat", "verify", "merge", "import", "export")
 
 
 def run_stat(arguments: argparse.Namespace) -> int:

@@ -205,7 +205,7 @@ def check_padding(padded_size: int, tp: int) -> None:
 
 def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:
     """A teacher whose CE is that of a guess was not loaded, or belongs to other data: refuse to learn from it."""
-    if setup.teacher is None or setup.config.teacher.allow_weak:
+    if setup.teacher is None or setup.config.teacher.allow_weak or "teacher_ce" not in metrics:
         return
     chance, source = math.log(setup.tokenizer.vocab_size), setup.config.teacher.cache or setup.config.teacher.checkpoint
     if not metrics["teacher_ce"] < chance - 0.1:
