@@ -63,7 +63,7 @@ def whole_checkpoints(run_dir) -> list[pathlib.Path]:
 
 
 def find_checkpoint(path) -> pathlib.Path:
-    """A checkpoint folder as it is; of a run folder, its last whole checkpoint.
+    """A checkpoint folder as it is; of a run folder, its last whole one; of a Hugging Face folder, its conversion.
 
     Raises:
         CheckpointError: there is none.
@@ -73,6 +73,10 @@ def find_checkpoint(path) -> pathlib.Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist", hint="give a checkpoint folder or a run folder")
+    if (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
+        from megakd.checkpoints.direct import converted  # which publishes through this module
+
+        return converted(path)
     found = whole_checkpoints(path)
     if not found:
         broken = [f.name for f in (path / "checkpoints").glob("*.incomplete")]

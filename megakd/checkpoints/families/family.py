@@ -98,10 +98,9 @@ def rope_parameters(config) -> dict:
 
 
 def rope_fields(config, parameters: dict) -> dict:
-    """rotary_base, rotary_percent and rope_scaling from one set of rope parameters."""
-    percent = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    """rotary_base and rope_scaling from one set of rope parameters."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    fields = {"rotary_base": float(parameters.get("rope_theta", 10000.0)), "rotary_percent": float(percent)}
+    fields = {"rotary_base": float(parameters.get("rope_theta", 10000.0))}
     if kind == "default":
         return fields
     if kind == "linear":
@@ -117,6 +116,12 @@ def rope_fields(config, parameters: dict) -> dict:
             }
         }
     raise cannot_express(config, f"rope type {kind!r}; expected default, linear or llama3")
+
+
+def rotary_percent(config) -> float:
+    """The share of rotated channels, for the families whose transformers class looks at it; Llama's does not."""
+    said = rope_parameters(config).get("partial_rotary_factor")
+    return float(said or getattr(config, "partial_rotary_factor", None) or getattr(config, "rotary_pct", None) or 1.0)
 
 
 def activation(config, table: dict[str, str], name: str) -> str:

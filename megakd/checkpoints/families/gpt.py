@@ -9,6 +9,7 @@ from megakd.checkpoints.families.family import (
     activation,
     cannot_express,
     plain_fields,
+    rotary_percent,
     their_plain_fields,
 )
 from megakd.checkpoints.families.parts import (
@@ -117,6 +118,7 @@ def neox_model(config) -> dict:
             "num_query_groups": config.num_attention_heads,
             "norm_epsilon": float(config.layer_norm_eps),
             "activation": activation(config, PLAIN, config.hidden_act),
+            "rotary_percent": rotary_percent(config),
             "parallel_residual": bool(config.use_parallel_residual),
         }
     )

@@ -9,6 +9,7 @@ from megakd.checkpoints.families.family import (
     activation,
     cannot_express,
     plain_fields,
+    rotary_percent,
     their_plain_fields,
 )
 from megakd.checkpoints.families.parts import (
@@ -97,7 +98,12 @@ def qwen3_model(config) -> dict:
 
 
 def phi3_model(config) -> dict:
-    return gated_fields(config) | window_fields(config, True, getattr(config, "layer_types", None))
+    windows = window_fields(config, True, getattr(config, "layer_types", None))
+    return gated_fields(config) | {"rotary_percent": rotary_percent(config)} | windows
+
+
+def phi3_config(model: Model) -> dict:
+    return their_plain_fields(model) | {"sliding_window": model.sliding_window, "pad_token_id": None}
 
 
 def phi3_rules(model: Model) -> Iterator[Rule]:
@@ -133,6 +139,7 @@ def stablelm_model(config) -> dict:
     return gated_fields(config) | {
         "normalization": "LayerNorm",
         "norm_epsilon": float(config.layer_norm_eps),
+        "rotary_percent": rotary_percent(config),
         "add_qkv_bias": bool(config.use_qkv_bias),
     }
 
@@ -185,6 +192,7 @@ def nemotron_model(config) -> dict:
         "normalization": "LayerNorm",
         "norm_zero_centered": True,
         "norm_epsilon": float(config.norm_eps),
+        "rotary_percent": rotary_percent(config),
         "activation": activation(config, PLAIN, config.hidden_act),
     }
 
@@ -201,7 +209,7 @@ FAMILIES = [
     Family("mistral", "MistralForCausalLM", mistral_model, rules, mistral_config),
     Family("qwen2", "Qwen2ForCausalLM", qwen2_model, rules, qwen_config),
     Family("qwen3", "Qwen3ForCausalLM", qwen3_model, rules, qwen_config),
-    Family("phi3", "Phi3ForCausalLM", phi3_model, phi3_rules),
+    Family("phi3", "Phi3ForCausalLM", phi3_model, phi3_rules, phi3_config),
     Family("smollm3", "SmolLM3ForCausalLM", smollm3_model, rules),
     Family("arcee", "ArceeForCausalLM", arcee_model, rules, their_plain_fields),
     Family("stablelm", "StableLmForCausalLM", stablelm_model, rules, stablelm_config),

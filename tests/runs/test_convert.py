@@ -1,0 +1,145 @@
+"""`megakd convert` as it is typed: what it prints, its exit code, what it leaves; memory that does not grow."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from megakd.checkpoints import folder
+from megakd.checkpoints.safetensors_files import make_header
+from megakd.cli import main
+from tests.checkpoints import hf_models, nemo_models
+
+
+@pytest.fixture
+def convert(capfd):
+    """Run the verb in this process; the gate starts its own."""
+
+    def run(*arguments, expect=0):
+        try:
+            code = main(["convert", *map(str, arguments)])
+        except SystemExit as wrong_usage:
+            code = wrong_usage.code
+        said = capfd.readouterr()
+        assert code == expect, said.out + said.err
+        return said.out if expect == 0 else said.err
+
+    return run
+
+
+def test_there_and_back_verified_at_two_layouts(convert, tmp_path):
+    source = hf_models.build("qwen2", tmp_path / "hf")
+    assert "verified: largest difference of a logit" in convert("--from", source, "--to", tmp_path / "megatron")
+    record = folder.read_checkpoint(tmp_path / "megatron").conversion
+    assert record["model_type"] == "qwen2" and max(record["verified"]["differences"]) < 1e-4
+    said = convert("--from", tmp_path / "megatron", "--to", tmp_path / "back", "--tp", 2, "--progress")
+    assert "TP 2" in said
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "back" / "megakd_conversion.json").read_text())["verified"]["tp"] == 2
+
+
+def test_nemo_to_hugging_face(convert, tmp_path):
+    nemo_models.build("core_tp2", tmp_path / "model.nemo")
+    convert("--from", tmp_path / "model.nemo", "--to", tmp_path / "hf", "--format", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["Phi3ForCausalLM"] and config["vocab_size"] == nemo_models.VOCAB
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model", "model.nemo"]
+
+
+def test_not_verifying_must_be_asked_for_and_is_recorded(convert, tmp_path):
+    source = hf_models.build("llama2", tmp_path / "hf")
+    assert "not verified (--no-verify)" in convert("--from", source, "--to", tmp_path / "megatron", "--no-verify")
+    assert folder.read_checkpoint(tmp_path / "megatron").conversion["verified"] == "not verified (--no-verify)"
+
+
+def test_a_conversion_that_computes_something_else_is_thrown_away(convert, tmp_path, monkeypatch):
+    from megakd.checkpoints import conversion
+
+    source = hf_models.build("llama2", tmp_path / "hf")
+    open_rightly = conversion.open_hf
+
+    def open_wrongly(path):
+        opened = open_rightly(path)
+        return dataclasses.replace(opened, model=opened.model.model_copy(update={"norm_epsilon": 1e-6}))
+
+    monkeypatch.setattr(conversion, "open_hf", open_wrongly)
+    said = convert("--from", source, "--to", tmp_path / "out", expect=1)
+    assert "compute different logits" in said and "prompt 3: largest difference" in said and "hint:" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_errors_have_one_paragraph_and_leave_nothing(convert, tmp_path):
+    source = hf_models.build("llama2", tmp_path / "hf")
+    (source / "config.json").write_text("{}")
+    said = convert("--from", source, "--to", tmp_path / "out", expect=1)
+    assert "CheckpointError" in said and "hint: known are" in said
+    said = convert("--from", tmp_path / "nothing", "--to", tmp_path / "out", expect=1)
+    assert "does not exist" in said
+    assert convert("--from", source, expect=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_list_names_every_family(convert):
+    said = convert("--list")
+    for model_type, _ in hf_models.CASES.values():
+        assert f"\n{model_type} " in said
+
+
+def test_killed_conversion_leaves_nothing_that_looks_whole(convert, tmp_path):
+    source = hf_models.build("llama2", tmp_path / "hf")
+    command = [sys.executable, "-m", "megakd", "convert", "--from", str(source), "--to", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = tmp_path / "out.incomplete" / ".metadata"
+    while not begun.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    convert("--from", source, "--to", tmp_path / "out", "--no-verify")
+    assert folder.read_checkpoint(tmp_path / "out") and not (tmp_path / "out.incomplete").exists()
+
+
+HIDDEN, INNER, LAYERS = 1024, 4096, 8
+MEASURE = """
+import pathlib, resource, sys
+from megakd.checkpoints.conversion import Options, convert
+from transformers import AutoConfig
+AutoConfig.for_model("llama")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+source, target, form = sys.argv[1:]
+convert(pathlib.Path(source), pathlib.Path(target), form, Options(verify=False))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path):
+    """224 MB of weights, the largest tensor 16 MB: both directions stay below 2 of it and a little."""
+    source = tmp_path / "hf"
+    source.mkdir()
+    shapes = {"model.embed_tokens.weight": (2048, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        shapes |= {f"{layer}self_attn.{x}_proj.weight": (HIDDEN, HIDDEN) for x in "qkvo"}
+        shapes |= {f"{layer}mlp.{x}_proj.weight": (INNER, HIDDEN) for x in ("gate", "up")}
+        shapes |= {f"{layer}mlp.down_proj.weight": (HIDDEN, INNER)}
+        shapes |= {f"{layer}{x}_layernorm.weight": (HIDDEN,) for x in ("input", "post_attention")}
+    specs = {name: (torch.Size(shape), torch.bfloat16) for name, shape in shapes.items()}
+    header = make_header(specs).encode()
+    with open(source / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + sum(s.numel() * 2 for s, _ in specs.values()))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN}
+    config |= {"intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "vocab_size": 2048}
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for start, end, form in (("hf", "megatron", "megatron"), ("megatron", "back", "hf")):
+        arguments = [sys.executable, "-c", MEASURE, str(tmp_path / start), str(tmp_path / end), form]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=dict(os.environ), timeout=280)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) * 1024 < 2 * 16.8e6 + 30e6, f"{start} -> {end}: {done.stdout} KiB"
