@@ -13,7 +13,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 def row_passes(logits_TW: Tensor) -> ModuleType:
-    """The module with `statistics`, `backward` and `summarize` for these logits; the choice is logged once.
+    """The module with `statistics`, `backward`, `summarize` and `extremes` for these logits; the choice is logged once.
 
     Triton on CUDA where it is installed, and anywhere under TRITON_INTERPRET=1 (slow: for tests); otherwise PyTorch.
     """

@@ -1,6 +1,8 @@
 """What a model would say: its most likely id and that id's and the label's probability, over a split vocabulary.
 
-Legend: T tokens, W this rank's vocabulary columns. No gradient; for metrics, truth checks and calibration.
+One read of the logits (`rows.extremes`), no gradient; for metrics, truth checks and calibration.
+
+Legend: T tokens, W this rank's vocabulary columns.
 """
 
 import dataclasses
@@ -8,9 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from megakd.kernels.paths import row_passes
 from megakd.kernels.vocab import VocabShard
-
-ROWS_BYTES = 64 << 20  # of fp32 working set in one block of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +39,10 @@ def predict(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard) -> Predictio
         shard: which ids the columns are; columns at or beyond the real vocabulary are left out.
     Collectives: one all-gather of 4 fp64 numbers (32 B) per token and rank.
     """
-    width = shard.real_width
-    record_4T = torch.full((4, len(logits_TW)), -torch.inf, dtype=torch.float64, device=logits_TW.device)
-    record_4T[1:3] = 0
-    label_column_T = shard.columns(labels_T)
-    block = max(ROWS_BYTES // (4 * max(width, 1)), 1)
-    for start in range(0, len(logits_TW) if width else 0, block):
-        rows = slice(start, start + block)
-        block_TW = logits_TW[rows, :width].float()
-        max_T = block_TW.amax(-1)
-        column_T = (block_TW == max_T[:, None]).int().argmax(-1)  # max promises no order among equals
-        label_T = block_TW.gather(1, label_column_T[rows].clamp(min=0)[:, None])[:, 0]
-        record_4T[0, rows] = max_T.double()
-        record_4T[1, rows] = (column_T + shard.start).double()
-        record_4T[2, rows] = (block_TW - max_T[:, None]).exp_().sum(-1).double()
-        record_4T[3, rows] = label_T.double().where(label_column_T[rows] >= 0, -torch.inf)
+    max_T, column_T, sum_T, label_logit_T = row_passes(logits_TW).extremes(
+        logits_TW, shard.columns(labels_T), shard.real_width
+    )
+    record_4T = torch.stack([max_T.double(), (column_T + shard.start).double(), sum_T.double(), label_logit_T.double()])
     return merge_predictions(shard.all_gather(record_4T), labels_T)
 
 

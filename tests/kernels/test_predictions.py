@@ -1,0 +1,56 @@
+"""predict: against log_softmax in float64, however the vocabulary is split, with ties and garbage in the padding."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+
+from megakd.kernels import rows
+from megakd.kernels.predictions import predict
+from tests.kernels.dense import cut, draw
+from tests.ranks import run_ranks
+
+T, V = 11, 101
+
+
+def logits_and_labels(dtype):
+    logits, _, labels = draw(T, V, dtype=dtype)
+    logits[3] = logits[3].round().clamp(-2, 2)  # its largest value many times, in every shard
+    logits[4] = 0.0
+    logits[5, ::2] = -torch.inf
+    logits[6] *= 1e3
+    return logits, labels
+
+
+def check_shard(rank, ranks, dtype):
+    logits, labels = logits_and_labels(dtype)
+    log_p = logits.double().log_softmax(1)
+    mine, shard = cut(logits, rank, ranks)
+    got = predict(mine, labels, shard)
+    top, first = log_p.max(1)
+    assert torch.equal(got.id_T, first)
+    assert_close(got.logprob_T.double(), top, atol=1e-6, rtol=1e-6)
+    labelled = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0].where(labels >= 0, 0)
+    assert_close(got.label_logprob_T.double(), labelled, atol=2e-6, rtol=1e-6)
+    everyone = [None] * ranks
+    if ranks > 1:
+        dist.all_gather_object(everyone, got.label_logprob_T)
+        assert all(torch.equal(one, got.label_logprob_T) for one in everyone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_bytes", [1, 6 * 4 * (V + 1), 1 << 20])  # a row, a few, all rows at a time
+def test_one_rank(dtype, block_bytes, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK_BYTES", block_bytes)
+    check_shard(0, 1, dtype)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards(ranks):
+    run_ranks(ranks, check_shard, torch.bfloat16)
+
+
+def test_a_shard_without_real_columns():
+    got = rows.extremes(torch.full((3, 5), torch.nan), torch.full((3,), -1), 0)
+    assert got.max_T.isneginf().all() and got.label_logit_T.isneginf().all()
+    assert not got.sum_T.any() and not got.column_T.any()

@@ -1,0 +1,189 @@
+"""The Triton row passes against `megakd.kernels.rows` and float64: run by test_triton.py, in a process of their own.
+
+Under TRITON_INTERPRET=1 (which must be set before Triton is first imported) on the CPU, and without it on a GPU.
+Outputs are poisoned: torch.empty is full of NaN here.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megakd.kernels import rows, triton_rows, triton_tiles
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# NaN and infinity in the logits are part of the cases; numpy, which the interpreter computes with, remarks on them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+WIDTHS = [1, 101, 127, 128, 129, 4099]
+# One rounding to the output's dtype. The interpreter cuts the last bits off instead of rounding, when it stores bf16.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-24, torch.bfloat16: 0.0}  # below it there is nothing to round to
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def case(width, top_k, dtype, padding=3):
+    """Logits [7, W + padding], columns [7, K], label columns [7], supervised [7]; row by row: plain, masked and full of
+    NaN, three levels, -inf here and there, 1e4 apart, all equal, one 250 above the rest."""
+    generator = torch.Generator().manual_seed(width * 1000 + top_k)
+    x = 3 * torch.randn(7, width + padding, generator=generator)
+    x[1] = torch.nan
+    x[2] = (x[2] / 3).round().clamp(-1, 1)
+    x[3, torch.rand(width + padding, generator=generator) < 0.3] = -torch.inf
+    x[4] = (x[4] > 0) * 2e4 - 1e4
+    x[5] = 0.25
+    x[6, width // 2] = 250.0
+    x[:, width:] = torch.nan
+    columns = torch.stack([torch.randperm(width, generator=generator)[:top_k] for _ in range(7)])
+    columns[torch.rand(7, top_k, generator=generator) < 0.2] = -1
+    columns[0, 0] = width - 1
+    columns[0, 1:][columns[0, 1:] == width - 1] = -1
+    labels = torch.randint(0, width, (7,), generator=generator)
+    labels[0], labels[2] = -1, columns[2, 0]
+    supervised = torch.arange(7) != 1
+    return (part.to(DEVICE) for part in (x.to(dtype), columns, labels, supervised))
+
+
+def case_list():
+    """(width, K, temperature, dtype, programs): every width with every K; not every dtype, for the time it takes."""
+    for width in WIDTHS:
+        for top_k in dict.fromkeys(k for k in (1, 8, 100, width) if k <= min(width, 1024)):
+            for temperature in (1.0, 2.0):
+                for dtype in list(ROUNDING)[: 3 if top_k == 8 else 2 if top_k < width else 1]:
+                    for programs in (1, 8192) if (width, top_k) == (4099, 8) else (8192,):
+                        yield width, top_k, temperature, dtype, programs
+
+
+CASES = list(case_list())
+
+
+def case_name(value):
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("width, top_k, temperature, dtype, programs", CASES, ids=case_name)
+def test_statistics(width, top_k, temperature, dtype, programs, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
+    x, columns, labels, supervised = case(width, top_k, dtype)
+    got = triton_rows.statistics(x, columns, labels, supervised, width, temperature)
+    want = rows.statistics(x, columns, labels, supervised, width, temperature)
+    for name in ("max_T", "entry_logits_TK", "label_logit_T"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert_close(got.sum_T, want.sum_T, rtol=1e-6, atol=0)
+    outside = torch.where(supervised[:, None], x[:, :width].double(), -torch.inf)
+    outside = torch.nn.functional.pad(outside, (0, 1)).scatter(1, columns.where(columns >= 0, width), -torch.inf)[
+        :, :-1
+    ]
+    gap = outside - rows.finite(outside.amax(1, keepdim=True))
+    assert_close(got.sum_T.double(), (gap / temperature).exp().sum(1), rtol=1e-6, atol=0)
+    if temperature == 1:
+        assert got.sum_at_one_T is None
+    else:
+        assert_close(got.sum_at_one_T.double(), gap.exp().sum(1), rtol=1e-6, atol=0)
+
+
+def assert_near(got, want, relative, absolute):
+    """Within float32 arithmetic (exp of a large gap is off by more) and a rounding; per row."""
+    got, want = got.double(), want.double()
+    largest = want.abs().amax(1, keepdim=True)
+    wrong = ~((got - want).abs() <= (relative + 3e-6) * want.abs() + absolute + 2e-7 * largest)
+    assert not wrong.any(), (wrong.nonzero()[:5], got[wrong][:5], want[wrong][:5])
+
+
+@pytest.mark.parametrize("width, top_k, temperature, dtype, programs", CASES, ids=case_name)
+def test_backward(width, top_k, temperature, dtype, programs, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
+    x, columns, labels, supervised = case(width, top_k, dtype)
+    top = rows.statistics(x, columns, labels, supervised, width, 1.0).max_T
+    generator = torch.Generator().manual_seed(width)
+    random = (torch.randn(4, 7, top_k, generator=generator) * 0.1).to(DEVICE)
+    outside, outside_at_one, label_grad = random[:3, :, 0].contiguous()
+    if temperature == 1:
+        outside_at_one = None
+    arguments = (columns, labels, supervised, width, temperature, rows.finite(top), outside, outside_at_one, random[3],
+                 label_grad)  # fmt: skip
+    got, want = torch.empty_like(x), torch.empty_like(x)
+    triton_rows.backward(x, *arguments, got)
+    rows.backward(x.double().to(x.dtype), *arguments, want)
+    assert_near(got, want, 2 * ROUNDING[dtype], SMALLEST[dtype])
+    assert not got[1].any() and not got[:, width:].any()
+
+    gap = x[:, :width].double() - rows.finite(top)[:, None]
+    exact = outside[:, None] * (gap / temperature).exp()
+    if outside_at_one is not None:
+        exact += outside_at_one[:, None] * gap.exp()
+    exact.scatter_add_(1, labels.clamp(min=0)[:, None], (label_grad * (labels >= 0)).double()[:, None])
+    exact = torch.nn.functional.pad(exact, (0, 1)).scatter(1, columns.where(columns >= 0, width), random[3].double())
+    exact = exact[:, :width].where(supervised[:, None], 0)
+    assert_near(got[:, :width], exact, ROUNDING[dtype], SMALLEST[dtype])
+
+    triton_rows.backward(x, *arguments, x)
+    assert torch.equal(x, got)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype, programs", [(torch.float32, 1), (torch.bfloat16, 8192)], ids=case_name)
+def test_extremes(width, dtype, programs, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
+    x, _, labels, _ = case(width, 1, dtype)
+    got, want = triton_rows.extremes(x, labels, width), rows.extremes(x, labels, width)
+    clean = torch.arange(7) != 1
+    for name in ("max_T", "column_T", "label_logit_T"):
+        assert torch.equal(getattr(got, name)[clean], getattr(want, name)[clean]), name
+    assert torch.equal(got.column_T[clean], (x[clean, :width] == got.max_T[clean, None]).int().argmax(1))
+    assert_close(got.sum_T, want.sum_T, rtol=1e-6, atol=0, equal_nan=True)
+    assert got.sum_T[1].isnan() and 0 <= got.column_T[1] < width
+
+
+@pytest.mark.parametrize(
+    "width, chunks", [(101, 101), (101, 7), (101, 1), (128, 16), (97, 50), (4099, 33), (4099, 2048)]
+)
+@pytest.mark.parametrize("temperature, dtype", [(1.0, torch.bfloat16), (2.0, torch.float32)], ids=case_name)
+def test_summarize(width, chunks, temperature, dtype):
+    x, *_ = case(width, 1, dtype)
+    x[0, width - 1] = torch.inf
+    got, want = (path.summarize(x, width, chunks, temperature) for path in (triton_rows, rows))
+    broken = torch.isin(torch.arange(7), torch.tensor([0, 1, 3]))
+    assert got[0][broken].isnan().all()
+    assert torch.equal(got[0][~broken], want[0][~broken])
+    assert_close(got[1][~broken], want[1][~broken], rtol=1e-6, atol=0)
+
+
+def test_logits_of_any_stride_and_size():
+    """Transposed logits, a slice of wider ones, no rows, no columns, no entries, and rows 2^31 elements apart."""
+    x, columns, labels, supervised = case(101, 8, torch.bfloat16)
+    want = triton_rows.statistics(x, columns, labels, supervised, 101, 1.0)
+    wide = torch.full((7, 112), torch.nan, dtype=x.dtype, device=DEVICE)
+    wide[:, :104] = x
+    torch.use_deterministic_algorithms(False)  # poison would touch all of it
+    far = torch.empty(3 << 30, dtype=x.dtype, device=DEVICE).as_strided((3, 104), (1 << 30, 1))
+    torch.use_deterministic_algorithms(True)
+    far.copy_(x[[0, 2, 3]])
+    for y, some in ((x.T.contiguous().T, range(7)), (wide[:, :104], range(7)), (far, [0, 2, 3])):
+        arguments = columns[some], labels[some], supervised[some], 101, 1.0
+        got = triton_rows.statistics(y, *arguments)
+        for a, b in zip(got, want, strict=True):
+            assert a is b is None or assert_close(a, b[some], rtol=1e-6, atol=0) is None
+        ones_T, out = torch.ones(len(y), device=DEVICE), torch.empty_like(x[some])
+        factors = rows.finite(got.max_T), ones_T, None, torch.zeros(len(y), 8, device=DEVICE), ones_T
+        triton_rows.backward(y, *arguments, *factors, out)
+        triton_rows.backward(y, *arguments, *factors, y)
+        assert torch.equal(out, y)
+    none = triton_rows.statistics(x[:0], columns[:0], labels[:0], supervised[:0], 101, 2.0)
+    assert [len(part) for part in none] == [0] * 5
+    none = triton_rows.statistics(x, columns[:, :0], labels.new_full((7,), -1), supervised, 0, 1.0)
+    assert none.max_T.isneginf().all() and not none.sum_T.any() and none.label_logit_T.isneginf().all()
+    out = torch.empty_like(x)
+    ones_T = torch.ones(7, device=DEVICE)
+    triton_rows.backward(x, columns[:, :0], labels, supervised, 0, 1.0, ones_T, ones_T, None, columns[:, :0].float(),
+                         ones_T, out)  # fmt: skip
+    assert not out.any()
