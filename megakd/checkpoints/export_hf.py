@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megakd.checkpoints.families import Family, config_of, family_of, model_section
-from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.folder import KEPT, Checkpoint
 from megakd.checkpoints.hf_folder import CONFIG, INDEX, OTHER_FILES, TOKENIZER_FILES, read_json
-from megakd.checkpoints.import_hf import EXTRA, KEPT, WEIGHT_FILES, bytes_bar, head_name, listed
+from megakd.checkpoints.import_hf import EXTRA, WEIGHT_FILES, bytes_bar, head_name, listed
 from megakd.checkpoints.layout import OPT_UNUSED_POSITIONS, Place, expected_shape, place
 from megakd.checkpoints.rules import Rule, by_their_name, their_shapes
 from megakd.checkpoints.safetensors_files import SafetensorsWriter

@@ -16,6 +16,7 @@ from megakd.config import Model
 from megakd.errors import CheckpointError, ConfigError
 
 RECORD = "megakd.json"
+KEPT = "hf"  # folder inside, of a checkpoint that came from Hugging Face: what is needed to write the same files again
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step_(\d{8})$")
 
@@ -147,14 +148,18 @@ def publish(
     training: bool,
     metrics: dict,
     conversion: dict | None = None,
+    origin: pathlib.Path | None = None,
 ) -> None:
     """Complete the folder that `begin` made and give it its name. One rank calls it, after all have written.
 
     Args:
         tokenizer: megakd.data Tokenizer whose files travel along, or None.
         conversion: see Checkpoint.
+        origin: checkpoint that training started from; what it has kept of its Hugging Face origin goes along.
     """
     source = incomplete(path)
+    if origin is not None and (origin / KEPT).is_dir():
+        shutil.copytree(origin / KEPT, source / KEPT)
     tokenizer_record = None
     if tokenizer is not None:
         for file in tokenizer.files:

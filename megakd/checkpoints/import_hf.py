@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megakd.checkpoints.families import Family, family_of, model_section
+from megakd.checkpoints.folder import KEPT
 from megakd.checkpoints.hf_folder import CONFIG, HuggingFaceFolder, read_json
 from megakd.checkpoints.layout import Place, expected_shape, extra_states, place
 from megakd.checkpoints.rules import Rule, by_their_name
@@ -18,7 +19,6 @@ from megakd.config import Model
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import CheckpointError
 
-KEPT = "hf"  # folder beside the weights: config.json and what else is needed to write the same files again
 WEIGHT_FILES = "weights.json"
 EXTRA = "extra.hf."
 

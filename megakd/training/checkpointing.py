@@ -46,6 +46,8 @@ class Saver:
         self.config, self.student, self.model, self.tokenizer = config, student, model, tokenizer
         self.queue = AsyncCallsQueue() if config.checkpoint.asynchronous else None
         self.saved_step = None
+        start = config.student.checkpoint
+        self.origin = folder.find_checkpoint(start) if start else None
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Write a checkpoint of this step, unless it was just written.
@@ -62,9 +64,8 @@ class Saver:
         keep = {progress.best_step} if self.config.checkpoint.keep_best and progress.best_step else set()
 
         def publish():
-            folder.publish(
-                path, model=self.model, step=progress.step, tokenizer=self.tokenizer, training=True, metrics=metrics
-            )
+            parts = {"model": self.model, "step": progress.step, "training": True, "metrics": metrics}
+            folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, **parts)
             folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
 
         request = torch_dist.save(
