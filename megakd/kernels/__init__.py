@@ -1,5 +1,6 @@
 """Losses on logits whose vocabulary is split over ranks: tensors in, tensors out."""
 
+from megakd.kernels.dense import dense_kd_loss
 from megakd.kernels.kd_loss import kd_loss
 from megakd.kernels.kd_loss_reference import kd_loss_reference
 from megakd.kernels.sampling import sample_targets
@@ -7,4 +8,12 @@ from megakd.kernels.selection import select_top_k
 from megakd.kernels.terms import KDLoss
 from megakd.kernels.vocab import VocabShard
 
-__all__ = ["KDLoss", "VocabShard", "kd_loss", "kd_loss_reference", "sample_targets", "select_top_k"]
+__all__ = [
+    "KDLoss",
+    "VocabShard",
+    "dense_kd_loss",
+    "kd_loss",
+    "kd_loss_reference",
+    "sample_targets",
+    "select_top_k",
+]

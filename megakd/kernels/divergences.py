@@ -149,7 +149,8 @@ def evaluate(divergence: str, c: Compared, merged: Merged, sums_T2: Tensor | Non
 
 def _weighted(log_weight: Tensor, x: Tensor) -> Tensor:
     """exp(log_weight) * x, and 0 where the weight is 0, whatever x is."""
-    return (log_weight.exp() * x).where(log_weight > -torch.inf, 0)
+    weight = log_weight.exp()
+    return (weight * x).where(weight > 0, 0)
 
 
 def _mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:

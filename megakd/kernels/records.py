@@ -44,7 +44,7 @@ def build_record(stats: Statistics, logprobs_TK: Tensor, temperature: float, *, 
         logprobs_TK: of the entries on this rank; -inf in every other slot.
         sampled: leave log P out of the cross term (the exact entropy is known).
     """
-    x_TK, used_TK = stats.entry_logits_TK, logprobs_TK > -torch.inf
+    x_TK = stats.entry_logits_TK
     max_T = x_TK.amax(1) if x_TK.shape[1] else torch.full_like(stats.max_T, -torch.inf)
     gap_TK = x_TK - finite(max_T)[:, None]
     above_TK = gap_TK / temperature
@@ -56,8 +56,8 @@ def build_record(stats: Statistics, logprobs_TK: Tensor, temperature: float, *, 
         stats.sum_T,
         max_T,
         e_TK.sum(1),
-        cross_TK.where(used_TK, 0).sum(1),
-        drift_TK.where(used_TK & (above_TK > -torch.inf), 0).sum(1),
+        cross_TK.where(p_TK > 0, 0).sum(1),
+        drift_TK.where(e_TK > 0, 0).sum(1),
         p_TK.sum(1),
         stats.label_logit_T,
     ]

@@ -198,7 +198,7 @@ def row_blocks(
     rows_per_block = max(1, _block_bytes(logits_TW) // (4 * (width + 1) * (1 + spare)))
     buffer = logits_TW.new_empty((rows_per_block, width + 1), dtype=torch.float32)
     second = torch.empty_like(buffer) if spare else None
-    for rows in _runs(supervised_T, rows_per_block):
+    for rows in runs(supervised_T, rows_per_block):
         source = logits_TW[rows, :width]
         block = buffer[: len(source)]
         block[:, :width].copy_(source)
@@ -210,7 +210,7 @@ def _block_bytes(logits_TW: Tensor) -> int:
     return BLOCK_BYTES if logits_TW.device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 
-def _runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:
+def runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:
     """The supervised rows in pieces of `length`; a piece without gaps as a slice, which copies nothing."""
     index = supervised_T.nonzero()[:, 0]
     for piece in index.split(length) if len(index) else ():

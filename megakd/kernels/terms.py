@@ -142,8 +142,9 @@ def evaluate(
     labels_T: Tensor,
     shard: VocabShard,
     options: Options,
+    numbers_T: Tensor | None = None,
 ) -> tuple[KDLoss, Saved]:
-    """The outputs of the loss, from this rank's record.
+    """The outputs of the loss, from this rank's record. `numbers_T` are the rows' numbers for messages.
 
     Raises:
         ValueError: see `check_rows`.
@@ -151,7 +152,7 @@ def evaluate(
     """
     log_tail_T = targets.log_tail_T.where(s.supervised_T, 0)
     merged = merge_records(shard.all_gather(record_TL), options.temperature)
-    check_rows(merged, log_tail_T, s.supervised_T, labels_T, shard)
+    check_rows(merged, log_tail_T, s.supervised_T, labels_T, shard, numbers_T)
     compared, sums_T2 = divergences.compare(merged, log_tail_T, options.tail), None
     if divergences.mixes(options.divergence):
         above_TK = (entry_logits_TK - merged.entry_max_T[:, None].float()) / options.temperature
@@ -174,25 +175,47 @@ def evaluate(
     return total(*parts, s.supervised_T, options), saved
 
 
-def check_rows(merged: Merged, log_tail_T: Tensor, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard) -> None:
+def check_rows(
+    merged: Merged,
+    log_tail_T: Tensor,
+    supervised_T: Tensor,
+    labels_T: Tensor,
+    shard: VocabShard,
+    numbers_T: Tensor | None,
+) -> None:
     """Raises ValueError, on every rank alike, for labels outside the vocabulary and targets that miss some mass."""
     total_T = merged.teacher_mass_T + log_tail_T.double().exp()
     torn_T = supervised_T & ~((total_T - 1).abs() <= MASS_TOLERANCE)
-    stray_T = supervised_T & ((labels_T < 0) | (labels_T >= shard.size))
-    stray, torn = torch.stack([stray_T.any(), torn_T.any()]).tolist()
-    if stray:
+    stray_T = find_stray(labels_T, supervised_T, shard)
+    if not (torn_T | stray_T).any():  # the one thing in a forward that waits for the device
+        return
+    check_stray(stray_T, labels_T, shard, numbers_T)
+    row = int(torn_T.nonzero()[0])
+    raise ValueError(
+        f"the teacher's entries and tail sum to {total_T[row].item():.6g} in row {_number(row, numbers_T)}; expected 1 "
+        f"({int(torn_T.sum())} rows of {len(torn_T)} are off by more than {MASS_TOLERANCE})\n"
+        f"hint: targets that hold only a rank's own entries fit one split of the vocabulary; select them with "
+        f"gather=True where student and teacher differ"
+    )
+
+
+def find_stray(labels_T: Tensor, supervised_T: Tensor, shard: VocabShard) -> Tensor:
+    """Which labels are neither masked nor in the vocabulary."""
+    return supervised_T & ((labels_T < 0) | (labels_T >= shard.size))
+
+
+def check_stray(stray_T: Tensor, labels_T: Tensor, shard: VocabShard, numbers_T: Tensor | None = None) -> None:
+    """Raises ValueError naming the first of the stray labels, if there is one."""
+    if stray_T.any():
         row = int(stray_T.nonzero()[0])
         raise ValueError(
-            f"label {int(labels_T[row])} in row {row} is neither {MASKED} nor an id of the vocabulary [0, {shard.size})"
+            f"label {int(labels_T[row])} in row {_number(row, numbers_T)} is neither {MASKED} nor an id of the "
+            f"vocabulary [0, {shard.size})"
         )
-    if torn:
-        row = int(torn_T.nonzero()[0])
-        raise ValueError(
-            f"the teacher's entries and tail sum to {total_T[row].item():.6g} in row {row}; expected 1 "
-            f"({int(torn_T.sum())} rows of {len(torn_T)} are off by more than {MASS_TOLERANCE})\n"
-            f"hint: targets that hold only a rank's own entries fit one split of the vocabulary; select them with "
-            f"gather=True where student and teacher differ"
-        )
+
+
+def _number(row: int, numbers_T: Tensor | None) -> int:
+    return row if numbers_T is None else int(numbers_T[row])
 
 
 def total(

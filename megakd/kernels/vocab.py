@@ -74,3 +74,18 @@ class VocabShard:
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(everyone.flatten(0, 1), mine.contiguous(), group=self.group)
         return everyone
+
+    def sum_over_ranks(self, x_TH: Tensor, *, scatter: bool = False) -> Tensor:
+        """The sum over the ranks, [T, H], written over `x_TH`; with `scatter` this rank's part [T / R, H] of it.
+
+        One all-reduce or reduce-scatter; none for a single rank.
+        """
+        if self.ranks == 1:
+            return x_TH
+        if not scatter:
+            dist.all_reduce(x_TH, group=self.group)
+            return x_TH
+        mine = x_TH.new_empty((len(x_TH) // self.ranks, *x_TH.shape[1:]))
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(mine, x_TH.contiguous(), group=self.group)
+        return mine

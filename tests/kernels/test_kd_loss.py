@@ -1,5 +1,7 @@
 """kd_loss and its gradient against the dense float64 definition, on 1, 2 and 4 ranks."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -151,46 +153,51 @@ def test_inplace_backward_gives_the_same_gradient_in_the_memory_of_the_logits(ra
     on_ranks(ranks, inplace)
 
 
-COLLECTIVES = "all_gather all_gather_single all_reduce reduce_scatter_tensor broadcast all_to_all_single reduce"
+COLLECTIVES = "all_gather all_gather_single all_reduce reduce_scatter_single broadcast all_to_all_single reduce"
 
 
-def count_traffic(rank, ranks):
-    """(name, dtype, elements this rank sends) of every collective in forward and in backward."""
-    sent, original = [], {name: getattr(dist, name) for name in COLLECTIVES.split()}
+@contextlib.contextmanager
+def count_collectives():
+    """(name, dtype, elements this rank sends) of every collective inside."""
+    sent, original = [], {name: getattr(dist, name) for name in COLLECTIVES.split() if hasattr(dist, name)}
 
     def spy(name):
         def wrapper(*args, **kwargs):
-            tensor = args[1] if name.startswith("all_gather") else args[0]
+            tensor = args[1] if name.startswith(("all_gather", "reduce_scatter")) else args[0]
             sent.append((name, tensor.dtype, tensor.numel()))
             return original[name](*args, **kwargs)
 
         return wrapper
 
-    student, teacher, labels = draw(T, V, dtype=torch.bfloat16)
-    report = {}
     try:
         for name in original:
             setattr(dist, name, spy(name))
-        for top_k, temperature in [(K, 1.0), (60, 2.0)]:
-            (student_TW, shard), (teacher_TW, _) = cut(student, rank, ranks), cut(teacher, rank, ranks)
-            targets = select_top_k(teacher_TW, top_k, shard, temperature)
-            report["select", top_k] = list(sent)
-            sent.clear()
-            loss = kd_loss(student_TW.requires_grad_(), targets, labels, shard, ce_weight=0.3).loss_T.sum()
-            report["forward", top_k] = list(sent)
-            sent.clear()
-            loss.backward()
-            report["backward", top_k] = list(sent)
-        targets = select_top_k(teacher_TW, K, shard)
-        sent.clear()
-        loss = kd_loss(student_TW, targets, labels, shard, divergence="jsd").loss_T.sum()
-        report["forward", "jsd"] = list(sent)
-        sent.clear()
-        loss.backward()
-        report["backward", "jsd"] = list(sent)
+        yield sent
     finally:
         for name, function in original.items():
             setattr(dist, name, function)
+
+
+def count_traffic(rank, ranks):
+    """What selection, forward and backward send."""
+    student, teacher, labels = draw(T, V, dtype=torch.bfloat16)
+    (student_TW, shard), (teacher_TW, _) = cut(student, rank, ranks), cut(teacher, rank, ranks)
+    student_TW.requires_grad_()
+    report = {}
+    for key, top_k, temperature, divergence in [
+        (K, K, 1.0, "forward_kl"),
+        (60, 60, 2.0, "reverse_kl"),
+        ("jsd", K, 1.0, "jsd"),
+    ]:
+        with count_collectives() as sent:
+            targets = select_top_k(teacher_TW, top_k, shard, temperature)
+            report["select", key] = list(sent)
+            sent.clear()
+            loss = kd_loss(student_TW, targets, labels, shard, divergence=divergence, ce_weight=0.3).loss_T.sum()
+            report["forward", key] = list(sent)
+            sent.clear()
+            loss.backward()
+            report["backward", key] = list(sent)
     return report
 
 
@@ -204,6 +211,7 @@ def test_what_is_sent():
             ("select", 60): [(gather, torch.bfloat16, T * width), (gather, torch.float32, T * 4)],
             ("forward", 60): [(gather, torch.float32, T * 10)],
             ("backward", 60): [],
+            ("select", "jsd"): [(gather, torch.bfloat16, T * K), (gather, torch.float32, T * 4)],
             ("forward", "jsd"): [(gather, torch.float32, T * 8), (gather, torch.float32, T * 2)],
             ("backward", "jsd"): [],
         }

@@ -1,0 +1,161 @@
+"""dense_kd_loss: the exact divergence of two models whose logits are both at hand, split alike over ranks.
+
+1. One read of both models' logits gives a record of 7 floats per token, all-gathered and merged in rank order; forward
+   and reverse KL are then known. Divergences that mix P and Q read once more for two sums.
+2. The backward reads both again and writes the gradient, in place if asked. It sends nothing.
+
+Sizes: T tokens, W vocabulary columns on this rank, R ranks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megakd.kernels import divergences
+from megakd.kernels.dense_rows import Scale, dense_backward, dense_record, dense_sums
+from megakd.kernels.rows import finite
+from megakd.kernels.terms import KDLoss, Options, check_labels, check_stray, find_stray, total
+from megakd.kernels.vocab import MASKED, VocabShard
+
+
+def dense_kd_loss(
+    student_logits_TW: Tensor,
+    teacher_logits_TW: Tensor,
+    labels_T: Tensor,
+    shard: VocabShard,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    student_temperature: float | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    inplace_backward: bool = False,
+) -> KDLoss:
+    """Distillation over the whole vocabulary, without choosing entries; what `kd_loss` gives with K = V.
+
+    Args:
+        student_logits_TW: float32, bfloat16 or float16, not divided by a temperature.
+        teacher_logits_TW: likewise, of the same shard; gets no gradient. Not modified.
+        labels_T, shard, divergence, beta, skew, kd_weight, ce_weight, inplace_backward: as in `kd_loss`.
+        temperature: of both models, unless `student_temperature` says otherwise for the student.
+    Returns:
+        KDLoss; both masses are 1.
+    Raises:
+        ValueError: shapes (two models whose vocabularies are padded to different widths), dtypes or names that do not
+            fit; a label outside the vocabulary; a supervised row of the teacher that is not finite.
+    Collectives: all-gather of 7 floats per token and rank, and for jsd and the skew divergences of 2 more; none in the
+        backward.
+    Source: as `kd_loss`.
+    """
+    divergences.check_divergence(divergence, "bucket", beta, skew)
+    shard.check_logits(student_logits_TW, "student logits")
+    shard.check_logits(teacher_logits_TW, "teacher logits")
+    check_labels(labels_T, len(student_logits_TW), len(teacher_logits_TW))
+    temperatures = float(temperature if student_temperature is None else student_temperature), float(temperature)
+    if not all(0 < each < float("inf") for each in temperatures):
+        raise ValueError(f"temperatures must be positive numbers, not {temperatures[1]} and {temperatures[0]}")
+    parameter = beta if divergence == "jsd" else skew
+    options = Options(divergence, "bucket", parameter, temperatures[0], float(kd_weight), float(ce_weight), False)
+    return KDLoss(
+        *_DenseKDLoss.apply(
+            student_logits_TW, teacher_logits_TW.detach(), labels_T, shard, options, temperatures, inplace_backward
+        )
+    )
+
+
+class Both(NamedTuple):
+    """Both models over the whole vocabulary; float64 [T], identical on every rank."""
+
+    student_max_T: Tensor
+    student_log_sum_T: Tensor
+    teacher_max_T: Tensor
+    teacher_log_sum_T: Tensor
+    log_sum_at_one_T: Tensor
+    kd_T: Tensor  # of forward and reverse KL
+    ce_T: Tensor
+
+    def scales(self, temperatures: tuple[float, float]) -> tuple[Scale, Scale]:
+        """The softmax of the student and of the teacher."""
+        student = Scale(self.student_max_T.float(), self.student_log_sum_T.float(), temperatures[0])
+        return student, Scale(self.teacher_max_T.float(), self.teacher_log_sum_T.float(), temperatures[1])
+
+
+def merge(records_RT7: Tensor, temperatures: tuple[float, float], divergence: str) -> Both:
+    """The records of all ranks as one; see `dense_rows.dense_record` for the lanes."""
+    student_max_RT, student_RT, teacher_max_RT, teacher_RT, cross_RT, label_RT, at_one_RT = records_RT7.double().unbind(
+        2
+    )
+    student_max_T, teacher_max_T = finite(student_max_RT.amax(0)), finite(teacher_max_RT.amax(0))
+    at_one_gap_RT = student_max_RT - student_max_T
+    student_gap_RT, teacher_gap_RT = at_one_gap_RT / temperatures[0], (teacher_max_RT - teacher_max_T) / temperatures[1]
+    log_student_T = (student_RT * student_gap_RT.exp()).sum(0).log()
+    log_teacher_T = (teacher_RT * teacher_gap_RT.exp()).sum(0).log()
+    log_at_one_T = (at_one_RT * at_one_gap_RT.exp()).sum(0).log()
+    apart_RT = finite(teacher_gap_RT) - finite(student_gap_RT)
+    if divergence == "forward_kl":
+        sum_T = (teacher_gap_RT.exp() * (cross_RT + teacher_RT * apart_RT)).sum(0)
+        kd_T = sum_T / log_teacher_T.exp() - log_teacher_T + log_student_T
+    else:
+        sum_T = (student_gap_RT.exp() * (cross_RT - student_RT * apart_RT)).sum(0)
+        kd_T = sum_T / log_student_T.exp() - log_student_T + log_teacher_T
+    ce_T = log_at_one_T - (label_RT.amax(0) - student_max_T)
+    return Both(student_max_T, log_student_T, teacher_max_T, log_teacher_T, log_at_one_T, kd_T, ce_T)
+
+
+def check_teacher(both: Both, supervised_T: Tensor) -> None:
+    """Raises ValueError, on every rank alike, where a supervised row of the teacher is not finite."""
+    broken_T = supervised_T & both.teacher_log_sum_T.isnan()
+    if broken_T.any():
+        raise ValueError(
+            f"the teacher's logits hold NaN or infinity in {int(broken_T.sum())} of {len(broken_T)} rows, first in row "
+            f"{int(broken_T.nonzero()[0])}"
+        )
+
+
+class _DenseKDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_TW, teacher_TW, labels_T, shard, options, temperatures, inplace_backward):
+        supervised_T, label_columns_T = labels_T != MASKED, shard.columns(labels_T)
+        rows, width, divergence = (student_TW, teacher_TW), shard.real_width, options.divergence
+        record_T7 = dense_record(*rows, label_columns_T, supervised_T, width, temperatures, divergence)
+        both = merge(shard.all_gather(record_T7), temperatures, divergence)
+        check_stray(find_stray(labels_T, supervised_T, shard), labels_T, shard)
+        check_teacher(both, supervised_T)
+        kd_T = both.kd_T
+        u_total_T = -torch.ones_like(kd_T) if divergence == "forward_kl" else kd_T
+        if divergences.mixes(divergence):
+            mine_T2 = dense_sums(*rows, supervised_T, width, both.scales(temperatures), divergence, options.parameter)
+            kd_T, u_total_T = shard.all_gather(mine_T2).double().sum(0).unbind(1)
+        ctx.save_for_backward(student_TW, teacher_TW, supervised_T, label_columns_T, u_total_T, *both)
+        ctx.shard, ctx.options, ctx.temperatures, ctx.inplace = shard, options, temperatures, inplace_backward
+        whole_T = torch.ones_like(kd_T)
+        outputs = total(kd_T, both.ce_T, whole_T, whole_T, supervised_T, options)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T, *_):
+        student_TW, teacher_TW, supervised_T, label_columns_T, u_total_T, *both = ctx.saved_tensors
+        both, options = Both(*both), ctx.options
+        out_TW = student_TW.detach() if ctx.inplace else torch.empty_like(student_TW)
+        dense_backward(
+            student_TW,
+            teacher_TW,
+            label_columns_T,
+            supervised_T,
+            ctx.shard.real_width,
+            both.scales(ctx.temperatures),
+            options.divergence,
+            options.parameter,
+            u_total_T.float(),
+            options.kd_weight * options.temperature * grad_T if options.kd_weight else None,
+            Scale(both.student_max_T.float(), both.log_sum_at_one_T.float(), 1.0),
+            options.ce_weight * grad_T if options.ce_weight else None,
+            out_TW,
+        )
+        return out_TW, None, None, None, None, None, None
