@@ -58,7 +58,8 @@ class Header:
         contents: what every row holds.
         mode: how entries were chosen: top_k, top_p, sampled, hybrid or imported.
         options: the mode's own numbers (`top_p`, `draws`, `head`, `keep_label`), and the precision the teacher ran in.
-        tail: "measured" (summed directly) or "derived" (1 minus the entries, of imported logits).
+        tail: "measured" (summed directly), "derived" (1 minus the entries, of imported logits) or "none" (drawn
+            entries stand for the whole vocabulary).
         tokenizer_fingerprint: of the tokenizer of the ids.
         teacher_fingerprint: of the teacher's weight files; "" for an imported cache.
         data: what was recorded, for messages and for refusing another recording into the same folder.

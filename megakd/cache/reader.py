@@ -35,7 +35,8 @@ class CacheReader:
 
     def __init__(self, folder, *, temperature: float = 1.0, top_k: int | None = None, check_all: bool = True):
         self.folder, self.header = pathlib.Path(folder), read_header(folder)
-        self.temperature, self.top_k = temperature, top_k
+        self.temperature = temperature
+        self.top_k = None if self.header.contents.sampled else top_k  # draws are taken all or not at all
         check_finished(self.folder, self.header)
         check_fits(self.folder, self.header, temperature, top_k)
         self.index = Index(folder, self.header)

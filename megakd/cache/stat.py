@@ -69,7 +69,7 @@ def describe(stats: Statistics) -> str:
     lines = [
         f"mode          {header.mode}, at most {contents.top_k} entries a token, codec {contents.codec}",
         f"temperature   {temperatures}",
-        f"tail          {'none: the entries stand for the whole vocabulary' if contents.sampled else header.tail}",
+        f"tail          {header.tail}",
         f"vocabulary    {contents.vocab_size:,} ids, tokenizer {header.tokenizer_fingerprint[:12]}",
         f"teacher       {header.teacher_fingerprint[:12] or 'unknown (imported)'}",
         f"samples       {header.rows:,} in {len(header.shards)} shards, {stats.duplicates} recorded more than once",

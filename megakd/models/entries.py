@@ -1,18 +1,23 @@
-"""Which entries of a teacher's logits a recording keeps: the most likely, up to a mass, with the label if asked for.
+"""Which entries of a teacher's logits a recording keeps: the most likely (up to a mass, with the label), or draws.
 
 Legend: T supervised tokens, W vocabulary columns on this rank, K entries, X temperatures, R ranks.
 """
 
 import dataclasses
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.kernels import VocabShard, select_top_k
+from megakd.kernels import VocabShard, sample_targets, select_top_k
 from megakd.kernels.paths import row_passes
 from megakd.kernels.predictions import predict
+from megakd.targets import TeacherTargets
+
+UNLIKELY = 1000.0  # nats below the likeliest other id: e^-1000 is 0
+FLOOR = -1e30  # of a rank that has no other id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +25,8 @@ class Recipe:
     """Which entries are kept.
 
     Attributes:
-        mode: top_k or top_p.
-        top_k: most entries of a token.
+        mode: top_k, top_p, sampled or hybrid.
+        top_k: most entries of a token; of hybrid, those that are not drawn.
         temperatures: each with a tail; entries are given at the first.
         top_p: mass that the entries reach, top_k permitting.
         keep_label: the label takes the place of the least likely entry where it is not among them.
@@ -32,13 +37,24 @@ class Recipe:
     temperatures: tuple[float, ...]
     top_p: float | None = None
     keep_label: bool = False
+    draws: int = 0
+
+    @property
+    def drawn(self) -> bool:
+        """Whether entries stand for the whole vocabulary."""
+        return self.mode in ("sampled", "hybrid")
+
+    @property
+    def slots(self) -> int:
+        """Most entries that a token can have."""
+        return {"sampled": self.draws, "hybrid": self.top_k + self.draws}.get(self.mode, self.top_k)
 
 
 class Entries(NamedTuple):
     """All entries of some tokens, on every rank.
 
     ids_TK: ascending, -1 for an empty slot, last. logprobs_TK: at the first temperature. log_tail_XT: at each.
-    label_logprob_T, top_id_T: at temperature 1.
+    label_logprob_T, top_id_T: at temperature 1. Drawn entries have no tail (X = 0) but the exact entropy_T.
     """
 
     ids_TK: Tensor
@@ -46,6 +62,7 @@ class Entries(NamedTuple):
     log_tail_XT: Tensor
     label_logprob_T: Tensor
     top_id_T: Tensor
+    entropy_T: Tensor | None = None
 
 
 @torch.no_grad()
@@ -71,6 +88,94 @@ def choose_entries(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, recip
         ids_TK, logprobs_XTK, log_tail_XT = drop_entries(ids_TK, logprobs_XTK, log_tail_XT, kept_TK)
     said = predict(logits_TW, labels_T, shard)
     return Entries(ids_TK, logprobs_XTK[0], log_tail_XT, said.label_logprob_T, said.id_T)
+
+
+@torch.no_grad()
+def draw_entries(
+    logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, recipe: Recipe, groups: list[tuple[Tensor, int]]
+) -> Entries:
+    """Draws from the teacher's distribution, or its most likely entries and draws from the others.
+
+    Args:
+        logits_TW, labels_T, shard: as for `choose_entries`.
+        groups: (rows, seed) of each sample, so that its draws depend on nothing else; together all rows.
+    Collectives: for each group those of `sample_targets`, and in hybrid mode of `select_top_k`, with gather; those of
+        `predict`.
+    """
+    said = predict(logits_TW, labels_T, shard)
+    ids_TK = torch.full((len(labels_T), recipe.slots), -1, device=logits_TW.device)
+    logprobs_TK = torch.full_like(ids_TK, -torch.inf, dtype=torch.float32)
+    entropy_T = logprobs_TK.new_zeros(len(labels_T))
+    temperature = recipe.temperatures[0]
+    for rows_T, seed in groups:
+        generator = torch.Generator(logits_TW.device).manual_seed(seed)
+        if recipe.mode == "sampled":
+            targets = sample_targets(logits_TW[rows_T], recipe.draws, shard, generator, temperature, gather=True)
+        else:
+            targets = head_and_draws(logits_TW[rows_T], shard, recipe, generator)
+        ids_TK[rows_T], logprobs_TK[rows_T], entropy_T[rows_T] = targets.ids_TK, targets.logprobs_TK, targets.entropy_T
+    no_tail_XT = logprobs_TK.new_empty((0, len(labels_T)))
+    return Entries(ids_TK, logprobs_TK, no_tail_XT, said.label_logprob_T, said.id_T, entropy_T)
+
+
+def head_and_draws(logits_TW: Tensor, shard: VocabShard, recipe: Recipe, generator: torch.Generator) -> TeacherTargets:
+    """The K most likely entries as they are, and draws from the rest, each of weight (mass of the rest) / draws.
+
+    The entropy is that of the whole distribution: of the K entries, of the rest, and of the choice between them.
+    """
+    temperature = recipe.temperatures[0]
+    head = select_top_k(logits_TW, recipe.top_k, shard, temperature, gather=True)
+    if recipe.top_k == shard.size:
+        none_TN = head.ids_TK.new_full((len(logits_TW), recipe.draws), -1)
+        rest = replace(head, ids_TK=none_TN, logprobs_TK=torch.full_like(none_TN, -torch.inf, dtype=torch.float32))
+        rest_entropy_T = torch.zeros_like(head.log_tail_T)
+    else:
+        rest = sample_targets(
+            without(logits_TW, head.ids_TK, shard, temperature),
+            recipe.draws,
+            shard,
+            generator,
+            temperature,
+            gather=True,
+        )
+        rest_entropy_T = rest.entropy_T
+    log_rest_T = head.log_tail_T
+    ids_TK, order_TK = sort_entries(torch.cat([head.ids_TK, rest.ids_TK], 1))
+    logprobs_TK = torch.cat([head.logprobs_TK, rest.logprobs_TK + log_rest_T[:, None]], 1).gather(1, order_TK)
+    p_TK, rest_T = head.logprobs_TK.double().exp(), log_rest_T.double().exp()
+    choice_T = rest_T * (rest_entropy_T.double() - log_rest_T.double())
+    entropy_T = choice_T.where(rest_T > 0, 0) - (p_TK * head.logprobs_TK.double()).sum(1)
+    empty_TK = ids_TK < 0
+    return TeacherTargets(
+        ids_TK,
+        logprobs_TK.masked_fill(empty_TK, -torch.inf),
+        torch.full_like(log_rest_T, -torch.inf),
+        temperature,
+        entropy_T.float(),
+    )
+
+
+def without(logits_TW: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float) -> Tensor:
+    """A copy of the logits in which some ids have probability 0 and yet a finite logit."""
+    width = shard.real_width
+    if not width:
+        return logits_TW
+    columns_TK = shard.columns(ids_TK)
+    kept_TW = logits_TW[:, :width].float()
+    spare_TW = torch.cat([kept_TW, kept_TW[:, :1]], 1)  # the last column takes the ids of other ranks
+    spare_TW.scatter_(1, columns_TK.where(columns_TK >= 0, width), -torch.inf)
+    kept_TW = spare_TW[:, :width]
+    top_T = kept_TW.amax(1, keepdim=True)
+    floor_T = torch.where(top_T == -torch.inf, FLOOR, top_T - UNLIKELY * temperature)
+    result_TW = logits_TW.float()
+    result_TW[:, :width] = torch.maximum(kept_TW, floor_T)
+    return result_TW
+
+
+def sort_entries(ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids ascending with -1 last, and where each was."""
+    order_TK = ids_TK.where(ids_TK >= 0, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    return ids_TK.gather(1, order_TK), order_TK
 
 
 def entries_at(logits_TW: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float) -> tuple[Tensor, Tensor]:

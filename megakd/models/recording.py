@@ -4,11 +4,12 @@ Legend: T supervised tokens of a micro-batch, B samples, S ids of a sample, H hi
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from megakd.cache import Row
-from megakd.cache.samples import read_sample
-from megakd.models.entries import Entries, Recipe, choose_entries
+from megakd.cache.samples import Sample, read_sample
+from megakd.models.entries import Entries, Recipe, choose_entries, draw_entries
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
@@ -22,10 +23,12 @@ class Recorder:
         gpt: the teacher; its parameters are frozen here.
         recipe: which entries are kept.
         groups: the run's process groups.
+        seed: of draws; with a sample's content and tp it determines them, whatever the batch and the order.
     """
 
-    def __init__(self, gpt: GPT, recipe: Recipe, groups):
+    def __init__(self, gpt: GPT, recipe: Recipe, groups, seed: int):
         self.gpt, self.recipe, self.groups = gpt.requires_grad_(False).eval(), recipe, groups
+        self.seed = seed
 
     @property
     def writes(self) -> bool:
@@ -34,42 +37,53 @@ class Recorder:
 
     def rows(self, micro_batches: list[MicroBatch]) -> list[Row]:
         """The rows of all samples with supervised positions, in order, on the rank that writes; [] on the others."""
-        said = forward_only(self.gpt, micro_batches, self._keep, self.groups)
-        if not self.writes:
-            return []
-        pairs = zip(said, micro_batches, strict=True)
-        return [row for entries, micro_batch in pairs for row in split(entries, micro_batch)]
+        kept = forward_only(self.gpt, micro_batches, self._keep, self.groups)
+        return [row for rows in kept for row in rows]
 
-    def _keep(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Entries:
-        logits_TW = self.gpt.logits(hidden_SBH, micro_batch.rows_T)
-        entries = choose_entries(logits_TW, micro_batch.labels_T, self.gpt.shard, self.recipe)
-        return Entries(*(part.cpu() for part in entries))
+    def _keep(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> list[Row]:
+        logits_TW, samples = self.gpt.logits(hidden_SBH, micro_batch.rows_T), find_samples(micro_batch)
+        if self.recipe.drawn:
+            device = logits_TW.device
+            groups = [
+                (torch.from_numpy(mine_T).to(device), int.from_bytes(sample.key[:7]) ^ self.seed)
+                for sample, mine_T in samples
+            ]
+            entries = draw_entries(logits_TW, micro_batch.labels_T, self.gpt.shard, self.recipe, groups)
+        else:
+            entries = choose_entries(logits_TW, micro_batch.labels_T, self.gpt.shard, self.recipe)
+        return build_rows(entries, samples) if self.writes else []
 
 
-def split(entries: Entries, micro_batch: MicroBatch) -> list[Row]:
-    """The rows of a micro-batch's samples; a sample without supervised positions has none."""
+def find_samples(micro_batch: MicroBatch) -> list[tuple[Sample, np.ndarray]]:
+    """The samples with supervised positions, and which of the T rows are theirs."""
     ids_BS, labels_BS = micro_batch.ids_BS.cpu().numpy(), micro_batch.labels_BS.cpu().numpy()
-    rows_T = micro_batch.rows_T.cpu().numpy()
-    place_T, row_T = np.divmod(rows_T, len(ids_BS))
-    ids_TK, logprobs_TK, log_tail_XT, label_logprob_T, top_id_T = (part.numpy() for part in entries)
-    rows = []
+    place_T, row_T = np.divmod(micro_batch.rows_T.cpu().numpy(), len(ids_BS))
+    samples = []
     for b, start, stop in micro_batch.parts():
         mine_T = np.flatnonzero((row_T == b) & (place_T >= start) & (place_T < stop))
-        if not len(mine_T):
-            continue
-        sample = read_sample(ids_BS[b, start:stop], labels_BS[b, start:stop])
-        used_TK = ids_TK[mine_T] >= 0
+        if len(mine_T):
+            samples.append((read_sample(ids_BS[b, start:stop], labels_BS[b, start:stop]), mine_T))
+    return samples
+
+
+def build_rows(entries: Entries, samples: list[tuple[Sample, np.ndarray]]) -> list[Row]:
+    """A row for each sample."""
+    columns = Entries(*(None if part is None else part.cpu().numpy() for part in entries))
+    rows = []
+    for sample, mine_T in samples:
+        used_TK = columns.ids_TK[mine_T] >= 0
         rows.append(
             Row(
                 key=sample.key,
                 mask_S=sample.mask_S,
                 last_label=sample.last_label,
                 counts_T=used_TK.sum(1),
-                ids_N=ids_TK[mine_T][used_TK],
-                logprobs_N=logprobs_TK[mine_T][used_TK],
-                log_tail_XT=log_tail_XT[:, mine_T],
-                label_logprob_T=label_logprob_T[mine_T],
-                top_id_T=top_id_T[mine_T],
+                ids_N=columns.ids_TK[mine_T][used_TK],
+                logprobs_N=columns.logprobs_TK[mine_T][used_TK],
+                log_tail_XT=columns.log_tail_XT[:, mine_T],
+                label_logprob_T=columns.label_logprob_T[mine_T],
+                top_id_T=columns.top_id_T[mine_T],
+                entropy_T=None if columns.entropy_T is None else columns.entropy_T[mine_T],
             )
         )
     return rows

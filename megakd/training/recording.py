@@ -11,7 +11,6 @@ import math
 import pathlib
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -23,9 +22,7 @@ from megakd.cache.row import row_bytes
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Config, check_model, check_vocab
-from megakd.data.blend import BlendedDataset
-from megakd.data.dataset import TextDataset, load_batch
-from megakd.data.order import batch_indices
+from megakd.data.dataset import load_batch
 from megakd.errors import ConfigError, MegakdError
 from megakd.models.entries import Recipe
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
@@ -33,8 +30,8 @@ from megakd.models.groups import build_groups
 from megakd.models.micro_batch import build_micro_batch
 from megakd.models.recording import Recorder
 from megakd.ranks import Ranks
-from megakd.training.cached import describe_data
 from megakd.training.part_writer import PartWriter
+from megakd.training.reading_order import Samples
 from megakd.training.setup import check_padding, check_teacher, choose_tokenizer, open_both, with_vocab
 
 LOG = logging.getLogger("megakd")
@@ -114,7 +111,7 @@ class RecordingSetup:
     tokenizer_fingerprint: str
     vocab_size: int
     padded_size: int
-    samples: "Samples"
+    samples: Samples
     recipe: Recipe
     contents: Contents
 
@@ -134,75 +131,6 @@ class RecordingSetup:
         length = self.config.data.sequence_length
         expected_bytes = row_bytes(length, length * self.contents.top_k, self.contents)
         return self.config.cache.shard_samples or max(SHARD_BYTES // expected_bytes, 1)
-
-
-class Samples:
-    """Validation data, then training data in training order, as one data set; counted from cache.start to cache.end.
-
-    A sample that training reads again, in a later epoch or as part of a blend, stands there once.
-
-    Args:
-        train_data, validation_data: the run's.
-        config: the run's.
-    """
-
-    def __init__(self, train_data, validation_data, config: Config):
-        self.train_data, self.validation_data, self.config = train_data, validation_data, config
-        self.sequence_length = config.data.sequence_length
-        self.validated = 0
-        if validation_data is not None:
-            self.validated = min(config.eval.samples or len(validation_data), len(validation_data))
-        train = config.train
-        steps = train.steps or max(math.ceil(train.epochs * len(train_data) / train.global_batch_size), 1)
-        wanted = len(train_data) if config.data.packing else steps * train.global_batch_size  # packs hold any of them
-        self.firsts = first_readings(train_data, config.run.seed, wanted)
-        every = self.validated + (wanted if self.firsts is None else len(self.firsts))
-        self.start, self.end = config.cache.start, min(config.cache.end or every, every)
-        if self.start >= self.end:
-            raise ConfigError(
-                f"cache.start = {self.start}, but there are {every} samples ({self.validated} of validation data)",
-                hint="choose cache.start and cache.end within them",
-            )
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-    def sample(self, _, number: int) -> dict:
-        """Sample `number` from cache.start on, as the data set gives it."""
-        position = self.start + number
-        if position < self.validated:
-            return self.validation_data.sample(0, position)
-        reading = position - self.validated
-        if self.firsts is not None:
-            reading = int(self.firsts[reading])
-        (place,) = batch_indices(self.config.run.seed, reading, 1, len(self.train_data))
-        return self.train_data.sample(*place)
-
-    def describe(self) -> dict:
-        """What is recorded, for the header; a miss in training names what differs."""
-        return describe_data(self.config, self.train_data, self.validation_data) | {
-            "validation_samples": self.validated, "start": self.start, "end": self.end,
-        }  # fmt: skip
-
-
-def first_readings(data, seed: int, readings: int) -> np.ndarray | None:
-    """Which of a run's readings of a data set are the first of their sample; None when no sample is read twice.
-
-    Windows of running text differ from epoch to epoch, samples of their own do not.
-    """
-    parts = data.parts if isinstance(data, BlendedDataset) else [data]
-    if all(isinstance(part, TextDataset) for part in parts):
-        return None
-    seen, firsts = set(), []
-    for reading, (epoch, index) in enumerate(batch_indices(seed, 0, readings, len(data))):
-        part = 0
-        if isinstance(data, BlendedDataset):
-            part, epoch, index = data.locate(epoch, index)
-        sample = (part, epoch if isinstance(parts[part], TextDataset) else 0, index)
-        if sample not in seen:
-            seen.add(sample)
-            firsts.append(reading)
-    return np.array(firsts, np.int64)
 
 
 def build_recording(config: Config, device: torch.device) -> RecordingSetup:
@@ -235,7 +163,7 @@ def build_recording(config: Config, device: torch.device) -> RecordingSetup:
         padded_size=padded_size,
         samples=Samples(train_data, validation_data, config),
         recipe=recipe,
-        contents=Contents(vocab_size, recipe.top_k, recipe.temperatures, config.cache.codec),
+        contents=make_contents(recipe, config.cache.codec, vocab_size),
     )
 
 
@@ -248,7 +176,15 @@ def make_recipe(config: Config, vocab_size: int) -> Recipe:
             f"cache.top_k {top_k} exceeds the vocabulary of {vocab_size} ids", hint=f"at most {vocab_size}"
         )
     temperatures = tuple(cache.temperatures) or (config.loss.temperature,)
-    return Recipe(cache.mode, top_k, temperatures, cache.top_p, cache.keep_label)
+    return Recipe(cache.mode, top_k, temperatures, cache.top_p, cache.keep_label, cache.draws or 0)
+
+
+def make_contents(recipe: Recipe, codec: str, vocab_size: int) -> Contents:
+    """What the rows of a recipe hold; pure draws are counted, and a count fits 8 bits when their number does."""
+    if recipe.mode == "sampled":
+        codec = "count8" if recipe.draws < 256 else "count16"
+        return Contents(vocab_size, recipe.slots, recipe.temperatures, codec, sampled=True, draws=recipe.draws)
+    return Contents(vocab_size, recipe.slots, recipe.temperatures, codec, sampled=recipe.drawn)
 
 
 def make_header(setup: RecordingSetup, command: str) -> Header:
@@ -260,9 +196,10 @@ def make_header(setup: RecordingSetup, command: str) -> Header:
         options={
             "top_p": cache.top_p,
             "keep_label": cache.keep_label,
+            "draws": cache.draws,
             "precision": setup.config.train.precision,
         },
-        tail="measured",
+        tail="none" if setup.contents.sampled else "measured",
         tokenizer_fingerprint=setup.tokenizer_fingerprint,
         teacher_fingerprint=folder_fingerprint(setup.teacher_from.path),
         data=setup.samples.describe() | {"shard_samples": setup.shard_samples},
@@ -281,7 +218,7 @@ class Recording:
 
     def __init__(self, setup: RecordingSetup, header: Header, folder: pathlib.Path, ranks: Ranks):
         self.setup, self.header, self.folder, self.ranks = setup, header, folder, ranks
-        self.recorder = Recorder(setup.load_teacher(), setup.recipe, setup.groups)
+        self.recorder = Recorder(setup.load_teacher(), setup.recipe, setup.groups, setup.config.run.seed)
         train = setup.config.train
         in_flight = 1 if setup.groups.pp.size() == 1 else 4 * setup.groups.pp.size()
         self.group_samples = in_flight * train.micro_batch_size

@@ -56,7 +56,7 @@ def test_entries_and_tail_are_the_teacher_at_every_temperature(ranks, recipe):
     answers = run_ranks(ranks, choose_with, recipe)
     entries = answers[0]
     for other in answers[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, entries, strict=True)), "ranks differ"
+        assert all(a is b or torch.equal(a, b) for a, b in zip(other, entries, strict=True)), "ranks differ"
     used_TK = entries.ids_TK >= 0
     for x, temperature in enumerate(recipe.get("temperatures", (1.0, 3.0))):
         log_p_TV = dense(temperature)
@@ -105,3 +105,54 @@ def test_top_p_keeps_the_fewest_entries_that_reach_it(keep_label):
         assert {i for i in entries.ids_TK[t].tolist() if i >= 0} == want
     assert (entries.ids_TK[1] >= 0).sum() == 1 + int(keep_label and labels()[1].item() != 7)
     assert (entries.ids_TK[0] >= 0).sum() == 20, "top_k is the limit where no few entries reach it"
+
+
+def draw(rank, ranks, recipe, seed=4, repeats=1):
+    from megakd.models.entries import Recipe, draw_entries
+
+    shard = shard_of(rank, ranks)
+    mine = logits()[:, shard.start : shard.stop].repeat(repeats, 1)
+    recipe = Recipe(**({"temperatures": (2.0,)} | recipe))
+    half = len(mine) // 2
+    groups = [(torch.arange(half), seed), (torch.arange(half, len(mine)), seed + 1)]
+    return draw_entries(mine, labels().repeat(repeats), shard, recipe, groups)
+
+
+DRAWN = [{"mode": "sampled", "top_k": 1, "draws": 9}, {"mode": "hybrid", "top_k": 6, "draws": 9}]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("recipe", [*DRAWN, {"mode": "hybrid", "top_k": V, "draws": 2}], ids=str)
+def test_drawn_entries_are_a_distribution_with_the_exact_entropy(ranks, recipe):
+    answers = run_ranks(ranks, draw, recipe)
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, answers[0], strict=True)), "ranks differ"
+    entries, log_p_TV = answers[0], dense(2.0)
+    torch.testing.assert_close(entries.logprobs_TK.double().exp().sum(1), torch.ones(T).double(), atol=1e-5, rtol=0)
+    entropy_T = -(log_p_TV.exp() * log_p_TV).sum(1)
+    torch.testing.assert_close(entries.entropy_T.double(), entropy_T, atol=1e-4, rtol=1e-4)
+    for ids, counted in zip(entries.ids_TK.tolist(), (entries.ids_TK >= 0).sum(1).tolist(), strict=True):
+        assert ids[:counted] == sorted(set(ids[:counted])) and set(ids[counted:]) <= {-1}
+    if recipe["mode"] == "hybrid":
+        head = np.sort(ordered()[:, : recipe["top_k"]], axis=1)
+        for t in range(T):
+            place = [entries.ids_TK[t].tolist().index(i) for i in head[t]]
+            want = log_p_TV[t, torch.from_numpy(head[t].copy())]
+            torch.testing.assert_close(entries.logprobs_TK[t, place].double(), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", DRAWN, ids=str)
+def test_on_average_drawn_entries_weigh_what_the_teacher_gives_them(recipe):
+    repeats = 400
+    entries = draw(0, 1, recipe, repeats=repeats)
+    weights = torch.zeros(T * repeats, V + 1, dtype=torch.float64)
+    weights.scatter_add_(1, entries.ids_TK.where(entries.ids_TK >= 0, V), entries.logprobs_TK.double().exp())
+    mean_TV, p_TV, draws = weights[:, :V].view(repeats, T, V).mean(0), dense(2.0).exp(), recipe["draws"] * repeats
+    assert ((mean_TV - p_TV).abs() < 5 * (p_TV / draws).sqrt() + 8 / draws).all()
+
+
+def test_a_samples_draws_depend_on_its_seed_alone():
+    a, b = draw(0, 1, DRAWN[0], seed=4), draw(0, 1, DRAWN[0], seed=5)
+    half = T // 2
+    assert not torch.equal(a.ids_TK[:half], b.ids_TK[:half])
+    assert torch.equal(a.ids_TK[:half], draw(0, 1, DRAWN[0], seed=4).ids_TK[:half])

@@ -30,12 +30,12 @@ def teacher(folder, tmp_path_factory):
     return run_dir
 
 
-def distil(folder, teacher, run_dir, cache, tp=1, **changes):
+def distil(folder, teacher, run_dir, cache_dir, tp=1, **changes):
     defaults = {
         "loss": {"top_k": 50, "ce_weight": 0.2},
         "train__steps": 5,
         "cache": {"codec": "fp32", "shard_samples": SHARD_SAMPLES},
-        "teacher": {"checkpoint": str(teacher), "cache": str(cache) if cache else None},
+        "teacher": {"checkpoint": str(teacher), "cache": str(cache_dir) if cache_dir else None},
         "parallel__tp": tp,
     }
     return runs.values(folder, run_dir, **(defaults | changes))
@@ -193,3 +193,20 @@ def test_recording_needs_a_teacher_and_a_folder(folder, teacher, tmp_path):
     config = distil(folder, teacher, tmp_path, tmp_path / "cache", cache__start=1000)
     (failure,) = run_ranks(1, record, config)
     assert failure.startswith("ConfigError: cache.start = 1000, but there are 48 samples (8 of validation data)")
+
+
+@pytest.mark.parametrize("recipe", [{"mode": "sampled", "draws": 3000}, {"mode": "hybrid", "draws": 500, "top_k": 20}])
+def test_training_from_draws_approaches_the_full_divergence(folder, teacher, tmp_path, recipe):
+    changes = {"train__steps": 3, "data__validation": None, "loss": {"top_k": runs.PIECES}}
+    online = distil(folder, teacher, tmp_path / "online", None, **changes)
+    assert run_ranks(1, runs.train, online) == [None]
+    drawn = distil(folder, teacher, tmp_path / "drawn", tmp_path / "cache", 2, **changes, cache=recipe)
+    assert run_ranks(2, record, drawn) == [None, None]
+    assert run_ranks(2, runs.train, drawn) == [None, None]
+    for a, b in zip(runs.lines(tmp_path / "online"), runs.lines(tmp_path / "drawn"), strict=True):
+        assert b["kd"] == pytest.approx(a["kd"], rel=0.05)
+        assert b["teacher_ce"] == pytest.approx(a["teacher_ce"], rel=1e-4)
+        assert b["agreement"] == pytest.approx(a["agreement"], abs=0.02)
+    drawn["loss"]["divergence"] = "reverse_kl"
+    (failure, _) = run_ranks(2, runs.train, drawn | {"run": {"dir": str(tmp_path / "other"), "device": "cpu"}})
+    assert failure.startswith("ConfigError: loss.divergence is reverse_kl, but")

@@ -1,0 +1,81 @@
+"""The samples that a run reads, in its order and each once: what a recording records."""
+
+import math
+
+import numpy as np
+
+from megakd.config import Config
+from megakd.data.blend import BlendedDataset
+from megakd.data.dataset import TextDataset
+from megakd.data.order import batch_indices
+from megakd.errors import ConfigError
+from megakd.training.cached import describe_data
+
+
+class Samples:
+    """Validation data, then training data in training order, as one data set; counted from cache.start to cache.end.
+
+    A sample that training reads again, in a later epoch or as part of a blend, stands there once.
+
+    Args:
+        train_data, validation_data: the run's.
+        config: the run's.
+    """
+
+    def __init__(self, train_data, validation_data, config: Config):
+        self.train_data, self.validation_data, self.config = train_data, validation_data, config
+        self.sequence_length = config.data.sequence_length
+        self.validated = 0
+        if validation_data is not None:
+            self.validated = min(config.eval.samples or len(validation_data), len(validation_data))
+        train = config.train
+        steps = train.steps or max(math.ceil(train.epochs * len(train_data) / train.global_batch_size), 1)
+        wanted = len(train_data) if config.data.packing else steps * train.global_batch_size  # packs hold any of them
+        self.firsts = first_readings(train_data, config.run.seed, wanted)
+        every = self.validated + (wanted if self.firsts is None else len(self.firsts))
+        self.start, self.end = config.cache.start, min(config.cache.end or every, every)
+        if self.start >= self.end:
+            raise ConfigError(
+                f"cache.start = {self.start}, but there are {every} samples ({self.validated} of validation data)",
+                hint="choose cache.start and cache.end within them",
+            )
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def sample(self, _, number: int) -> dict:
+        """Sample `number` from cache.start on, as the data set gives it."""
+        position = self.start + number
+        if position < self.validated:
+            return self.validation_data.sample(0, position)
+        reading = position - self.validated
+        if self.firsts is not None:
+            reading = int(self.firsts[reading])
+        (place,) = batch_indices(self.config.run.seed, reading, 1, len(self.train_data))
+        return self.train_data.sample(*place)
+
+    def describe(self) -> dict:
+        """What is recorded, for the header; a miss in training names what differs."""
+        return describe_data(self.config, self.train_data, self.validation_data) | {
+            "validation_samples": self.validated, "start": self.start, "end": self.end,
+        }  # fmt: skip
+
+
+def first_readings(data, seed: int, readings: int) -> np.ndarray | None:
+    """Which of a run's readings of a data set are the first of their sample; None when no sample is read twice.
+
+    Windows of running text differ from epoch to epoch, samples of their own do not.
+    """
+    parts = data.parts if isinstance(data, BlendedDataset) else [data]
+    if all(isinstance(part, TextDataset) for part in parts):
+        return None
+    seen, firsts = set(), []
+    for reading, (epoch, index) in enumerate(batch_indices(seed, 0, readings, len(data))):
+        part = 0
+        if isinstance(data, BlendedDataset):
+            part, epoch, index = data.locate(epoch, index)
+        sample = (part, epoch if isinstance(parts[part], TextDataset) else 0, index)
+        if sample not in seen:
+            seen.add(sample)
+            firsts.append(reading)
+    return np.array(firsts, np.int64)
