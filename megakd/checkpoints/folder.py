@@ -6,6 +6,7 @@ lists every file with its size, so that a truncated copy is refused before it is
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import re
@@ -15,6 +16,7 @@ from megakd import __version__
 from megakd.config import Model
 from megakd.errors import CheckpointError, ConfigError
 
+LOG = logging.getLogger("megakd")
 RECORD = "megakd.json"
 KEPT = "hf"  # folder inside, of a checkpoint that came from Hugging Face: what is needed to write the same files again
 FORMAT_VERSION = 1
@@ -191,10 +193,32 @@ def discard(path: pathlib.Path) -> None:
 
 
 def prune(run_dir, keep_last: int, keep: set[int]) -> None:
-    """Remove all but the last `keep_last` checkpoints of a run and those of the steps in `keep`. One rank calls it."""
-    for folder in whole_checkpoints(run_dir)[:-keep_last]:
+    """Remove all but the last `keep_last` checkpoints of a run and those of the steps in `keep`. One rank calls it.
+
+    What cannot be removed (another process reads it) is left with a warning, and tried again next time.
+    """
+    whole = whole_checkpoints(run_dir)
+    for folder in whole[:-keep_last]:
         if int(STEP_FOLDER.match(folder.name)[1]) not in keep:
-            trash = folder.with_name(folder.name + ".incomplete")  # renamed first: never a half-deleted "whole" one
+            remove(folder)
+    for trash in (pathlib.Path(run_dir) / "checkpoints").glob("*.incomplete"):  # what a kill has left
+        if whole and trash.name < whole[-1].name:
             shutil.rmtree(trash, ignore_errors=True)
-            os.rename(folder, trash)
-            shutil.rmtree(trash)
+
+
+def remove(folder: pathlib.Path) -> None:
+    trash = incomplete(folder)  # renamed first: never a half-deleted "whole" one
+    try:
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(folder, trash)
+        shutil.rmtree(trash)
+    except OSError as error:
+        LOG.warning("old checkpoint %s could not be removed: %s", folder, error)
+
+
+def record_metrics(path: pathlib.Path, metrics: dict) -> None:
+    """Add metrics that were measured after a checkpoint was published to its record. One rank calls it."""
+    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    new = path / f"{RECORD}.tmp"
+    new.write_text(json.dumps(record | {"metrics": metrics}, indent=1), encoding="utf-8")
+    os.replace(new, path / RECORD)

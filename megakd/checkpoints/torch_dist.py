@@ -7,8 +7,14 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.checkpoints import folder
@@ -74,8 +80,11 @@ def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *
             state, str(folder.incomplete(path)), strategy, async_sharded_save=asynchronous
         )
     except FAILURES as error:
-        failure = error
-    raise_together(path, failure)
+        # No collective here: Megatron may have failed on this rank alone, with the others waiting inside it. Those end
+        # with the launch (megakd.ranks.failure).
+        if rank_0:
+            folder.discard(path)
+        raise save_error(path, f"rank {dist.get_rank()}: {type(error).__name__}: {error}") from error
     if request is None:
         return finish()
     request.finalize_fns.append(finish)
@@ -95,23 +104,27 @@ def raise_together(path: pathlib.Path, failure: BaseException | None) -> None:
     if dist.get_rank() == 0:
         folder.discard(path)
     rank, text = failed[0]
+    raise save_error(path, f"rank {rank}: {text}") from failure
+
+
+def save_error(path: pathlib.Path, text: str) -> CheckpointError:
     full = f"Errno {errno.ENOSPC}" in text or "No space left" in text
-    raise CheckpointError(
-        f"checkpoint {path} could not be saved: rank {rank}: {text.strip().splitlines()[-1] if full else text}",
-        hint="the disk is full; free space or lower checkpoint.keep_last"
-        if full
-        else "nothing of it was kept; the checkpoints before it are whole",
-    ) from failure
+    kept = "nothing of it was kept; the checkpoints before it are whole"
+    hint = "the disk is full; free space or lower checkpoint.keep_last" if full else kept
+    return CheckpointError(f"checkpoint {path} could not be saved: {text.strip()[:2000]}", hint=hint)
 
 
-def load(checkpoint: Checkpoint, state: dict) -> dict:
+def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
     """Read what `state` describes from a checkpoint; what else the folder holds is left alone.
+
+    Data-parallel ranks read a share each and exchange it, so that the files are read once and not dp times.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or cannot be read.
     """
     try:
-        return dist_checkpointing.load(state, str(checkpoint.path))
+        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
+        return dist_checkpointing.load(state, str(checkpoint.path), strategy if groups.dp_cp.size() > 1 else None)
     except FAILURES as error:
         raise CheckpointError(
             f"{checkpoint.path} could not be loaded: {type(error).__name__}: {str(error).strip()[:2000]}",
@@ -129,5 +142,5 @@ def load_weights(gpt, checkpoint: Checkpoint, groups) -> None:
     """
     state = gpt.sharded_state_dict(metadata=sharding_metadata(groups))
     weights = {name: part for name, part in state.items() if not name.endswith("_extra_state")}
-    loaded = load(checkpoint, {"model": weights})["model"]
+    loaded = load(checkpoint, {"model": weights}, groups)["model"]
     gpt.load_state_dict(loaded | dict.fromkeys(state.keys() - weights.keys()))

@@ -13,6 +13,7 @@ import pickle
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megakd.checkpoints.layout import Place
@@ -108,6 +109,7 @@ class MetadataUnpickler(pickle.Unpickler):
         [
             *((dcp.__name__, name) for name in dcp.__all__ if name != "STATE_DICT_TYPE"),
             (dcp.__name__, "_MEM_FORMAT_ENCODING"),
+            *((planner.__name__, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
             (_StorageInfo.__module__, "_StorageInfo"),
             ("torch.serialization", "_get_layout"),
             ("torch", "Size"),

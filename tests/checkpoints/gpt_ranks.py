@@ -55,3 +55,27 @@ def megatron_logits(rank: int, ranks: int, megatron_path: pathlib.Path, model, i
         dist.all_gather(parts, kept[0].contiguous(), group=groups.tp)
         logits_SPV = torch.cat(parts, 1)[:, : model.vocab_size].unflatten(0, (ids_PS.shape[1], -1))
         return logits_SPV.transpose(0, 1) if groups.tp.rank() == 0 else None
+
+
+def load_and_save(rank: int, ranks: int, source: pathlib.Path, target: pathlib.Path, pp: int, precision: str) -> None:
+    """Load a checkpoint at tp = ranks / pp and let Megatron save it again, as training does."""
+    with groups_of(ranks // pp, pp) as groups:
+        from megakd.checkpoints import folder, torch_dist
+        from megakd.config import Parallel, Train
+        from megakd.models.gpt import build_gpt
+
+        checkpoint = folder.read_checkpoint(source)
+        train = Train(steps=1, global_batch_size=1, precision=precision)
+        parallel, sizes = (
+            Parallel(tp=ranks // pp, pp=pp),
+            {"vocab_size": checkpoint.model.vocab_size, "padded_size": 1024},
+        )
+        gpt = build_gpt(checkpoint.model, parallel, train, groups, **sizes, device="cpu", seed=3)
+        torch_dist.load_weights(gpt, checkpoint, groups)
+        parts = {"model": checkpoint.model, "step": 7, "tokenizer": None, "training": False, "metrics": {}}
+        torch_dist.save(
+            target,
+            {"model": gpt.sharded_state_dict(metadata=torch_dist.sharding_metadata(groups))},
+            groups,
+            lambda: folder.publish(target, origin=checkpoint.path, **parts),
+        )

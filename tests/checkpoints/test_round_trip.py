@@ -14,6 +14,8 @@ from megakd.checkpoints.import_hf import open_hf
 from megakd.config import Model
 from megakd.errors import CheckpointError
 from tests.checkpoints import hf_models
+from tests.checkpoints.gpt_ranks import load_and_save
+from tests.ranks import run_ranks
 
 UNVERIFIED = Options(verify=False)
 
@@ -117,6 +119,31 @@ def test_tokenizer_and_generation_config_travel(tmp_path):
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("case", ["llama32_tied", "opt", "qwen3_moe_partly", "deepseek_v3"])
+def test_what_megatron_saved_at_another_layout_goes_back(case, tmp_path):
+    source = hf_models.build(case, tmp_path / "hf")
+    convert(source, tmp_path / "megatron", "megatron", UNVERIFIED)
+    run_ranks(2, load_and_save, tmp_path / "megatron", tmp_path / "saved", 1, "fp32")
+    convert(tmp_path / "saved", tmp_path / "back", "hf", UNVERIFIED)
+    wanted, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    if case == "opt":  # two rows that no position ever uses are not trained, and so not saved
+        assert not weights["model.decoder.embed_positions.weight"][:2].any()
+        wanted["model.decoder.embed_positions.weight"][:2] = 0
+    same(weights, wanted)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_student_trained_in_bf16_says_so(tmp_path):
+    source = hf_models.build("qwen2", tmp_path / "hf")
+    convert(source, tmp_path / "megatron", "megatron", UNVERIFIED)
+    run_ranks(2, load_and_save, tmp_path / "megatron", tmp_path / "saved", 2, "bf16")
+    convert(tmp_path / "saved", tmp_path / "back", "hf", UNVERIFIED)
+    same(load_file(tmp_path / "back" / "model.safetensors"),
+         {n: t.bfloat16() for n, t in load_file(source / "model.safetensors").items()})  # fmt: skip
+    old, new = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
+    assert (old.pop("dtype"), new.pop("dtype")) == ("float32", "bfloat16") and old == new
+
+
 def test_a_model_that_never_was_hf_gets_a_config_that_says_the_same(tmp_path):
     writable = [case for case, (kind, _) in hf_models.CASES.items() if FAMILIES[kind].config]
     assert len(writable) > 15
@@ -135,6 +162,7 @@ def test_choosing_a_family(tmp_path):
     assert config_of(Model(**small), None)[0].model_type == "llama"
     assert config_of(Model(**small, qk_norm=True), None)[0].model_type == "qwen3"
     assert config_of(Model(**small, add_qkv_bias=True), None)[0].model_type == "qwen2"
+    assert config_of(Model(**small, rotary_percent=0.5), None)[0].model_type == "phi3"  # Llama's ignores the share
     gpt2 = {"normalization": "LayerNorm", "activation": "gelu_tanh", "add_bias_linear": True}
     gpt2 |= {"position_embedding": "learned_absolute"}
     assert config_of(Model(**small, **gpt2), None)[0].model_type == "gpt2"
