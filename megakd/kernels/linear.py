@@ -1,0 +1,139 @@
+"""linear_kd_loss and linear_select_top_k: the output layer and what follows it, a block of tokens at a time.
+
+The logits [T, W] never exist. In the forward each block's logits give their statistics and are thrown away; the
+records of all tokens go round at once. The backward makes each block's logits again, turns them into their gradient in
+place, and multiplies it by the weight and by the hidden states. With `gradient_in_forward` both happen in the forward,
+for a loss whose per-token weights are known but for one common factor: no second product, but a collective for each
+block.
+
+Sizes: T tokens, H hidden, W vocabulary columns on this rank, K entries per token, R ranks.
+"""
+
+import torch
+from torch import Tensor
+
+from megakd.kernels.linear_autograd import GradientInForward, Layout, Recompute, whole
+from megakd.kernels.selection import select_top_k
+from megakd.kernels.terms import KDLoss, build_options, check_labels
+from megakd.kernels.vocab import VocabShard
+from megakd.targets import TeacherTargets
+
+BLOCK_TOKENS = 1024
+
+
+def linear_select_top_k(
+    hidden_TH: Tensor,
+    weight_WH: Tensor,
+    top_k: int,
+    shard: VocabShard,
+    temperature: float = 1.0,
+    *,
+    gather: bool = False,
+    sequence_parallel: bool = False,
+    block_tokens: int = BLOCK_TOKENS,
+) -> TeacherTargets:
+    """`select_top_k` of hidden_TH @ weight_WH.T, which exists for `block_tokens` tokens at a time.
+
+    Args:
+        hidden_TH, weight_WH, sequence_parallel, block_tokens: as in `linear_kd_loss`; neither gets a gradient.
+        top_k, shard, temperature, gather: as in `select_top_k`.
+    Raises:
+        ValueError: as `select_top_k`; shapes or dtypes of hidden states and weight that do not fit.
+    Collectives: those of `select_top_k`, once per block; an all-gather of the hidden states if `sequence_parallel`.
+    """
+    with torch.no_grad():
+        check_head(hidden_TH, weight_WH, shard, block_tokens)
+        hidden_TH = whole(hidden_TH, shard, sequence_parallel)
+        parts = [
+            select_top_k(block_TH @ weight_WH.T, top_k, shard, temperature, gather=gather)
+            for block_TH in hidden_TH.split(block_tokens)
+        ]
+    if len(parts) == 1:
+        return parts[0]
+    joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("ids_TK", "logprobs_TK", "log_tail_T"))
+    return TeacherTargets(*joined, temperature)
+
+
+def linear_kd_loss(
+    hidden_TH: Tensor,
+    weight_WH: Tensor,
+    targets: TeacherTargets,
+    labels_T: Tensor,
+    shard: VocabShard,
+    *,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    student_temperature: float | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    gradient_in_forward: bool = False,
+    token_weight_T: Tensor | None = None,
+    sequence_parallel: bool = False,
+    accumulate_into_main_grad: bool = False,
+    block_tokens: int = BLOCK_TOKENS,
+) -> KDLoss:
+    """`kd_loss` of hidden_TH @ weight_WH.T, whose memory does not grow with T times W.
+
+    The logits of a block are rounded to the dtype of the hidden states, like those of an output layer.
+
+    Args:
+        hidden_TH: the same on every rank, float32, bfloat16 or float16; its gradient is summed over the ranks. Masked
+            rows do not reach the product.
+        weight_WH: this rank's rows of the output layer, in the dtype of the hidden states.
+        targets, labels_T, shard, divergence … ce_weight: as in `kd_loss`.
+        gradient_in_forward: form the gradients in the forward; the backward multiplies them by one number. Refused
+            where gradients are off, as in the forward that activation recomputation repeats.
+        token_weight_T: float32, with gradient_in_forward only: the objective is a multiple of the sum of
+            token_weight_T * loss_T; None stands for ones. The backward refuses a gradient that is not a multiple of it.
+        sequence_parallel: hidden_TH is this rank's T / R consecutive tokens, and so is its gradient; labels and targets
+            are those of all T.
+        accumulate_into_main_grad: add the weight's gradient to weight_WH.main_grad (float32), as Megatron's own layers
+            do under gradient_accumulation_fusion, instead of returning it.
+        block_tokens: tokens whose logits exist at one time.
+    Returns:
+        KDLoss of all T tokens.
+    Raises:
+        ValueError: as `kd_loss`; shapes or dtypes of hidden states and weight that do not fit; options that exclude
+            one another.
+    Collectives: those of `kd_loss` (once per block with gradient_in_forward); the gradient of the hidden states is
+        all-reduced; with `sequence_parallel` they are all-gathered (again in the backward) and it is reduce-scattered.
+    Memory: beside gradients and hidden states, one block of logits [block_tokens, W] and at most as much for products;
+        the weight's gradient is summed in float32.
+    """
+    check_head(hidden_TH, weight_WH, shard, block_tokens)
+    options = build_options(targets, divergence, tail, beta, skew, student_temperature, kd_weight, ce_weight)
+    tokens = len(hidden_TH) * (shard.ranks if sequence_parallel else 1)
+    check_labels(labels_T, tokens, targets.tokens)
+    if accumulate_into_main_grad and getattr(weight_WH, "main_grad", None) is None:
+        raise ValueError("accumulate_into_main_grad needs a weight with a main_grad")
+    if token_weight_T is not None and (not gradient_in_forward or token_weight_T.shape != (tokens,)):
+        raise ValueError(f"token_weight_T must be [{tokens}], and goes with gradient_in_forward only")
+    if gradient_in_forward and not torch.is_grad_enabled():
+        raise ValueError(
+            "gradient_in_forward cannot be used where gradients are off, nor under activation recomputation"
+        )
+    layout = Layout(shard, options, sequence_parallel, accumulate_into_main_grad, block_tokens)
+    if not gradient_in_forward:
+        return KDLoss(*Recompute.apply(hidden_TH, weight_WH, targets, labels_T, layout))
+    if token_weight_T is None:
+        token_weight_T = torch.ones(tokens, device=hidden_TH.device)
+    return KDLoss(*GradientInForward.apply(hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout))
+
+
+def check_head(hidden_TH: Tensor, weight_WH: Tensor, shard: VocabShard, block_tokens: int) -> None:
+    """Raises ValueError unless hidden states and weight fit together and to the shard."""
+    width = shard.stop - shard.start
+    if hidden_TH.dim() != 2 or weight_WH.shape != (width, hidden_TH.shape[-1]):
+        raise ValueError(
+            f"hidden states must be [T, H] and the weight [{width}, H] for ids [{shard.start}, {shard.stop}), not "
+            f"{list(hidden_TH.shape)} and {list(weight_WH.shape)}"
+        )
+    if hidden_TH.dtype != weight_WH.dtype or hidden_TH.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"hidden states and weight must both be float32, bfloat16 or float16, not {hidden_TH.dtype} and "
+            f"{weight_WH.dtype}"
+        )
+    if block_tokens < 1:
+        raise ValueError(f"block_tokens must be at least 1, not {block_tokens}")

@@ -1,0 +1,278 @@
+"""The fused output layer against the same loss of materialised logits, on 1 and 2 ranks, with and without recompute."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
+
+from megakd.kernels import (
+    VocabShard,
+    dense_kd_loss,
+    kd_loss,
+    linear_kd_loss,
+    linear_select_top_k,
+    sample_targets,
+    select_top_k,
+)
+from megakd.targets import TeacherTargets
+from tests.kernels.dense import PAIRS, draw
+from tests.kernels.test_kd_loss import count_collectives, on_ranks
+
+T, V, H, K = 10, 101, 13, 8  # T splits over 2 ranks
+MODES = [dict(), dict(gradient_in_forward=True)]
+
+
+def head(rank, ranks, dtype=torch.float32, tokens=T):
+    """Hidden states, this rank's rows of the output layer (0 in the padding), and the shard."""
+    generator = torch.Generator().manual_seed(5)
+    width = -(-(V + 3) // ranks)
+    weight_VH = torch.zeros(width * ranks, H)
+    weight_VH[:V] = torch.randn(V, H, generator=generator)
+    hidden_TH = torch.randn(tokens, H, generator=generator)
+    group = torch.distributed.group.WORLD if ranks > 1 else None
+    shard = VocabShard(rank * width, (rank + 1) * width, V, group)
+    return hidden_TH.to(dtype), weight_VH[shard.start : shard.stop].to(dtype), shard
+
+
+def labels_with_gaps(tokens=T):
+    labels_T = draw(tokens, V, seed=2)[2]
+    labels_T[[0, 4]] = -100
+    return labels_T
+
+
+def both_ways(hidden_TH, weight_WH, targets, labels_T, shard, mode, token_weight_T, **options):
+    """(loss, gradient of the hidden states, of the weight) of materialised logits and of the fused layer."""
+    results = []
+    for fused in (False, True):
+        hidden, weight = hidden_TH.clone().requires_grad_(), weight_WH.clone().requires_grad_()
+        if fused:
+            weight = weight_WH.clone()
+            weight[shard.real_width :] = torch.nan
+            weight.requires_grad_()
+            if "gradient_in_forward" in mode:
+                mode = dict(mode, token_weight_T=token_weight_T)
+            outputs = linear_kd_loss(hidden, weight, targets, labels_T, shard, block_tokens=3, **mode, **options)
+        else:
+            outputs = kd_loss(hidden @ weight.T, targets, labels_T, shard, **options)
+        (3 * outputs.loss_T * token_weight_T).sum().backward()
+        if not fused:
+            shard.sum_over_ranks(hidden.grad)
+        results.append((outputs, hidden.grad, weight.grad))
+    return results
+
+
+def compare_all(rank, ranks, dtype):
+    hidden_TH, weight_WH, shard = head(rank, ranks, dtype)
+    teacher_TV = draw(T, V, seed=1)[1]
+    teacher_TW = torch.nn.functional.pad(teacher_TV, (0, 3))[:, shard.start : shard.stop]
+    labels_T, token_weight_T = labels_with_gaps(), torch.arange(1.0, T + 1)
+    rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    outputs = []
+    for mode in MODES:
+        for divergence, tail in PAIRS:
+            for temperature in (1.0, 2.0):
+                targets = select_top_k(teacher_TW, K, shard, temperature)
+                options = dict(divergence=divergence, tail=tail, ce_weight=0.3)
+                plain, fused = both_ways(
+                    hidden_TH, weight_WH, targets, labels_T, shard, mode, token_weight_T, **options
+                )
+                for got, want in zip(fused[0], plain[0], strict=True):
+                    assert_close(got, want, atol=1e-5, rtol=1e-5)
+                for got, want in zip(fused[1:], plain[1:], strict=True):
+                    assert_close(got, want, atol=2 * rounding * want.abs().max().item(), rtol=rounding)
+                assert (fused[1][labels_T == -100] == 0).all()
+                outputs += [part.detach() for part in fused[0]]
+        targets = sample_targets(teacher_TW, 20, shard, torch.Generator().manual_seed(0))
+        plain, fused = both_ways(hidden_TH, weight_WH, targets, labels_T, shard, mode, token_weight_T)
+        assert_close(fused[0].kd_T, plain[0].kd_T, atol=1e-5, rtol=1e-5)
+        assert_close(fused[2], plain[2], atol=2 * rounding * plain[2].abs().max().item(), rtol=rounding)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_layer_is_the_layer_and_the_loss(ranks, dtype):
+    first, *others = on_ranks(ranks, compare_all, dtype)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def sequence_parallel(rank, ranks):
+    hidden_TH, weight_WH, shard = head(rank, ranks)
+    labels_T = labels_with_gaps()
+    mine = slice(rank * T // ranks, (rank + 1) * T // ranks)
+    whole = linear_select_top_k(hidden_TH, weight_WH, K, shard, block_tokens=3)
+    split = linear_select_top_k(hidden_TH[mine], weight_WH, K, shard, sequence_parallel=True, block_tokens=4)
+    direct = select_top_k(hidden_TH @ weight_WH.T, K, shard)
+    for targets in (whole, split):
+        assert torch.equal(targets.ids_TK, direct.ids_TK) and targets.temperature == 1.0
+        assert_close(targets.logprobs_TK, direct.logprobs_TK)
+        assert_close(targets.log_tail_T, direct.log_tail_T)
+    two = linear_select_top_k(hidden_TH, weight_WH, K, shard, 2.0, gather=True, block_tokens=T)
+    assert torch.equal(two.ids_TK, select_top_k(hidden_TH @ weight_WH.T, K, shard, 2.0, gather=True).ids_TK)
+    student_WH = weight_WH.flip(1).contiguous()
+    for mode in MODES:
+        results = []
+        for rows, parallel in [(slice(None), False), (mine, True)]:
+            hidden, weight = hidden_TH[rows].clone().requires_grad_(), student_WH.clone().requires_grad_()
+            with count_collectives() as sent:
+                loss = linear_kd_loss(
+                    hidden, weight, whole, labels_T, shard, sequence_parallel=parallel, block_tokens=3, **mode
+                )
+                loss.loss_T.sum().backward()
+            results.append((loss.loss_T, hidden.grad, weight.grad, [name for name, *_ in sent]))
+        (loss_T, grad_TH, grad_WH, _), (split_T, split_TH, split_WH, _) = results
+        assert_close(split_T, loss_T)
+        assert_close(split_TH, grad_TH[mine])
+        assert_close(split_WH, grad_WH)
+        if ranks > 1:
+            records = ["all_gather_single"] * (3 if mode else 1)  # 8 supervised tokens in blocks of 3
+            assert results[0][3] == [*records, "all_reduce"]
+            again = [] if mode else ["all_gather_single"]
+            assert results[1][3] == ["all_gather_single", *records, *again, "reduce_scatter_single"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sequence_parallel_selection_and_what_is_sent(ranks):
+    on_ranks(ranks, sequence_parallel)
+
+
+def one_rank(tokens=T, dtype=torch.float32):
+    hidden_TH, weight_WH, shard = head(0, 1, dtype, tokens)
+    targets = select_top_k(torch.nn.functional.pad(draw(tokens, V, seed=1)[1], (0, 3)), K, shard)
+    return hidden_TH, weight_WH, shard, targets, labels_with_gaps(tokens)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_main_grad_takes_the_gradient_as_megatron_expects(mode, dtype, tied):
+    hidden_TH, weight_WH, shard, targets, labels_T = one_rank(dtype=dtype)
+    plain = weight_WH.clone().requires_grad_()
+    (2 * linear_kd_loss(hidden_TH, plain, targets, labels_T, shard, block_tokens=3, **mode).loss_T.sum()).backward()
+    weight = weight_WH.clone().requires_grad_()
+    with pytest.raises(ValueError, match="needs a weight with a main_grad"):
+        linear_kd_loss(hidden_TH, weight, targets, labels_T, shard, accumulate_into_main_grad=True)
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
+    weight.grad_added_to_main_grad = False
+    weight.zero_out_wgrad = tied
+    options = dict(accumulate_into_main_grad=True, block_tokens=3, **mode)
+    (2 * linear_kd_loss(hidden_TH, weight, targets, labels_T, shard, **options).loss_T.sum()).backward()
+    assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape
+    assert (weight.grad == 0).all() or not tied
+    assert_close(weight.main_grad - 1, plain.grad.float(), atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_parts_second_backwards_and_weights_that_differ(mode):
+    hidden_TH, weight_WH, shard, targets, labels_T = one_rank()
+    hidden, weight = hidden_TH.clone().requires_grad_(), weight_WH.clone().requires_grad_()
+    linear_kd_loss(hidden, weight_WH, targets, labels_T, shard, **mode).loss_T.sum().backward()
+    linear_kd_loss(hidden_TH, weight, targets, labels_T, shard, **mode).loss_T.sum().backward()
+    assert weight_WH.grad is None and hidden_TH.grad is None
+    assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
+
+    again = hidden_TH.clone().requires_grad_()
+    loss = linear_kd_loss(again, weight, targets, labels_T, shard, **mode).loss_T.sum()
+    loss.backward(retain_graph=True)
+    first = again.grad.clone()
+    if mode:
+        with pytest.raises(RuntimeError, match="no second backward"):
+            loss.backward()
+        loss_T = linear_kd_loss(again, weight, targets, labels_T, shard, **mode).loss_T
+        with pytest.raises(RuntimeError, match="other token weights"):
+            loss_T[:3].sum().backward()
+    else:
+        loss.backward()
+        assert_close(again.grad, 2 * first)
+    nothing = torch.full_like(labels_T, -100)
+    again.grad = None
+    linear_kd_loss(again, weight, targets, nothing, shard, **mode).loss_T.sum().backward()
+    assert (again.grad == 0).all()
+    empty = TeacherTargets(targets.ids_TK[:0], targets.logprobs_TK[:0], targets.log_tail_T[:0])
+    assert len(linear_kd_loss(hidden_TH[:0], weight, empty, labels_T[:0], shard, **mode).loss_T) == 0
+
+
+def test_refusals():
+    hidden_TH, weight_WH, shard, targets, labels_T = one_rank()
+
+    def refused(message, *arguments, **options):
+        with pytest.raises(ValueError, match=message):
+            linear_kd_loss(*(arguments or (hidden_TH, weight_WH, targets, labels_T)), shard, **options)
+
+    refused("the weight .* for ids", hidden_TH, weight_WH[1:], targets, labels_T)
+    refused("must both be", hidden_TH.bfloat16(), weight_WH, targets, labels_T)
+    refused("agree in the number of tokens", hidden_TH[1:], weight_WH, targets, labels_T)
+    refused("block_tokens", block_tokens=0)
+    refused("goes with gradient_in_forward", token_weight_T=torch.ones(T))
+    refused(r"token_weight_T must be \[10\]", token_weight_T=torch.ones(3), gradient_in_forward=True)
+    with torch.no_grad():
+        refused("where gradients are off", gradient_in_forward=True)
+    labels_T[8] = V
+    refused(f"label {V} in row 8", gradient_in_forward=True, block_tokens=2)
+    refused(f"label {V} in row 8", block_tokens=2)
+    labels_T[8] = -100
+    targets.log_tail_T[9] = 0
+    refused("in row 9; expected 1", gradient_in_forward=True, block_tokens=2)
+
+
+def peak_bytes(run):
+    """Most bytes that were allocated at one time while `run` ran, beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_is_two_blocks_whatever_the_number_of_tokens(mode):
+    size, hidden_size, block = 8192, 16, 16
+    block_bytes = block * size * 2
+    shard = VocabShard(0, size, size)
+    weight_WH = torch.randn(size, hidden_size).bfloat16().requires_grad_()
+    weight_WH.main_grad = torch.zeros(size, hidden_size)
+    for tokens in (64, 256):
+        hidden_TH = torch.randn(tokens, hidden_size).bfloat16().requires_grad_()
+        labels_T = torch.arange(tokens)
+        with torch.no_grad():
+            targets = linear_select_top_k(hidden_TH, weight_WH, K, shard, block_tokens=block)
+
+        def step(hidden_TH=hidden_TH, labels_T=labels_T, targets=targets):
+            loss = linear_kd_loss(
+                hidden_TH,
+                weight_WH,
+                targets,
+                labels_T,
+                shard,
+                accumulate_into_main_grad=True,
+                block_tokens=block,
+                **mode,
+            )
+            loss.loss_T.sum().backward()
+
+        step()
+        small = 40 * tokens * (K + hidden_size + 20)  # a few numbers per token and entry
+        working_set = 9 << 17  # rows.BLOCK_BYTES of fp32, in cache
+        weight_grad = size * hidden_size * 4 if mode else 0
+        peak = peak_bytes(step)
+        assert peak <= 2 * block_bytes + 2 * working_set + small + weight_grad, (tokens, peak / block_bytes)
+        assert peak < tokens * size * 2 or tokens == 64
+
+
+def test_dense_form_agrees_where_k_is_the_vocabulary():
+    """Two kernels that share little: all entries kept, and no entries chosen."""
+    student, teacher, labels_T = draw(7, V)
+    shard = VocabShard(0, V, V)
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
+        grads = []
+        for dense in (False, True):
+            leaf = student.clone().requires_grad_()
+            target = (teacher,) if dense else (select_top_k(teacher, V, shard, 2.0),)
+            options = dict(divergence=divergence, ce_weight=0.3, **(dict(temperature=2.0) if dense else {}))
+            outputs = (dense_kd_loss if dense else kd_loss)(leaf, *target, labels_T, shard, **options)
+            outputs.loss_T.sum().backward()
+            grads.append(leaf.grad)
+        assert_close(*grads, atol=1e-6, rtol=1e-5)
