@@ -100,6 +100,10 @@ def model_problems(model: Model, parallel: Parallel, sequence_length: int) -> It
         value = getattr(model, key)
         if value is not None and value % tp:
             yield key, f"{value} is not divisible by parallel.tp = {tp}"
+    if model.moe is not None:
+        for key in ("ffn_hidden_size", "shared_ffn_hidden_size"):
+            if (getattr(model.moe, key) or 0) % tp:
+                yield f"moe.{key}", f"{getattr(model.moe, key)} is not divisible by parallel.tp = {tp}"
     if model.num_layers % pp:
         yield "num_layers", f"{model.num_layers} is not divisible by parallel.pp = {pp}"
     if sequence_length > model.max_sequence_length:
