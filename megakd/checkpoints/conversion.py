@@ -93,6 +93,12 @@ def convert(source: pathlib.Path, destination: pathlib.Path, target_format: str,
         raise CheckpointError(f"{destination} exists", hint="remove it, or give --overwrite")
     try:
         return converters[source_format, target_format](source, destination, options)
+    except OSError as error:
+        folder.discard(destination)
+        raise CheckpointError(
+            f"{destination} could not be written: {error}",
+            hint="free space on the disk, or choose another destination; nothing was kept",
+        ) from error
     except BaseException:
         folder.discard(destination)
         raise

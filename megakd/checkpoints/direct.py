@@ -9,6 +9,7 @@ from megakd.checkpoints import folder
 from megakd.checkpoints.conversion import Options, convert
 from megakd.checkpoints.hf_folder import CONFIG, HuggingFaceFolder
 from megakd.checkpoints.safetensors_files import SafetensorsReader
+from megakd.errors import CheckpointError
 
 LOG = logging.getLogger("megakd")
 SAMPLE_BYTES = 4096
@@ -20,10 +21,17 @@ def converted(path: pathlib.Path) -> pathlib.Path:
     Any number of processes may call it at once; one converts, the others wait for it.
 
     Raises:
-        CheckpointError: the folder cannot be converted.
+        CheckpointError: the folder cannot be converted, or nothing can be written beside it.
     """
     target = path.with_name(f"{path.name}.megakd-{content_key(path)}")
-    with open(target.with_name(target.name + ".lock"), "w") as lock:
+    try:
+        lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115 closed below
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, and its conversion cannot be written beside it: {error.strerror}",
+            hint=f"convert it yourself: `megakd convert --from {path} --to CHECKPOINT`, and use CHECKPOINT",
+        ) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / folder.RECORD).is_file():
             LOG.warning("%s is a Hugging Face folder: converting it once, to %s", path, target)

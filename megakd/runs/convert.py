@@ -70,10 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
 def format_families() -> str:
     from megakd.checkpoints.families import FAMILIES
 
-    lines = ["model_type        architecture                    without a Hugging Face origin"]
+    lines = ["model_type     architecture              written without a Hugging Face origin; refused"]
     for name, family in sorted(FAMILIES.items()):
-        exported = "exported" if family.config else "-"
-        lines.append(f"{name:<16}  {family.architecture:<30}  {exported}")
+        written = "yes" if family.config else "no"
+        lines.append(f"{name:<13}  {family.architecture:<24}  {written:<3}  {family.refused or '-'}")
+    lines.append(
+        "nemo           megatron_gpt              yes  alibi and its like, normformer, post-LN, experts, interleaved"
+    )
     return "\n".join(lines)
 
 

@@ -59,5 +59,11 @@ def post_norm_rules(model: Model) -> Iterator[Rule]:
 FAMILIES = [
     Family("gemma", "GemmaForCausalLM", gemma_fields, rules),
     Family("gemma2", "Gemma2ForCausalLM", capped_fields, post_norm_rules),
-    Family("gemma3_text", "Gemma3ForCausalLM", gemma3_model, post_norm_rules),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        gemma3_model,
+        post_norm_rules,
+        refused="with images; rope of the sliding layers that is stretched",
+    ),
 ]

@@ -147,7 +147,31 @@ MASKS = (r".*\.attn\.bias", r".*\.attn\.masked_bias")
 NEOX_MASKS = (r".*\.attention\.bias", r".*\.attention\.masked_bias", r".*\.rotary_emb\.inv_freq")
 
 FAMILIES = [
-    Family("gpt2", "GPT2LMHeadModel", gpt2_model, gpt2_rules, gpt2_config, MASKS, "transformer."),
-    Family("opt", "OPTForCausalLM", opt_model, opt_rules),
-    Family("gpt_neox", "GPTNeoXForCausalLM", neox_model, neox_rules, neox_config, NEOX_MASKS, "gpt_neox."),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        gpt2_model,
+        gpt2_rules,
+        gpt2_config,
+        MASKS,
+        "transformer.",
+        refused="attention scaled by the layer's number",
+    ),
+    Family(
+        "opt",
+        "OPTForCausalLM",
+        opt_model,
+        opt_rules,
+        refused="norms after the blocks or projected embeddings (OPT-350m)",
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        neox_model,
+        neox_rules,
+        neox_config,
+        NEOX_MASKS,
+        "gpt_neox.",
+        refused="attention_bias false",
+    ),
 ]

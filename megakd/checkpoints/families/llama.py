@@ -205,14 +205,28 @@ def nemotron_config(model: Model) -> dict:
 
 
 FAMILIES = [
-    Family("llama", "LlamaForCausalLM", llama_model, rules, llama_config),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        llama_model,
+        rules,
+        llama_config,
+        refused="attention_bias without mlp_bias; dynamic, longrope or yarn rope",
+    ),
     Family("mistral", "MistralForCausalLM", mistral_model, rules, mistral_config),
     Family("qwen2", "Qwen2ForCausalLM", qwen2_model, rules, qwen_config),
-    Family("qwen3", "Qwen3ForCausalLM", qwen3_model, rules, qwen_config),
-    Family("phi3", "Phi3ForCausalLM", phi3_model, phi3_rules, phi3_config),
-    Family("smollm3", "SmolLM3ForCausalLM", smollm3_model, rules),
-    Family("arcee", "ArceeForCausalLM", arcee_model, rules, their_plain_fields),
-    Family("stablelm", "StableLmForCausalLM", stablelm_model, rules, stablelm_config),
+    Family("qwen3", "Qwen3ForCausalLM", qwen3_model, rules, qwen_config, refused="attention_bias"),
+    Family("phi3", "Phi3ForCausalLM", phi3_model, phi3_rules, phi3_config, refused="longrope"),
+    Family("smollm3", "SmolLM3ForCausalLM", smollm3_model, rules, refused="biases"),
+    Family("arcee", "ArceeForCausalLM", arcee_model, rules, their_plain_fields, refused="biases"),
+    Family(
+        "stablelm",
+        "StableLmForCausalLM",
+        stablelm_model,
+        rules,
+        stablelm_config,
+        refused="parallel residual, norms of queries and keys",
+    ),
     Family("starcoder2", "Starcoder2ForCausalLM", starcoder2_model, starcoder2_rules, starcoder2_config),
-    Family("nemotron", "NemotronForCausalLM", nemotron_model, rules, nemotron_config),
+    Family("nemotron", "NemotronForCausalLM", nemotron_model, rules, nemotron_config, refused="biases"),
 ]

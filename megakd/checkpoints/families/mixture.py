@@ -183,7 +183,19 @@ def deepseek_rules(model: Model) -> Iterator[Rule]:
 FAMILIES = [
     Family("mixtral", "MixtralForCausalLM", mixtral_model, mixtral_rules),
     Family("qwen2_moe", "Qwen2MoeForCausalLM", qwen2_moe_model, qwen_rules),
-    Family("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe_model, qwen_rules),
-    Family("deepseek_v2", "DeepseekV2ForCausalLM", deepseek_v2_model, deepseek_rules),
-    Family("deepseek_v3", "DeepseekV3ForCausalLM", deepseek_v3_model, deepseek_rules),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe_model, qwen_rules, refused="attention_bias"),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        deepseek_v2_model,
+        deepseek_rules,
+        refused="group_limited_greedy with several experts a group (the full V2)",
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        deepseek_v3_model,
+        deepseek_rules,
+        refused="FP8 weights; scores that are not normalised",
+    ),
 ]
