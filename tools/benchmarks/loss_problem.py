@@ -224,13 +224,13 @@ def judge(
     errors = [_relative(*pair, negligible=1e-9 * truth.norm()) for pair in pairs]
     factor = float((given.double() * truth).sum() / truth.square().sum().clamp(min=1e-300))
     given_T = loss_T.detach().double()
-    if gives == "parts" and dist.get_world_size() > 1:
+    if gives == "parts" and shard.ranks > 1:
         dist.all_reduce(given_T)
     if gives == "mean":
         true_loss_T = true_loss_T.mean().expand_as(given_T)
     loss_error = (given_T - true_loss_T).abs().max() / true_loss_T.abs().max()
     worst = torch.stack([loss_error, torch.stack(errors).max()])
-    if dist.get_world_size() > 1:
+    if shard.ranks > 1:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return Verdict(*worst.tolist(), factor)
 
