@@ -25,13 +25,7 @@ def check_ranks(config: "Config", world_size: int) -> int:
         ConfigError: world_size is not divisible by tp * pp, or global_batch_size not by micro_batch_size * dp.
     """
     tp, pp = config.parallel.tp, config.parallel.pp
-    if world_size % (tp * pp):
-        raise ConfigError(
-            f"{world_size} ranks do not make whole models: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} ranks each",
-            hint=f"start a multiple of {tp * pp} ranks (`torchrun --nproc-per-node {tp * pp} -m megakd ...`), "
-            "or change parallel.tp and parallel.pp",
-        )
-    dp = world_size // (tp * pp)
+    dp = check_layout(config, world_size)
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if batch % (micro * dp):
         raise ConfigError(
@@ -40,6 +34,18 @@ def check_ranks(config: "Config", world_size: int) -> int:
             hint=f"make train.global_batch_size a multiple of {micro * dp}, or start another number of ranks",
         )
     return dp
+
+
+def check_layout(config: "Config", world_size: int) -> int:
+    """Checks that the ranks carry the layout, whatever the batch; returns dp, or raises ConfigError."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"{world_size} ranks do not make whole models: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} ranks each",
+            hint=f"start a multiple of {tp * pp} ranks (`torchrun --nproc-per-node {tp * pp} -m megakd ...`), "
+            "or change parallel.tp and parallel.pp",
+        )
+    return world_size // (tp * pp)
 
 
 def check_vocab(config: "Config", vocab_size: int) -> None:
@@ -59,18 +65,19 @@ def check_vocab(config: "Config", vocab_size: int) -> None:
         )
 
 
-def check_model(config: "Config", model: Model, whose: str) -> None:
+def check_model(config: "Config", model: Model, whose: str, *, trained: bool = False) -> None:
     """Checks that an architecture read from a checkpoint fits the run's layout and sequence length.
 
     Args:
         config: of the run.
         model: architecture of the checkpoint.
         whose: what the error calls it, such as `teacher.checkpoint runs/teacher`.
+        trained: it is the student.
 
     Raises:
         ConfigError: lists all that does not fit.
     """
-    problems = list(model_problems(model, config.parallel, config.data.sequence_length))
+    problems = list(model_problems(model, config.parallel, config.data.sequence_length, trained=trained))
     if problems:
         raise problems_error(
             whose,
@@ -93,9 +100,13 @@ def check_features(config: "Config", student: Model, teacher: Model) -> None:
         raise problems_error("features", lines, hint="choose layers that both models have, on one stage each pair")
 
 
-def model_problems(model: Model, parallel: Parallel, sequence_length: int) -> Iterator[tuple[str, str]]:
+def model_problems(
+    model: Model, parallel: Parallel, sequence_length: int, *, trained: bool
+) -> Iterator[tuple[str, str]]:
     """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
     tp, pp = parallel.tp, parallel.pp
+    if trained and model.moe is not None and tp > 1 and not parallel.sp:
+        yield "parallel.sp", f"false, but Megatron trains experts with parallel.tp = {tp} only with it"
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(model, key)
         if value is not None and value % tp:
