@@ -1,8 +1,9 @@
 """Two-way rules between Megatron's tensors and another format's; a list of them is a family's whole mapping.
 
 Megatron's names are those of Transformer Engine layers on one rank, `decoder.layers.7.mlp.linear_fc1.weight`, experts
-as `decoder.layers.7.mlp.experts.3.linear_fc1.weight`. A rule never computes on values, so that there and back is
-the same to the bit; it works on meta tensors as well, which is how shapes are known before weights are read.
+as `decoder.layers.7.mlp.experts.3.linear_fc1.weight`. Rules do not compute on values, so that there and back is the
+same to the bit (`plus_one` does, for exports that could not be made otherwise); they work on meta tensors as well,
+which is how shapes are known before weights are read.
 
 Legend: N query heads, G query groups, D channels of a head, F inner width of the feed-forward block.
 """
@@ -33,6 +34,11 @@ class Rule:
 
 def copy(ours: str, theirs: str) -> Rule:
     return Rule((ours,), (theirs,), lambda t: t, lambda t: t)
+
+
+def plus_one(ours: str, theirs: str) -> Rule:
+    """Ours is a gain - 1, theirs the gain; theirs is float32 whatever ours is, since 1 + small needs the digits."""
+    return Rule((ours,), (theirs,), lambda t: (t[0].float() - 1,), lambda t: (t[0].float() + 1,))
 
 
 def transposed(rule: Rule) -> Rule:

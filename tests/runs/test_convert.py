@@ -51,6 +51,15 @@ def test_nemo_to_hugging_face(convert, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model", "model.nemo"]
 
 
+def test_gpt_2b_is_written_as_stablelm_with_its_gains_plus_one(convert, tmp_path):
+    nemo_models.build("gpt2b_tp2", tmp_path / "model.nemo")
+    assert "verified" in convert("--from", tmp_path / "model.nemo", "--to", tmp_path / "hf", "--format", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["StableLmForCausalLM"] and config["use_parallel_residual"] is False
+    convert("--from", tmp_path / "hf", "--to", tmp_path / "megatron", "--no-verify")
+    assert not folder.read_checkpoint(tmp_path / "megatron").model.norm_zero_centered
+
+
 def test_not_verifying_must_be_asked_for_and_is_recorded(convert, tmp_path):
     source = hf_models.build("llama2", tmp_path / "hf")
     assert "not verified (--no-verify)" in convert("--from", source, "--to", tmp_path / "megatron", "--no-verify")

@@ -79,6 +79,8 @@ def config_of(model: Model, family_name: str | None) -> tuple[Family, dict]:
             continue
         if again.kv_channels is None and bare.kv_channels == bare.hidden_size // bare.num_attention_heads:
             again = again.model_copy(update={"kv_channels": bare.kv_channels})
+        if family.adds_gain and bare.norm_zero_centered:
+            again = again.model_copy(update={"norm_zero_centered": True})
         if again == bare:
             return family, config.to_dict() | {"architectures": [family.architecture]}
         wrong = [key for key in type(bare).model_fields if getattr(bare, key) != getattr(again, key)]

@@ -49,6 +49,7 @@ class Family:
         config: config.json's fields for a model section that did not come from Hugging Face; None: there is no way.
         ignored: patterns of tensors that hold no weights; they are kept beside the model and given back.
         prefix: of all tensors but the head; files written from the bare model lack it.
+        adds_gain: a model that stores its gains minus one may be written as this family, with one added.
         refused: which of its models cannot be expressed exactly, for `megakd convert --list`.
     """
 
@@ -60,6 +61,7 @@ class Family:
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     prefix: str = "model."
     refused: str = ""
+    adds_gain: bool = False
 
     def is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)

@@ -144,6 +144,16 @@ def stablelm_model(config) -> dict:
     }
 
 
+def stablelm_rules(model: Model) -> Iterator[Rule]:
+    """NeMo's GPT-2B computes what StableLM does, but stores its gains minus one; it is written with them added."""
+    yield from ends(model, stores_gain=True)
+    for _, ours, theirs in layers(model):
+        yield from norm(model, ours + INPUT_NORM, f"{theirs}input_layernorm", stores_gain=True)
+        yield from attention(model, f"{ours}self_attention.", f"{theirs}self_attn.")
+        yield from norm(model, ours + FEED_FORWARD_NORM, f"{theirs}post_attention_layernorm", stores_gain=True)
+        yield from gated_block(model, f"{ours}mlp.", f"{theirs}mlp.")
+
+
 def stablelm_config(model: Model) -> dict:
     return their_plain_fields(model) | {
         "layer_norm_eps": model.norm_epsilon,
@@ -223,8 +233,9 @@ FAMILIES = [
         "stablelm",
         "StableLmForCausalLM",
         stablelm_model,
-        rules,
+        stablelm_rules,
         stablelm_config,
+        adds_gain=True,
         refused="parallel residual, norms of queries and keys",
     ),
     Family("starcoder2", "Starcoder2ForCausalLM", starcoder2_model, starcoder2_rules, starcoder2_config),

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator
 
-from megakd.checkpoints.rules import Rule, copy, qkv, stack
+from megakd.checkpoints.rules import Rule, copy, plus_one, qkv, stack
 from megakd.config import Model
 
 INPUT_NORM = "self_attention.linear_qkv.layer_norm_"
 FEED_FORWARD_NORM = "mlp.linear_fc1.layer_norm_"
 
 
-def norm(model: Model, ours: str, theirs: str) -> Iterator[Rule]:
-    """`ours` ends before "weight", `theirs` before ".weight"."""
-    yield copy(f"{ours}weight", f"{theirs}.weight")
+def norm(model: Model, ours: str, theirs: str, *, stores_gain: bool = False) -> Iterator[Rule]:
+    """`ours` ends before "weight", `theirs` before ".weight".
+
+    Args:
+        stores_gain: the family stores the gain itself, even if the model stores it minus one.
+    """
+    rule = plus_one if stores_gain and model.norm_zero_centered else copy
+    yield rule(f"{ours}weight", f"{theirs}.weight")
     if model.normalization == "LayerNorm":
         yield copy(f"{ours}bias", f"{theirs}.bias")
 
@@ -51,11 +56,16 @@ def plain_block(
 
 
 def ends(
-    model: Model, embedding: str = "model.embed_tokens", final_norm: str = "model.norm", head: str = "lm_head"
+    model: Model,
+    embedding: str = "model.embed_tokens",
+    final_norm: str = "model.norm",
+    head: str = "lm_head",
+    *,
+    stores_gain: bool = False,
 ) -> Iterator[Rule]:
     """Embedding, final norm, and the head if it has a weight of its own."""
     yield copy("embedding.word_embeddings.weight", f"{embedding}.weight")
-    yield from norm(model, "decoder.final_layernorm.", final_norm)
+    yield from norm(model, "decoder.final_layernorm.", final_norm, stores_gain=stores_gain)
     if not model.tie_embeddings:
         yield copy("output_layer.weight", f"{head}.weight")
 
