@@ -66,6 +66,21 @@ def test_files_are_cut_at_the_asked_size(tmp_path):
     torch.testing.assert_close(hf_models.logits(back, ids), hf_models.logits(source, ids), atol=0, rtol=0)
 
 
+def test_sharded_bin_files_of_either_zip_or_old_kind(tmp_path):
+    source = hf_models.build("mistral", tmp_path / "hf")
+    wanted = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    names = sorted(wanted)
+    weight_map = {}
+    for i, part in enumerate((names[:9], names[9:])):
+        file = f"pytorch_model-0000{i + 1}-of-00002.bin"
+        torch.save({n: wanted[n] for n in part}, source / file, _use_new_zipfile_serialization=i == 0)
+        weight_map |= dict.fromkeys(part, file)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _, weights = there_and_back(source)
+    same(weights, wanted)
+
+
 def test_stored_head_of_a_tied_model_and_constants_are_given_back(tmp_path):
     source = hf_models.build("gpt2", tmp_path / "hf")
     weights = load_file(source / "model.safetensors")
