@@ -14,10 +14,11 @@ from pathlib import Path
 from megakd.errors import DataError
 
 SHOWN = 10
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz")
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz")
 TABLE_SUFFIXES = (".parquet", ".arrow")
+RECORD_SUFFIXES = (*LINE_SUFFIXES, *TABLE_SUFFIXES)
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-DEFAULT_SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, *TABLE_SUFFIXES)
+DEFAULT_SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)  # not .json, which in folders of data describes it
 BLOCK_BYTES = 1 << 22
 
 
@@ -124,7 +125,7 @@ def read_blocks(files: Iterable[Path], block_bytes: int = BLOCK_BYTES) -> Iterat
     """
     for path in files:
         try:
-            if path.name.endswith(LINE_SUFFIXES):
+            if path.name.endswith((*LINE_SUFFIXES, ".json")):
                 yield from _line_blocks(path, block_bytes)
             elif path.suffix in TABLE_SUFFIXES:
                 yield from _table_blocks(path, block_bytes)

@@ -18,7 +18,7 @@ from megakd.data.dataset import TextDataset
 from megakd.data.formats import SampleFormat
 from megakd.data.indexed import load_info, part
 from megakd.data.nemo_chat import ChatTokens
-from megakd.data.records import DEFAULT_SUFFIXES, LINE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, find_files
+from megakd.data.records import DEFAULT_SUFFIXES, RECORD_SUFFIXES, TEXT_SUFFIXES, find_files
 from megakd.data.samples import PackedDataset, SampleDataset
 from megakd.data.tokenization import detect, write_token_file
 from megakd.data.tokenizers import Tokenizer
@@ -128,7 +128,7 @@ def data_files(path: str | Path) -> list[Path]:
     """The files of a raw path: of a folder its records, or its text files if it holds no records."""
     if Path(path).is_dir():
         with contextlib.suppress(DataError):
-            return find_files([path], (*LINE_SUFFIXES, *TABLE_SUFFIXES))
+            return find_files([path], RECORD_SUFFIXES)
         return find_files([path], TEXT_SUFFIXES)
     if not Path(path).exists():
         raise DataError(

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.data.chat_template import BadRecord
+from megakd.data.chat_template import BadRecord, Segment
 from megakd.data.formats import (
     SampleFormat,
+    _pieces,
     build_formatter,
     check_format,
     detect_format,
@@ -255,7 +256,7 @@ USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "conte
         ("text", {"txt": "a"}, 'no key "text" (found txt)'),
         ("text", {}, 'no key "text" (found an empty object)'),
         ("text", {"text": None}, '"text" is a NoneType, not a string'),
-        ("text", {"text": "a\ud83d"}, "lone surrogate"),
+        ("text", {"text": "a\ud83d"}, "'\\ud83d' is half of a surrogate pair"),
         ("prompt_response", {"input": "a"}, 'no key "output" (found input)'),
         ("prompt_response", {"prompt": "a", "completion": 3}, '"completion" is a int, not a string'),
         ("prompt_response", {"input": ["a"], "output": "b"}, '"input" is a list, not a string'),
@@ -337,6 +338,21 @@ def test_missing_special_tokens_are_an_error(tmp_path):
 )
 def test_formats_are_told_by_their_keys(record, expected):
     assert detect_format(record, {}, "here") == expected
+
+
+@pytest.mark.parametrize("kind", [hf_tokenizers.byte_level, None])
+def test_long_texts_have_the_tokens_of_short_ones(tmp_path, tokenizer, monkeypatch, kind):
+    """Cut every 80 characters or less, before spaces between words, the tokens are those of the whole text."""
+    from megakd.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(kind(tmp_path)) if kind else tokenizer
+    text = ("def greet(name):\n    return  'hello, ' + name\n\n\n" * 9) + "x" * 90 + " end"
+    monkeypatch.setattr("megakd.data.formats._pieces", lambda text, real=_pieces: real(text, 80))
+    pieces = list(_pieces(text, 80))
+    assert "".join(pieces) == text and max(map(len, pieces)) == 80 and len(pieces) > 6
+    sample_format = SampleFormat("text", add_eos=False)
+    ids, mask = encode_segments([Segment(text[:-94], True)], tokenizer, sample_format)
+    assert ids == tokenizer.encode(text[:-94]) and mask == [True] * len(ids)
 
 
 def test_unknown_keys_are_named_and_columns_help():

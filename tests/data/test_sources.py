@@ -83,6 +83,25 @@ def test_an_index_is_made_once_and_again_when_anything_changes(qa, letters, monk
     assert find(index_dir=str(tmp_path / "elsewhere")).parent == tmp_path / "elsewhere"
 
 
+def test_a_folder_of_records_with_their_descriptions_and_indexes(qa, letters, tmp_path):
+    """What lies beside the records (READMEs, dataset_infos.json, an older index) is not data."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    qa.rename(folder / "qa.jsonl")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / "README.md").write_text("about")
+    assert len(opened(folder / "qa.jsonl", letters)) == 8
+    assert len(opened(folder, letters)) == 8
+
+
+def test_a_line_of_ten_megabytes(tmp_path, tokenizer):
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"input": "Q", "output": "é" * n}) for n in (1, 5_000_000, 2)))
+    data = opened(path, tokenizer)
+    assert data.file.lengths.tolist() == [1 + 1 + 2 + 1, 1 + 1 + 10_000_000 + 1, 1 + 1 + 4 + 1]
+    assert data.counts["truncated"] == 1 and data.length(0, 1) == 20
+
+
 def test_the_chat_template_is_part_of_the_key(tmp_path, letters):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}))
