@@ -205,7 +205,7 @@ def test_the_clock_is_out_of_reach(letters):
     assert encode({"messages": CONVERSATION}, letters, chat_template=template) == table(*CHATML)
 
 
-def test_dummy_prefix_is_put_once(tmp_path):
+def test_dummy_prefix_is_put_once(tmp_path, monkeypatch):
     """A tokenizer that writes a space before every text writes none between prompt and answer."""
     from megakd.data.tokenizers import load_tokenizer
 
@@ -214,6 +214,9 @@ def test_dummy_prefix_is_put_once(tmp_path):
     spelled = [tokenizer.id_to_bytes(i) for i in ids]
     answer = b"".join(piece for piece, learnt in zip(spelled, mask, strict=True) if learnt)
     assert b"".join(spelled) == b" hello name</s>" and answer == b" name</s>"
+    monkeypatch.setattr("megakd.data.formats._pieces", lambda text, real=_pieces: real(text, 8))
+    ids, _ = encode({"text": "hello to all of you"}, tokenizer)
+    assert b"".join(map(tokenizer.id_to_bytes, ids)) == b" hello to all of you</s>"
 
 
 @settings(max_examples=100, deadline=None)
