@@ -67,7 +67,8 @@ def test_peak_counts_what_is_alive_at_once():
         first = given + 1  # 4000 B
         second = first.double()  # 8000 B beside it
         del first
-        return second.sum()
+        third = given + 2  # 4000 B again, in the first one's place
+        return second.sum() + third.sum()
 
     assert 12_000 <= peak_extra_bytes(work, CPU) <= 12_100
     assert peak_extra_bytes(lambda: given.add_(1), CPU) <= 100
@@ -135,7 +136,7 @@ def test_the_judge_sees_the_tail_beside_the_entries():
     entries[torch.arange(TOKENS), problem.labels_T] = True
     tail_off = grad_TW.where(entries, 1.02 * grad_TW)
     assert float((tail_off - grad_TW).norm() / grad_TW.norm()) < 1e-2
-    assert not judge(problem, spec, top_k, targets, loss_T, [tail_off]).right(1e-4)
+    assert not judge(problem, spec, top_k, targets, loss_T, [tail_off]).right(1e-2)
 
 
 def test_ratios_pair_the_repeats_of_one_round():

@@ -151,7 +151,7 @@ class Verdict:
     """How far a form is from float64.
 
     loss_error: largest error of a token's loss over the largest loss. gradient_error: norm of the error over the norm
-    of the truth: the worst of the columns of the teacher's entries and all others, or of hidden states and weights.
+    of the truth: the worst of the columns of entries and label and all others, or of hidden states and weights.
     gradient_factor: what the true gradient is to be multiplied by to come closest.
     """
 
@@ -211,6 +211,8 @@ def judge(
         padded_TV = torch.cat([in_S_TV, in_S_TV[:, :1]], 1)
         padded_TV.scatter_(1, true_targets.ids_TK.where(true_targets.ids_TK >= 0, vocab), True)
         in_S_TV = padded_TV[:, :-1]
+    if spec.ce_weight:
+        in_S_TV[torch.arange(problem.tokens), problem.labels_T] = True
     mine = slice(shard.start, shard.stop)
     if problem.student_TW is not None:
         inside_TW = in_S_TV[:, mine]
