@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import pathlib
 import tempfile
-from multiprocessing.connection import Connection
+import threading
+from multiprocessing.connection import Connection, wait
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Model
@@ -65,6 +66,7 @@ def receive(pipe: Connection, process) -> object:
 
 def serve(rank, tp, store, hf_path, megatron_path, model, progress, pipe) -> None:
     """One rank of the gate; sends Parity's record or the error."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // tp)))
     try:
         pipe.send(compare(rank, tp, store, hf_path, megatron_path, model, progress))
@@ -74,6 +76,12 @@ def serve(rank, tp, store, hf_path, megatron_path, model, progress, pipe) -> Non
         pipe.send(RuntimeError(f"the parity gate failed on rank {rank}: {type(error).__name__}: {error}"))
     finally:
         pipe.close()
+
+
+def end_with_parent() -> None:
+    """A rank whose caller was killed goes too: nobody is left to hear its answer."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def compare(rank, tp, store, hf_path, megatron_path, model, progress) -> dict:
