@@ -222,6 +222,7 @@ class Recording:
         train = setup.config.train
         in_flight = 1 if setup.groups.pp.size() == 1 else 4 * setup.groups.pp.size()
         self.group_samples = in_flight * train.micro_batch_size
+        self.tokens, self.started = 0, time.perf_counter()
 
     def run(self, missing: list[int]) -> bool:
         """Record parts; True when all of them are done, False after a stop signal.
@@ -253,8 +254,7 @@ class Recording:
 
     def record_group(self, numbers: range, writer: PartWriter, bar) -> None:
         """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows."""
-        size, started = self.setup.config.train.micro_batch_size, time.perf_counter()
-        micro_batches = []
+        size, micro_batches = self.setup.config.train.micro_batch_size, []
         for first in range(0, len(numbers), size):
             batch = numbers[first : first + size]
             places = [(0, number) for number in batch] + [None] * (size - len(batch))
@@ -263,8 +263,8 @@ class Recording:
         rows = self.recorder.rows(micro_batches)
         writer.add(rows)
         if not bar.disable:
-            tokens = sum(len(row.counts_T) for row in rows)
-            rate = tokens * self.setup.groups.dp.size() / (time.perf_counter() - started)
+            self.tokens += sum(len(row.counts_T) for row in rows)
+            rate = self.tokens * self.setup.groups.dp.size() / (time.perf_counter() - self.started)
             bar.set_postfix_str(f"{rate:,.0f} tok/s, {writer.bytes_per_token:.1f} B/tok", refresh=False)
             bar.update(len(numbers))
 

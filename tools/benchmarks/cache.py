@@ -180,9 +180,10 @@ def show(result: dict) -> None:
         )
     scan = result["aligner"]
     ratio = result["codecs"]["fp16"]["read_tokens_per_second"] / scan["tokens_per_second"]
+    print(f"NeMo-Aligner's JSONL at K = {K}: {scan['bytes_per_token']:,.0f} B/token")
     print(
-        f"NeMo-Aligner's JSONL at K = {K}: {scan['bytes_per_token']:,.0f} B/token; random sample of a file of "
-        f"{scan['samples_in_file']:,}: {scan['tokens_per_second']:,.1f} tokens/s, the fp16 cache is {ratio:,.0f} times faster"
+        f"a random sample of its file of {scan['samples_in_file']:,}: {scan['tokens_per_second']:,.1f} tokens/s; "
+        f"the fp16 cache: {ratio:,.0f} times that"
     )
 
 
