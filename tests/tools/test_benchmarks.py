@@ -143,9 +143,12 @@ def test_ratios_pair_the_repeats_of_one_round():
     common = {"ranks": 2, "vocab": VOCAB, "kind": "logits", "right": True}
     ours = common | {"form": HEADLINE, "family": "megakd", "top_k": 7, "extra_shards": 0.1}
     other = common | {"form": "other", "family": "peer", "top_k": None, "extra_shards": 4.0}
-    rows = [ours | {"seconds_of_repeats": [1.0, 4.0, 1.0]}, other | {"seconds_of_repeats": [3.0, 8.0, 5.0]}]
+    ours |= {"seconds_of_repeats": [1.0, 4.0, 1.0], "cpu_seconds_of_repeats": [1.0, 1.0, 2.0]}
+    other |= {"seconds_of_repeats": [3.0, 8.0, 5.0], "cpu_seconds_of_repeats": [2.0, 3.0, 8.0]}
+    rows = [ours, other]
     rows.append(rows[1] | {"ranks": 1})
     rows.append({"form": "absent", "not_run": "why"})
     [ratio] = compare(rows)
     assert (ratio["times_faster"], ratio["lowest"], ratio["highest"]) == (3.0, 2.0, 5.0)
+    assert (ratio["times_less_cpu"], ratio["lowest_cpu"], ratio["highest_cpu"]) == (3.0, 2.0, 4.0)
     assert (ratio["top_k"], ratio["against"], ratio["their_extra_shards"]) == (7, "other", 4.0)

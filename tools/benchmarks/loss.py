@@ -148,7 +148,7 @@ def measure_kind(
             problem.restore()
             row["phases"].append(phase_seconds(phases(form, problem, top_k), device))
     for row, form, _ in running:
-        summarize(row, slowest(row.pop("phases")), form)
+        summarize(row, *slowest(row.pop("phases")), form)
     return rows
 
 
@@ -209,7 +209,7 @@ def check(form: Form, problem: Problem, top_k: int, options: argparse.Namespace)
     return vars(verdict) | {"right": right, "into_main_grad": into_main_grad} | dict(zip(names, sent, strict=True))
 
 
-def summarize(row: dict, repeats: list[list[float]], form: Form) -> None:
+def summarize(row: dict, repeats: list[list[float]], cpu_seconds: list[float], form: Form) -> None:
     """Medians; the teacher's part is None where it cannot be told apart."""
     teacher, forward, backward = (torch.tensor(phase).median().item() for phase in zip(*repeats, strict=True))
     row |= {
@@ -218,6 +218,8 @@ def summarize(row: dict, repeats: list[list[float]], form: Form) -> None:
         "forward_seconds": forward,
         "backward_seconds": backward,
         "seconds_of_repeats": [sum(phase) for phase in repeats],
+        "cpu_seconds": torch.tensor(cpu_seconds).median().item(),
+        "cpu_seconds_of_repeats": cpu_seconds,
     }
 
 

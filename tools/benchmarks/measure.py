@@ -3,7 +3,6 @@
 All of it for the ranks of the default process group together, on CPU or CUDA.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -88,15 +87,19 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def phase_seconds(phases: Sequence[Callable[[object], object]], device: torch.device) -> list[float]:
-    """Seconds of each phase; a phase gets what the one before returned. All ranks start together."""
+def phase_seconds(phases: Sequence[Callable[[object], object]], device: torch.device) -> tuple[list[float], float]:
+    """Seconds of each phase, and the CPU seconds of this process in all of them. All ranks start together.
+
+    A phase gets what the one before returned. On a busy machine the CPU seconds are the steadier measure of work on a
+    CPU: time in which the process did not run, or waited for other ranks, is not in them.
+    """
     if dist.get_world_size() > 1:
         dist.barrier()
-    result, marks = None, [_now(device)]
+    result, marks, cpu = None, [_now(device)], time.process_time()
     for phase in phases:
         result = phase(result)
         marks.append(_now(device))
-    return [after - before for before, after in pairwise(marks)]
+    return [after - before for before, after in pairwise(marks)], time.process_time() - cpu
 
 
 def _now(device: torch.device) -> float:
@@ -105,16 +108,18 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def slowest(seconds: list[list[float]]) -> list[list[float]]:
-    """For each repeat, the phases of the rank that took longest in all. Collective."""
+def slowest(repeats: list[tuple[list[float], float]]) -> tuple[list[list[float]], list[float]]:
+    """For each repeat, the phases of the rank that took longest, and the CPU seconds of the busiest. Collective."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, seconds)
-    return [max(ranks, key=sum) for ranks in zip(*everyone, strict=True)]
+    dist.all_gather_object(everyone, repeats)
+    rounds = list(zip(*everyone, strict=True))
+    seconds = [max((phases for phases, _ in ranks), key=sum) for ranks in rounds]
+    return seconds, [max(cpu for _, cpu in ranks) for ranks in rounds]
 
 
 def copy_bandwidth(device: torch.device, nbytes: int, repeats: int = 7) -> float:
-    """Bytes per second, read and written, of copying a buffer while every rank copies its own. Collective."""
+    """Most bytes per second, read and written, of copying a buffer while every rank copies its own. Collective."""
     source = torch.ones(nbytes // 2, dtype=torch.bfloat16, device=device)
     target = torch.zeros_like(source)
     seconds = [phase_seconds([lambda _: target.copy_(source)], device) for _ in range(repeats)]
-    return 2 * _bytes(source) / statistics.median(each for [each] in slowest(seconds))
+    return 2 * _bytes(source) / min(each for [each] in slowest(seconds)[0])
