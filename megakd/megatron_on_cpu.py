@@ -86,7 +86,6 @@ def install(device: str) -> None:
     Args:
         device: "cpu" or "cuda" (resolved: never "auto").
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallel collectives overlap only so
     if device == "cpu" and torch.cuda.Stream is not Stream:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs, a run on the CPU leaves them alone
         os.environ.setdefault(
@@ -185,10 +184,8 @@ def _import_quietly() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is) not installed")
-        import megatron.core  # noqa: F401
-        import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-    # While it runs, Megatron calls torch functions by their old names and looks at .grad of views: not the user's doing.
+    # While it runs, Megatron uses old names of torch and looks at .grad of views: not the doing of the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron)\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     if not distrib_optimizer.HAVE_APEX_OR_TE:
@@ -196,7 +193,7 @@ def _import_quietly() -> None:
 
 
 def mend_distributed_optimizer() -> None:
-    """Mend bugs 1 to 3 of the module docstring. Does nothing with Transformer Engine or Apex, whose Adam has no 'step'."""
+    """Mend bugs 1 to 3 of the module docstring; nothing with Transformer Engine or Apex, whose Adam has no step."""
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer

@@ -151,12 +151,14 @@ def publish(
     metrics: dict,
     conversion: dict | None = None,
     origin: pathlib.Path | None = None,
+    data: dict | None = None,
 ) -> None:
     """Complete the folder that `begin` made and give it its name. One rank calls it, after all have written.
 
     Args:
         tokenizer: megakd.data Tokenizer whose files travel along, or None.
         conversion: see Checkpoint.
+        data: how samples were made of records (templates, masks), for whoever uses the model.
         origin: checkpoint that training started from; what it has kept of its Hugging Face origin goes along.
     """
     source = incomplete(path)
@@ -177,6 +179,7 @@ def publish(
         "tokenizer": tokenizer_record,
         "metrics": metrics,
         "conversion": conversion,
+        "data": data,
         "files": {str(f.relative_to(source)): f.stat().st_size for f in sorted(source.rglob("*")) if f.is_file()},
     }
     with open(source / RECORD, "w", encoding="utf-8") as file:

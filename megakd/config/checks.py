@@ -105,8 +105,10 @@ def model_problems(
 ) -> Iterator[tuple[str, str]]:
     """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
     tp, pp = parallel.tp, parallel.pp
-    if trained and model.moe is not None and tp > 1 and not parallel.sp:
+    if trained and tp > 1 and model.moe is not None and not parallel.sp:
         yield "parallel.sp", f"false, but Megatron trains experts with parallel.tp = {tp} only with it"
+    if trained and tp > 1 and model.mla is not None:  # gradients of its norms differ from those of one rank
+        yield "parallel.tp", f"{tp}, but a student with latent attention (mla) is trained with parallel.tp = 1 only"
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(model, key)
         if value is not None and value % tp:

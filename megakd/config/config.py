@@ -14,7 +14,7 @@ from megakd.config.features import Features
 from megakd.config.keys import iter_keys, section_of
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
-from megakd.config.problems import explain, nearest_key
+from megakd.config.problems import explain, nearest_key, problems_error
 from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
 
@@ -103,7 +103,7 @@ class Config(sections.Section):
         if self.parallel.sp and self.parallel.tp == 1:
             yield "parallel.sp", "true, but parallel.tp is 1; sequence parallel cuts what tensor parallel ranks share"
         if self.student.model is not None:
-            for key, text in model_problems(self.student.model, self.parallel, self.data.sequence_length):
+            for key, text in model_problems(self.student.model, self.parallel, self.data.sequence_length, trained=True):
                 yield (key if "." in key else f"student.model.{key}"), text
             if self.data.tokenizer is None:
                 yield (
@@ -129,13 +129,25 @@ class Config(sections.Section):
             )
         if self.eval.every_steps is not None and self.data.validation is None:
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
-        yield from self._schedule_problems()
+        yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
 
-    def _schedule_problems(self) -> Iterator[tuple[str, str]]:
+    def check_schedule(self, steps: int) -> None:
+        """Checks the learning rate's schedule against a number of steps that only the data could tell (train.epochs).
+
+        Raises:
+            ConfigError: the warm-up or the decay is longer than the run.
+        """
+        lines = [f"{key}: {text}" for key, text in self._schedule_problems(steps)]
+        if lines:
+            raise problems_error(f"the run has {steps} steps", lines, hint="shorten the schedule, or train for longer")
+
+    def _schedule_problems(self, steps: int | None) -> Iterator[tuple[str, str]]:
         warmup, wsd = self.schedule.warmup_steps, self.schedule.wsd_decay_steps
-        name = "train.steps" if self.schedule.decay_steps is None else "schedule.decay_steps"
-        last = self.train.steps if self.schedule.decay_steps is None else self.schedule.decay_steps
+        name = "the run's steps" if self.train.steps is None else "train.steps"
+        if self.schedule.decay_steps is not None:
+            name, steps = "schedule.decay_steps", self.schedule.decay_steps
+        last = steps
         if last is None:
             return
         if warmup >= last:

@@ -36,6 +36,8 @@ class Run(Section):
     `required` refuses a folder that has none."""
     allow_change: list[Text] = Field([])
     """Keys or sections (`train.steps`, `optimizer`) that may differ from the run folder's saved config on resume."""
+    timeout_seconds: Count = 1800
+    """Seconds that ranks wait for each other (a slow disk, data tokenized at the start) before the run is given up."""
     stop_after: Count | None = None
     """Optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the end."""
 

@@ -41,6 +41,8 @@ class Ranks:
     """
 
     def __init__(self, device: str = "auto", *, rendezvous_seconds: float = 300, collective_seconds: float = 600):
+        # Megatron overlaps tensor parallel collectives only so, and CUDA reads it when the first context is made.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self.launch = read_launch(os.environ)
         self.rank, self.world_size, self.local_rank = self.launch.rank, self.launch.world_size, self.launch.local_rank
         self.is_main = self.rank == 0

@@ -30,6 +30,11 @@ def main(argv: list[str]) -> None:
         if found:
             student = config.student.model_copy(update={"checkpoint": str(found[-1]), "model": None})
             config = config.model_copy(update={"student": student})
+        elif config.student.checkpoint is None:
+            raise ConfigError(
+                f"{config.run.dir} holds no checkpoint, and student.model alone would be evaluated with random weights",
+                hint="correct run.dir, or name a student.checkpoint",
+            )
         setup = build_setup(config, ranks.device)
         evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
         metrics = evaluation(setup.validation_batches(), ranks.device)

@@ -21,5 +21,5 @@ def start_run(argv: Sequence[str]) -> Iterator[tuple[Config, Ranks]]:
     """
     config = Config.from_arguments(argv)
     check_ranks(config, read_launch(os.environ).world_size)
-    with Ranks(config.run.device) as ranks:
+    with Ranks(config.run.device, collective_seconds=config.run.timeout_seconds) as ranks:
         yield config, ranks

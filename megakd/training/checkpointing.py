@@ -12,7 +12,20 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megakd.checkpoints import folder, torch_dist
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
+from megakd.training.run_folder import STOP_FILE, check_owner
 from megakd.training.step import StudentStep
+
+# What the data section says about how a sample is written; it belongs to the model as its tokenizer does.
+SAMPLE_KEYS = {
+    "format",
+    "columns",
+    "template",
+    "chat_template",
+    "chat_tokens",
+    "answer_only_loss",
+    "add_bos",
+    "add_eos",
+}
 
 
 @dataclasses.dataclass
@@ -65,7 +78,9 @@ class Saver:
 
         def publish():
             parts = {"model": self.model, "step": progress.step, "training": True, "metrics": metrics}
-            folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, **parts)
+            check_owner(self.config.run.dir)
+            data = self.config.data.model_dump(include=SAMPLE_KEYS)
+            folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, **parts)
             folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
 
         request = torch_dist.save(
@@ -78,12 +93,27 @@ class Saver:
     def poll(self) -> None:
         """Publish a background save that has finished."""
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=False)
+            self.finalize(blocking=False)
 
     def finish(self) -> None:
         """Wait for a background save."""
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
+            self.finalize(blocking=True)
+
+    def finalize(self, *, blocking: bool) -> None:
+        try:
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
+        except torch_dist.FAILURES as error:
+            path = folder.step_folder(self.config.run.dir, self.saved_step)
+            if dist.get_rank() == 0:
+                folder.discard(path)
+            raise torch_dist.save_error(path, f"in the background: {type(error).__name__}: {error}") from error
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Put metrics of the step that was just saved into its record."""
+        self.finish()
+        if dist.get_rank() == 0:
+            folder.record_metrics(folder.step_folder(self.config.run.dir, self.saved_step), metrics)
 
 
 def training_state(student: StudentStep, *, loading: bool, with_random: bool = True) -> dict:
@@ -92,7 +122,6 @@ def training_state(student: StudentStep, *, loading: bool, with_random: bool = T
     state = {
         "model": weights,
         "optimizer": student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
-        "scheduler": student.scheduler.state_dict(),
     }
     if with_random:
         state["random"] = random_state(student.groups)
@@ -121,7 +150,7 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
     """
     saved = dist_checkpointing.load_common_state_dict(str(checkpoint.path))
     same_layout = saved["layout"] == layout(student.groups)
-    loaded = torch_dist.load(checkpoint, training_state(student, loading=True, with_random=same_layout))
+    loaded = torch_dist.load(checkpoint, training_state(student, loading=True, with_random=same_layout), student.groups)
     student.gpt.load_state_dict(loaded["model"])
     student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.num_steps = 0
@@ -130,7 +159,11 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
         torch.set_rng_state(loaded["random"]["torch"])
         torch.cuda.set_rng_state(loaded["random"]["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
-    return Progress(**saved["progress"])
+    progress = Progress(**saved["progress"])
+    measured = checkpoint.metrics.get("loss")  # may have been added after the state was saved
+    if measured is not None and (progress.best_loss is None or measured < progress.best_loss):
+        progress.best_loss, progress.best_step = measured, progress.step
+    return progress
 
 
 def write_stop_file(run_dir: str, step: int, *, finished: bool) -> None:
@@ -139,7 +172,7 @@ def write_stop_file(run_dir: str, step: int, *, finished: bool) -> None:
     Collectives: one barrier, after the file is there.
     """
     if dist.get_rank() == 0:
-        path = pathlib.Path(run_dir) / "stopped.json"
+        path = pathlib.Path(run_dir) / STOP_FILE
         new = path.with_suffix(".tmp")
         new.write_text(f'{{"step": {step}, "finished": {str(finished).lower()}}}\n', encoding="utf-8")
         new.replace(path)

@@ -85,7 +85,7 @@ class Evaluation:
 def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:
     """[3, BINS]: how many predictions have a confidence in each bin, their summed confidence, how many are right."""
     confidence_T = said.logprob_T.double().exp()
-    bin_T = (confidence_T * BINS).long().clamp(max=BINS - 1)
+    bin_T = (confidence_T * BINS).long().clamp(0, BINS - 1)
     rows_3T = torch.stack([torch.ones_like(confidence_T), confidence_T, (said.id_T == labels_T).double()])
     return torch.zeros(3, BINS, dtype=torch.float64, device=bin_T.device).index_add_(1, bin_T, rows_3T)
 

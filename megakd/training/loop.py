@@ -1,5 +1,6 @@
 """A training run from its config to its last checkpoint."""
 
+import contextlib
 import logging
 
 import torch.distributed as dist
@@ -10,9 +11,9 @@ from megakd.training.checkpointing import Progress, Saver, resume, write_stop_fi
 from megakd.training.evaluation import Evaluation
 from megakd.training.metrics import MetricsLog, Stopwatch, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
-from megakd.training.run_folder import open_run_folder
+from megakd.training.run_folder import open_run_folder, write_run_files
 from megakd.training.setup import Setup, build_setup, check_teacher_knows
-from megakd.training.step import StudentStep
+from megakd.training.step import StudentStep, check_finite
 
 LOG = logging.getLogger("megakd")
 
@@ -26,27 +27,29 @@ def train(config: Config, ranks: Ranks) -> None:
     Raises:
         MegakdError: on every rank, with what to change.
     """
-    checkpoint = open_run_folder(config)
-    setup = build_setup(config, ranks.device)
-    ddp = wrap_data_parallel(setup.student, config, setup.groups)
-    optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
-    student = StudentStep(
-        setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups
-    )
-    progress = Progress()
-    if checkpoint:
-        progress = resume(student, checkpoint)
-        LOG.info("continuing from %s", checkpoint.path)
-    else:
-        optimizer.reload_model_params()
-    log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
-    saver = Saver(config, student, setup.model, setup.tokenizer)
-    try:
+    with contextlib.ExitStack() as held:
+        checkpoint = open_run_folder(config, held)
+        setup = build_setup(config, ranks.device)
+        config.check_schedule(setup.steps)
+        ddp = wrap_data_parallel(setup.student, config, setup.groups)
+        optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
+        student = StudentStep(
+            setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups
+        )
+        progress = Progress()
+        if checkpoint:
+            progress = resume(student, checkpoint)
+            LOG.info("continuing from %s", checkpoint.path)
+        else:
+            optimizer.reload_model_params()
+        write_run_files(config)
+        log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
+        held.callback(log.close)
+        log.write("data", progress.step, setup.train_data.counts)
+        saver = Saver(config, student, setup.model, setup.tokenizer)
         Loop(setup, student, saver, log, progress, ranks).run()
         saver.finish()
-    finally:
-        log.close()
-    write_stop_file(config.run.dir, progress.step, finished=progress.step >= setup.steps)
+        write_stop_file(config.run.dir, progress.step, finished=progress.step >= setup.steps)
 
 
 class Loop:
@@ -58,28 +61,28 @@ class Loop:
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
         self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
-        self.validation: dict[str, float] = {}
+        self.teacher_checked = False
 
     def run(self) -> None:
-        progress, first = self.progress, self.progress.step
+        progress = self.progress
         last = self.setup.steps
         if self.config.run.stop_after:
-            last = min(last, first + self.config.run.stop_after)
+            last = min(last, progress.step + self.config.run.stop_after)
         while progress.step < last:
-            self.one_step(check_teacher=progress.step == first)
+            self.one_step()
             self.saver.poll()
             stop = self.ranks.agree_to_stop()
             ending = stop or progress.step == last
-            if due(self.config.eval.every_steps, progress.step) or (ending and not stop and self.setup.validation_data):
-                self.validate()
             if ending or due(self.config.checkpoint.every_steps, progress.step):
-                self.saver.save(progress, self.validation)
+                self.saver.save(progress, {})  # before validation, which may take long or fail
             if stop:
                 LOG.info("asked to stop: checkpoint of step %d is written", progress.step)
                 return
+            if due(self.config.eval.every_steps, progress.step) or (ending and self.setup.validation_data):
+                self.validate()
 
-    def one_step(self, *, check_teacher: bool) -> None:
-        progress, watch = self.progress, Stopwatch()
+    def one_step(self) -> None:
+        progress, watch, check_teacher = self.progress, Stopwatch(), not self.teacher_checked
         micro_batches = self.setup.batch(progress.step)
         data_seconds = watch.lap()
         logged = due(self.config.log.every_steps, progress.step + 1)
@@ -91,6 +94,7 @@ class Loop:
             return
         if check_teacher:
             check_teacher_knows(self.setup, metrics)
+            self.teacher_checked = True
         tokens = metrics.pop("tokens")
         progress.tokens += int(tokens)
         positions = sum(micro_batch.ids_BS.numel() for micro_batch in micro_batches) * self.setup.groups.dp.size()
@@ -103,29 +107,33 @@ class Loop:
         """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
         setup, length = self.setup, self.config.data.sequence_length
         flops = model_flops_per_token(setup.model, setup.model.vocab_size, length, backward=True)
-        if setup.teacher_model:
-            flops += model_flops_per_token(setup.teacher_model, setup.model.vocab_size, length, backward=False)
+        if setup.teacher_model and flops is not None:
+            teacher = model_flops_per_token(setup.teacher_model, setup.model.vocab_size, length, backward=False)
+            flops = None if teacher is None else flops + teacher
         seconds = data_seconds + step_seconds
-        return {
+        rate = {} if flops is None else {"tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12}
+        return rate | {
             "seconds": seconds,
             "data_seconds": data_seconds,
             "tokens_per_second": tokens / seconds,
-            "tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12,
             "peak_memory_bytes": memory_peak_bytes(setup.device),
         }
 
     def validate(self) -> None:
         watch = Stopwatch()
         self.evaluation.loss = self.setup.loss.at(self.progress.step)
-        self.validation = self.evaluation(self.setup.validation_batches(), self.setup.device)
-        if not self.validation:
+        metrics, progress = self.evaluation(self.setup.validation_batches(), self.setup.device), self.progress
+        if "loss" not in metrics:  # no supervised token
             return
-        loss, progress = self.validation["loss"], self.progress
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step = loss, progress.step
-            if self.config.checkpoint.keep_best:
-                self.saver.save(progress, self.validation)
-        self.log.write("validation", progress.step, self.validation | {"seconds": watch.lap()})
+        check_finite(metrics, ["loss"], f"validation at step {progress.step}")
+        self.log.write("validation", progress.step, metrics | {"seconds": watch.lap()})
+        best = progress.best_loss is None or metrics["loss"] < progress.best_loss
+        if best:
+            progress.best_loss, progress.best_step = metrics["loss"], progress.step
+        if self.saver.saved_step == progress.step:
+            self.saver.add_metrics(metrics)
+        elif best and self.config.checkpoint.keep_best:
+            self.saver.save(progress, metrics)
 
 
 def due(every: int | None, step: int) -> bool:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 
 from tqdm import tqdm
 
@@ -97,8 +98,14 @@ def start_wandb(config: Config):
             f"log.wandb_project = {config.log.wandb_project!r}, but the package wandb is not installed",
             hint="pip install wandb, or leave log.wandb_project out",
         ) from error
-    name = pathlib.Path(config.run.dir).name
-    return wandb.init(project=config.log.wandb_project, name=name, id=name, resume="allow", config=config.model_dump())
+    run_dir = pathlib.Path(config.run.dir)
+    kept = run_dir / "wandb_id.txt"  # the run's own: folders of other experiments may have the same name
+    if not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    identity = kept.read_text(encoding="utf-8")
+    return wandb.init(
+        project=config.log.wandb_project, name=run_dir.name, id=identity, resume="allow", config=config.model_dump()
+    )
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:
@@ -117,17 +124,19 @@ def drop_lines_after(path: pathlib.Path, step: int) -> None:
     os.replace(new, path)
 
 
-def model_flops_per_token(model: Model, vocab_size: int, sequence_length: int, *, backward: bool) -> float:
+def model_flops_per_token(model: Model, vocab_size: int, sequence_length: int, *, backward: bool) -> float | None:
     """Multiply-adds of matrix products, counted twice, for one token of a forward pass, or of forward and backward.
 
     Attention counts S / 2 positions a token (it is causal). Source: arXiv:2205.05198, appendix A, with grouped
-    queries and a gated MLP.
+    queries and a gated MLP. None for experts and latent attention, which the formula does not cover.
     """
+    if model.moe is not None or model.mla is not None:
+        return None
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     queries = model.num_attention_heads * channels
     keys = (model.num_query_groups or model.num_attention_heads) * channels
     attention = model.hidden_size * (2 * queries + 2 * keys) + sequence_length * queries
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.gated else 2)
     forward = 2 * (model.num_layers * (attention + mlp) + model.hidden_size * vocab_size)
     return forward * (3 if backward else 1)
 

@@ -1,6 +1,13 @@
 """The run folder: its config, whether a run continues in it, and from where."""
 
+import contextlib
+import fcntl
+import logging
+import os
 import pathlib
+import socket
+from collections.abc import Callable
+from typing import IO, TypeVar
 
 import torch.distributed as dist
 
@@ -9,7 +16,9 @@ from megakd.checkpoints.folder import Checkpoint, read_checkpoint, whole_checkpo
 from megakd.config import Config
 from megakd.errors import ConfigError, MegakdError
 
-CONFIG_FILE = "config.yaml"
+LOG = logging.getLogger("megakd")
+CONFIG_FILE, OWNER_FILE, STOP_FILE = "config.yaml", "owner.lock", "stopped.json"
+Result = TypeVar("Result")
 # What may differ between launches of one run: where and how fast it runs, never what it computes.
 FREE = (
     "run.dir",
@@ -17,6 +26,7 @@ FREE = (
     "run.resume",
     "run.allow_change",
     "run.stop_after",
+    "run.timeout_seconds",
     "parallel",
     "train.micro_batch_size",
     "train.recompute",
@@ -29,19 +39,34 @@ FREE = (
 )
 
 
-def open_run_folder(config: Config) -> Checkpoint | None:
+def open_run_folder(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     """Make the folder or check that the run in it is this one, and write the resolved config.
 
+    The folder belongs to one launch at a time: a second one is refused on a file system whose locks hold across
+    machines, and elsewhere the first one stops at its next checkpoint.
+
+    Args:
+        held: rank 0 hangs its lock on it; the folder is given back when it is closed.
     Returns:
         The checkpoint to continue from; None to start.
     Raises:
         ConfigError, CheckpointError: on every rank.
     Collectives: one broadcast; rank 0 alone touches the folder.
     """
+    return from_rank_0(lambda: _open(config, held))
+
+
+def from_rank_0(function: Callable[[], Result]) -> Result:
+    """What a function returns on rank 0, on every rank; so that all see one state of a folder that may change.
+
+    Raises:
+        MegakdError: that of rank 0, on every rank.
+    Collectives: one broadcast of the pickled result.
+    """
     result = [None]
     if dist.get_rank() == 0:
         try:
-            result = [_open(config)]
+            result = [function()]
         except MegakdError as error:
             result = [error]
     dist.broadcast_object_list(result)
@@ -50,7 +75,58 @@ def open_run_folder(config: Config) -> Checkpoint | None:
     return result[0]
 
 
-def _open(config: Config) -> Checkpoint | None:
+def take(run_dir: pathlib.Path) -> IO:
+    """Make this process the owner of a run folder, until the returned file is closed."""
+    file = open(run_dir / OWNER_FILE, "a+", encoding="utf-8")  # noqa: SIM115  stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ConfigError(
+            f"run.dir {run_dir} is in use by another launch ({holder})",
+            hint="wait for it to end, or choose another run.dir",
+        ) from error
+    except OSError:
+        LOG.warning("%s: this file system has no locks; see to it that only one launch uses the folder", run_dir)
+    file.truncate(0)
+    file.write(owner())
+    file.flush()
+    return file
+
+
+def owner() -> str:
+    return f"{socket.gethostname()} pid {os.getpid()} job {os.environ.get('SLURM_JOB_ID', '-')}"
+
+
+def check_owner(run_dir: str) -> None:
+    """Raises OSError when another launch has taken the folder meanwhile. Rank 0 calls it."""
+    path = pathlib.Path(run_dir) / OWNER_FILE
+    seen = path.read_text(encoding="utf-8") if path.exists() else owner()
+    if seen != owner():
+        raise OSError(f"{run_dir} was taken by another launch ({seen}); this one writes to it no more")
+
+
+def write_run_files(config: Config) -> None:
+    """The resolved config and the versions, once everything has been built. Rank 0 alone writes.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+
+    def write():
+        run_dir = pathlib.Path(config.run.dir)
+        config.save(run_dir / CONFIG_FILE)
+        try:
+            (run_dir / "versions.txt").write_text("".join(f"{line}\n" for line in versions()), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{run_dir} cannot be written: {error}", hint="free space on that disk") from error
+
+    from_rank_0(write)
+
+
+def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     run_dir = pathlib.Path(config.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -58,6 +134,7 @@ def _open(config: Config) -> Checkpoint | None:
         raise ConfigError(
             f"run.dir {run_dir} cannot be made: {error.strerror}", hint="choose a folder that can be written"
         ) from error
+    held.enter_context(take(run_dir))
     found = whole_checkpoints(run_dir)
     if not found and config.run.resume == "required":
         raise ConfigError(
@@ -72,8 +149,7 @@ def _open(config: Config) -> Checkpoint | None:
     checkpoint = read_checkpoint(found[-1]) if found else None
     if checkpoint:
         check_same_run(Config.load(run_dir / CONFIG_FILE), config)
-    config.save(run_dir / CONFIG_FILE)
-    (run_dir / "versions.txt").write_text("".join(f"{line}\n" for line in versions()), encoding="utf-8")
+    (run_dir / STOP_FILE).unlink(missing_ok=True)  # it speaks of an earlier launch
     return checkpoint
 
 

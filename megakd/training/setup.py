@@ -22,6 +22,7 @@ from megakd.models.groups import build_groups
 from megakd.models.micro_batch import MicroBatch, build_micro_batch
 from megakd.models.teacher import OnlineTeacher, TeacherSource
 from megakd.training.cached import describe_data, open_cache
+from megakd.training.run_folder import from_rank_0
 
 LOG = logging.getLogger("megakd")
 CE_ONLY = Loss(kd_weight=0.0, ce_weight=1.0)
@@ -101,11 +102,10 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         ConfigError, CheckpointError, DataError: something is missing or does not fit together; before any weight
             is read.
     """
-    student_from = read_checkpoint(config.student.checkpoint) if config.student.checkpoint else None
-    teacher_from = read_checkpoint(config.teacher.checkpoint) if config.teacher and config.teacher.checkpoint else None
+    student_from, teacher_from = from_rank_0(lambda: read_both(config))
     tokenizer = choose_tokenizer(config, student_from)
     model = with_vocab(student_from.model if student_from else config.student.model, tokenizer, "the student")
-    check_model(config, model, "the student")
+    check_model(config, model, "the student", trained=True)
     check_vocab(config, tokenizer.vocab_size)
     vocab_size, padded_size = model.vocab_size, padded_vocab_size(model.vocab_size)
     cache = open_cache(config, tokenizer, model, teacher_from) if config.teacher and config.teacher.cache else None
@@ -146,12 +146,27 @@ def build_setup(config: Config, device: torch.device) -> Setup:
 
 
 def open_both(config: Config, tokenizer) -> tuple:
-    """Training and validation data (None without); what is not tokenized yet is, by one rank while the others wait."""
+    """Training and validation data (None without); what is not tokenized yet is, by rank 0 while the others wait.
+
+    Collectives: one broadcast; `run.timeout_seconds` must be enough for rank 0 (or use `megakd prepare` before).
+    """
+
+    def open_all(build: bool) -> tuple:
+        sources = ((config.data.train, config.run.seed), (config.data.validation, None))
+        return tuple(
+            None if source is None else open_data(config.data, source, tokenizer, seed, build=build, progress=shown)
+            for source, seed in sources
+        )
+
     shown = config.log.progress and dist.get_rank() == 0
-    train_data = open_data(config.data, config.data.train, tokenizer, config.run.seed, progress=shown)
-    if config.data.validation is None:
-        return train_data, None
-    return train_data, open_data(config.data, config.data.validation, tokenizer, None, progress=shown)
+    from_rank_0(lambda: open_all(build=True) and None)
+    return open_all(build=False)
+
+
+def read_both(config: Config) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """What student and teacher start from; of a run folder, its last checkpoint at this moment."""
+    paths = (config.student.checkpoint, config.teacher.checkpoint if config.teacher else None)
+    return tuple(read_checkpoint(path) if path else None for path in paths)
 
 
 def choose_tokenizer(config: Config, student_from: Checkpoint | None):

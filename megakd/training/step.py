@@ -84,9 +84,9 @@ class StudentStep:
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
             metrics["loss"] += metrics["features"]
-        check_finite(metrics, [name for name in ("loss", "kd", "ce", "features") if name in metrics], step)
+        check_finite(metrics, [name for name in ("loss", "kd", "ce", "features") if name in metrics], f"step {step}")
         _, metrics["grad_norm"], _ = self.optimizer.step()
-        check_finite(metrics, ["grad_norm"], step)
+        check_finite(metrics, ["grad_norm"], f"step {step}")
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return metrics | self.loss.moved(step)
 
@@ -99,8 +99,8 @@ class StudentStep:
     def lessons(self, micro_batches: list[MicroBatch], loss: Loss) -> list[Lesson | None]:
         if self.teacher is None:
             return [no_lesson(len(m.labels_T), m.ids_BS.device) for m in micro_batches]
-        if loss.temperature != self.loss.temperature:
-            self.teacher.temperature = loss.temperature  # a ramp; only a live teacher may have one
+        if self.loss.ramps.temperature is not None:
+            self.teacher.temperature = loss.temperature  # only a live teacher may have a ramp
         return self.teacher.lessons(micro_batches) or [None] * len(micro_batches)  # none on earlier pipeline stages
 
     def forward_step(self, loss: Loss, measure: bool, iterator, model):
@@ -140,12 +140,12 @@ def reduce_sums(sums: list[Tensor], groups, device) -> Tensor:
     return total
 
 
-def check_finite(metrics: dict[str, float], names: list[str], step: int) -> None:
+def check_finite(metrics: dict[str, float], names: list[str], where: str) -> None:
     wrong = {name: metrics[name] for name in names if not math.isfinite(metrics[name])}
     if wrong:
         values = ", ".join(f"{name} = {value}" for name, value in wrong.items())
         raise TrainingError(
-            f"step {step}: {values} (not finite); nothing of this step is saved",
+            f"{where}: {values} (not finite); nothing of it is saved",
             hint="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the samples of this step; "
             "the last checkpoint is from before it",
         )

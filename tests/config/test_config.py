@@ -279,3 +279,17 @@ def test_flat_has_every_key_and_null_sections(build):
     flat = build().flat()
     assert flat["teacher"] is None and flat["student.model.hidden_size"] == 64 and flat["optimizer.lr"] == 0.001
     assert build({"teacher.checkpoint": "t"}).flat()["teacher.checkpoint"] == "t"
+
+
+def test_what_megatron_does_not_train_is_refused():
+    from megakd.config import MLA, Model, MoE, Parallel
+    from megakd.config.checks import model_problems
+
+    base = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
+    mla = MLA(kv_lora_rank=16, qk_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+    moe = MoE(num_experts=4, top_k=2, ffn_hidden_size=32)
+    for changes, key in (({"mla": mla}, "parallel.tp"), ({"moe": moe}, "parallel.sp")):
+        model = Model(**base, max_sequence_length=64).model_copy(update=changes)
+        for trained in (True, False):
+            found = [name for name, _ in model_problems(model, Parallel(tp=2), 64, trained=trained)]
+            assert found == ([key] if trained else [])

@@ -94,15 +94,15 @@ def lines(run_dir, kind="train"):
     return [{k: v for k, v in e.items() if k not in left_out} for e in entries if e["kind"] == kind]
 
 
-def launch(folder, ranks, verb, config, *overrides):
+def launch(folder, ranks, verb, config, *overrides, program=("-m", "megakd")):
     """Start a verb under torchrun; returns the process (in a session of its own)."""
     file = pathlib.Path(folder) / f"config_{len(list(pathlib.Path(folder).glob('config_*')))}.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [*command, "-m", "megakd", verb, str(file), *overrides],
+        [*command, *map(str, program), verb, str(file), *overrides],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

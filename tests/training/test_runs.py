@@ -127,6 +127,73 @@ def test_background_saves_are_whole(folder, tmp_path):
     assert runs.lines(tmp_path) == before
 
 
+BROKEN = """
+import sys
+import megakd.megatron_on_cpu as seam
+install = seam.install
+def install_and_break(device):
+    install(device)
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    TorchCommonSaveStrategy.save_common = full
+seam.install = install_and_break
+if __name__ == "__main__":
+    from megakd.cli import main
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_for_rank_0_alone_ends_all_ranks(folder, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    process = runs.launch(tmp_path, 2, "train", runs.values(folder, tmp_path / "run", train__steps=1), program=[script])
+    started = time.monotonic()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode != 0
+    assert "CheckpointError: checkpoint" in output and "the disk is full" in output, output
+    assert time.monotonic() - started < 120
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000001").exists()
+
+
+def test_a_run_folder_in_use_is_refused(folder, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "owner.lock", "w") as file:
+        file.write("node7 pid 12 job 34")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        messages = run_ranks(2, runs.train, runs.values(folder, tmp_path / "run", train__steps=1))
+    assert "is in use by another launch (node7 pid 12 job 34)" in messages[0] and messages[0] == messages[1]
+    config = runs.values(folder, tmp_path / "run", train__steps=1)
+    assert run_ranks(2, runs.train, config) == [None, None]
+
+
+def test_the_last_validation_is_in_the_last_checkpoint(teacher):
+    from megakd.checkpoints.folder import read_checkpoint
+
+    record = json.loads((read_checkpoint(teacher).path / "megakd.json").read_text())
+    assert record["data"]["template"] == "{input} {output}"
+    assert read_checkpoint(teacher).metrics["ce"] == runs.lines(teacher, "validation")[-1]["ce"]
+
+
+def test_a_schedule_longer_than_its_epochs_is_refused(folder, tmp_path):
+    config = runs.values(folder, tmp_path, train__epochs=0.1, schedule__warmup_steps=1000)
+    del config["train"]["steps"]
+    (message,) = run_ranks(1, runs.train, config)
+    assert "ConfigError: the run has" in message and "schedule.warmup_steps: 1000 must be below" in message
+
+
+def test_nothing_to_evaluate_is_refused(folder, tmp_path):
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(runs.values(folder, tmp_path / "nowhere")))
+    done = run_python(["-m", "megakd", "evaluate", str(tmp_path / "config.yaml")])
+    assert done.returncode == 1 and "would be evaluated with random weights" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_epochs_and_the_best_checkpoint(folder, tmp_path):
     config = runs.values(folder, tmp_path, train__epochs=0.5, eval__every_steps=2)
     del config["train"]["steps"]

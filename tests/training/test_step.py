@@ -48,7 +48,9 @@ def test_layout_changes_nothing(ranks, tp, pp, size):
     assert_same_curve(curves[0], whole())
 
 
-@pytest.mark.parametrize("changes", [{"parallel__sp": True}, {"train__recompute": "full"}])
+@pytest.mark.parametrize(
+    "changes", [{"parallel__sp": True}, {"train__recompute": "full"}, {"train__recompute": "selective"}]
+)
 def test_sequence_parallel_and_recompute_change_nothing(changes):
     assert_same_curve(run_ranks(2, small.curve, 2, 1, 4, STEPS, changes)[0], whole())
 
@@ -154,6 +156,21 @@ def test_ramps_are_followed_step_by_step():
         assert m["loss"] == pytest.approx(m["kd_weight"] * m["temperature"] ** 2 * m["kd"] + m["ce_weight"] * m["ce"])
     assert ramped[0]["kd"] == pytest.approx(whole()[0]["kd"])
     assert ramped[2]["teacher_mass"] > 1.2 * whole()[2]["teacher_mass"], "the teacher is sharper at temperature 1"
+
+
+def temperatures(rank, ranks):
+    with small.layout() as groups:
+        ramp = {"to": 1.0, "kind": "wsd", "steps": 9, "warmup_steps": 2, "decay_steps": 2}
+        run = small.student_step(small.config(loss__ramps={"temperature": ramp}), groups)
+        seen = []
+        for i in range(3):
+            run(small.batch(i, groups, 8), step=i + 1, measure=False)
+            seen.append(run.teacher.temperature)
+        return seen
+
+
+def test_the_teacher_leaves_the_warm_up_of_a_temperature_too():
+    assert run_ranks(1, temperatures)[0] == [1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
