@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megakd.kernels.paths import row_passes
 from megakd.kernels.rows import row_blocks
-from megakd.kernels.selection import blocks, candidates, check_finite, gather_entries
+from megakd.kernels.selection import check_finite, gather_entries
+from megakd.kernels.selection_rows import blocks, candidates
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets
 

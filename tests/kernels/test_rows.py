@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megakd.kernels import VocabShard, kd_loss, paths, rows, select_top_k, selection
+from megakd.kernels import VocabShard, kd_loss, paths, rows, select_top_k, selection_rows
 from tests.kernels.dense import dense_targets, draw
 
 T, V, K = 11, 101, 8
@@ -57,7 +57,9 @@ def test_crowded_rows_are_scanned_whole(monkeypatch):
     teacher[[1, 7]] = teacher[[1, 7]].round().clamp(max=3)
     teacher[8] = 0.0
     taken = []
-    monkeypatch.setattr(selection, "_take", lambda *a, take=selection._take: (taken.append(a[0].shape), take(*a)))
+    monkeypatch.setattr(
+        selection_rows, "_take", lambda *a, take=selection_rows._take: (taken.append(a[0].shape), take(*a))
+    )
     targets = select_top_k(teacher, top_k, VocabShard(0, width, width))
     ids, log_p, tail = dense_targets(teacher, top_k)
     assert torch.equal(targets.ids_TK, ids)

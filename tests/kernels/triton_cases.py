@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megakd.kernels import rows, triton_rows, triton_tiles
+from megakd.kernels import (
+    VocabShard,
+    kd_loss,
+    kd_loss_reference,
+    rows,
+    select_top_k,
+    selection,
+    selection_rows,
+    triton_rows,
+    triton_selection,
+    triton_tiles,
+)
+from megakd.kernels.predictions import predict
+from tests.kernels.dense import dense_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -187,3 +200,80 @@ def test_logits_of_any_stride_and_size():
     triton_rows.backward(x, columns[:, :0], labels, supervised, 0, 1.0, ones_T, ones_T, None, columns[:, :0].float(),
                          ones_T, out)  # fmt: skip
     assert not out.any()
+
+
+def teacher(width, top_k, dtype, padding=3):
+    """Logits [6, W + padding]: plain, many ties, crowded at the top, all equal, 1e4 apart, all negative."""
+    x = 3 * torch.randn(6, width + padding, generator=torch.Generator().manual_seed(width + top_k))
+    x[1] = (2 * x[1]).round() / 2
+    x[2] = x[2].round().clamp(max=3)
+    x[3] = -7.0
+    x[4] *= 3e3
+    x[5] = -x[5].abs() - 1
+    x[:, width:] = torch.nan
+    return x.to(dtype).to(DEVICE)
+
+
+SELECTIONS = [(101, 8, 1.0), (144, 8, 1.0), (4099, 1, 2.0), (4099, 8, 1.0), (4109, 8, 2.0), (4109, 100, 1.0)]
+
+
+@pytest.mark.parametrize("width, top_k, temperature", SELECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_name)
+def test_select_top_k(width, top_k, temperature, dtype, monkeypatch):
+    monkeypatch.setattr(triton_selection, "SCRATCH_BYTES", 8 * 3 * 256)  # several blocks of rows
+    x, shard = teacher(width, top_k, dtype), VocabShard(0, width + 3, width)
+    chunked = isinstance(triton_selection.scan_rows(x, top_k, shard, 1.0), triton_selection.Scan)
+    assert chunked == (width > 101)
+    got = select_top_k(x, top_k, shard, temperature)
+    ids, log_p, tail = dense_targets(x[:, :width], top_k, temperature)
+    assert torch.equal(got.ids_TK, ids)
+    assert_close(got.logprobs_TK.double(), log_p, atol=2e-6, rtol=1e-6)
+    assert_close(got.log_tail_T.double(), tail, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_teacher_row_is_named(bad):
+    x = teacher(1009, 8, torch.bfloat16)
+    x[4, 1008] = bad
+    with pytest.raises(ValueError, match="in 1 of 6 rows, first in row 4"):
+        select_top_k(x, 8, VocabShard(0, 1012, 1009))
+
+
+def test_two_shards_share_the_ties():
+    """The passes on the halves of a vocabulary, with the threshold of both: what PyTorch takes from each."""
+    x, half, top_k = teacher(8198, 8, torch.bfloat16), 4099, 8
+    halves, shard = (x[:, :half], x[:, half : 2 * half]), VocabShard(0, half, half)
+    scans = [triton_selection.scan_rows(part, top_k, shard, 1.0) for part in halves]
+    values = torch.stack([scan.values_TL for scan in scans])
+    assert values.dtype == x.dtype and values.shape == (2, 6, top_k)
+    ids = []
+    for rank, (part, scan) in enumerate(zip(halves, scans, strict=True)):
+        agreed = selection.share(values, top_k, rank)
+        got = triton_selection.take_entries(part, scan, *agreed, top_k, 1.0)
+        want = selection_rows.take_entries(part, selection_rows.scan_rows(part, top_k, shard, 1.0), *agreed, top_k, 1.0)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1][:, ::2], want[1][:, ::2])
+        assert_close(got[1], want[1], rtol=1e-6, atol=0)
+        ids.append(torch.where(got[0] >= 0, got[0] + rank * half, 8198))
+    assert torch.equal(torch.cat(ids, 1).sort(1).values[:, :top_k], dense_targets(x[:, :8198], top_k)[0])
+
+
+@pytest.mark.parametrize("temperature, dtype", [(1.0, torch.bfloat16), (2.0, torch.float32)], ids=case_name)
+def test_the_loss_runs_on_these_passes(temperature, dtype, monkeypatch):
+    calls = []
+    for f in (triton_rows.statistics, triton_rows.backward, triton_rows.extremes):
+        monkeypatch.setattr(triton_rows, f.__name__, lambda *a, f=f: (calls.append(f), f(*a))[1])
+    width, shard = 1009, VocabShard(0, 1012, 1009)
+    x, y = teacher(width, 8, dtype), teacher(width, 9, dtype)
+    labels = torch.tensor([0, 1008, -100, 5, 77, 500], device=DEVICE)
+    targets = select_top_k(y, 8, shard, temperature)
+    grads = []
+    for loss in (kd_loss, kd_loss_reference):
+        leaf = x.clone().requires_grad_()
+        out = loss(leaf, targets, labels, shard, ce_weight=0.3)
+        out.loss_T.sum().backward()
+        grads.append((out.loss_T.detach(), leaf.grad))
+    assert_close(grads[0][0], grads[1][0], rtol=2e-6, atol=2e-6)
+    assert_near(grads[0][1], grads[1][1], 2 * ROUNDING[dtype], 1e-9)
+    assert torch.equal(predict(x, labels, shard).id_T, x[:, :width].float().max(1).indices)
+    assert len(calls) == 3
