@@ -20,32 +20,6 @@ from megakd.errors import CacheError
 from megakd.targets import sample_key
 
 
-def add_import(tools) -> None:
-    """The flags of `megakd cache import`."""
-    parser = tools.add_parser("import", help="NeMo-Aligner's JSONL chunks into a cache and a token file")
-    parser.add_argument(
-        "--input", required=True, metavar=f"PATH_{CHUNK}.jsonl", help=f"{CHUNK} stands for 0, 1, 2, ..."
-    )
-    parser.add_argument("--tokenizer", required=True, type=pathlib.Path, help="the tokenizer of the ids")
-    parser.add_argument("--vocab-size", type=int, metavar="V", help="real vocabulary (default: the tokenizer's)")
-    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="CACHE", help="folder to make")
-    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="PREFIX", help="token file to write")
-    parser.add_argument("--codec", choices=("fp32", "fp16", "q8"), default="fp16", help="default: %(default)s")
-    parser.add_argument("--shard-samples", type=int, default=256, metavar="N", help="default: %(default)s")
-    parser.set_defaults(run=run_import)
-
-
-def add_export(tools) -> None:
-    """The flags of `megakd cache export`."""
-    parser = tools.add_parser("export", help="a cache and its token file into NeMo-Aligner's JSONL chunks")
-    parser.add_argument("cache", type=pathlib.Path)
-    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="PREFIX", help="token file of the samples")
-    parser.add_argument("--sequence-length", type=int, metavar="S", help="as recorded (default: the cache's)")
-    parser.add_argument("--output", required=True, metavar=f"PATH_{CHUNK}.jsonl")
-    parser.add_argument("--chunks", type=int, default=1, metavar="N", help="files to write (default: %(default)s)")
-    parser.set_defaults(run=run_export)
-
-
 def run_import(arguments: argparse.Namespace) -> int:
     """Import all chunks."""
     from megakd.data.indexed import TokenFileWriter
