@@ -7,7 +7,7 @@ For every vocabulary, K and number of ranks, each form is first compared with fl
 then measured: bytes handed to collectives, peak bytes of tensors, and seconds of the teacher's part (selection), the
 forward and the backward. Repeats go round the forms, so that a busy machine is busy for all of them. A peer that is
 wrong is measured and marked; one of ours that is wrong ends the run. Peers that are not installed are listed as such:
-`pip install nvidia-modelopt liger-kernel` (or a folder of them in PYTHONPATH) brings them in.
+`pip install nvidia-modelopt requests liger-kernel` (or a folder of them in PYTHONPATH) brings them in.
 """
 
 import argparse
