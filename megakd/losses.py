@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megakd.config import Loss
-from megakd.kernels import VocabShard, kd_loss
+from megakd.kernels import KDLoss, VocabShard, kd_loss, linear_kd_loss
 from megakd.targets import TeacherTargets
 
 SUMS = ("tokens", "loss", "kd", "ce", "teacher_mass", "student_mass", "teacher_ce", "agreement", "measured_tokens")
@@ -48,21 +48,38 @@ def objective(
         loss_sum: float32 scalar with gradient; not averaged.
         sums: float64 [len(SUMS)] without gradient; the last three are 0 here, `training.step` fills them in.
     """
-    losses = kd_loss(
-        logits_TW,
-        targets,
-        labels_T,
-        shard,
-        divergence=loss.divergence,
-        tail=loss.tail,
-        beta=loss.beta,
-        skew=loss.skew,
-        student_temperature=loss.student_temperature,
-        kd_weight=loss.kd_weight,
-        ce_weight=loss.ce_weight,
-        inplace_backward=inplace_backward,
+    return summed(
+        kd_loss(logits_TW, targets, labels_T, shard, **options(loss), inplace_backward=inplace_backward), labels_T
     )
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=logits_TW.device)
+
+
+def fused_objective(
+    hidden_TH: Tensor,
+    weight_WH: Tensor,
+    targets: TeacherTargets,
+    labels_T: Tensor,
+    shard: VocabShard,
+    loss: Loss,
+    *,
+    block_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """`objective` of hidden_TH @ weight_WH.T, whose logits exist for `block_tokens` tokens at a time only.
+
+    The gradient of hidden_TH is summed over the ranks of the shard.
+    """
+    losses = linear_kd_loss(hidden_TH, weight_WH, targets, labels_T, shard, **options(loss), block_tokens=block_tokens)
+    return summed(losses, labels_T)
+
+
+def options(loss: Loss) -> dict:
+    """The section as keyword arguments of the kernels."""
+    names = ("divergence", "tail", "beta", "skew", "student_temperature", "kd_weight", "ce_weight")
+    return {name: getattr(loss, name) for name in names}
+
+
+def summed(losses: KDLoss, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token losses as (loss_sum, sums)."""
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=labels_T.device)
     sums[0] = len(labels_T)
     for i, part_T in enumerate((losses.loss_T, losses.kd_T, losses.ce_T, losses.teacher_mass_T, losses.student_mass_T)):
         sums[i + 1] = part_T.detach().double().sum()

@@ -42,12 +42,13 @@ class GPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
 
-    def head_input(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
+    def head_input(self, hidden_SBH: Tensor, rows_T: Tensor | None = None, *, whole_gradient: bool = False) -> Tensor:
         """Rows for the column-parallel head, in sequence-major order.
 
         Args:
             hidden_SBH: what forward returned on the last stage.
             rows_T: int64 rows s * B + b to keep, equal on all tensor-parallel ranks; None keeps all.
+            whole_gradient: what follows sums the gradient over tensor-parallel ranks itself.
         Returns:
             hidden_TH, whole on every tensor-parallel rank.
         Collectives: backward all-reduces the gradient over tp; with sequence parallelism forward all-gathers and
@@ -56,12 +57,12 @@ class GPT(GPTModel):
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=True, group=tp
+                hidden_SBH, tensor_parallel_output_grad=not whole_gradient, group=tp
             )
         hidden_TH = hidden_SBH.flatten(0, 1)
         if rows_T is not None:
             hidden_TH = hidden_TH.index_select(0, rows_T)
-        if not self.config.sequence_parallel:
+        if not self.config.sequence_parallel and not whole_gradient:
             hidden_TH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TH, group=tp)
         return hidden_TH
 
@@ -71,6 +72,11 @@ class GPT(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    def block_tokens(self, budget_bytes: int) -> int:
+        """Tokens whose logits on this rank fit into a number of bytes; at least 1."""
+        width, size = self.shard.stop - self.shard.start, self.head_weight.element_size()
+        return max(budget_bytes // (width * size), 1)
 
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
         """[T, W]: this rank's columns, padded ones included (the kernels leave those out)."""

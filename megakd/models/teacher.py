@@ -48,20 +48,40 @@ class OnlineTeacher:
         gpt: the teacher; its parameters are frozen here.
         top_k, temperature: what `select_top_k` keeps.
         groups: the process groups both models share.
+        budget_bytes: of logits that may exist at one time.
     """
 
-    def __init__(self, gpt: GPT, *, top_k: int, temperature: float, groups):
-        self.gpt = gpt.requires_grad_(False).eval()
+    def __init__(self, gpt: GPT, *, top_k: int, temperature: float, groups, budget_bytes: int = 4 << 30):
+        self.gpt, self.budget_bytes = gpt.requires_grad_(False).eval(), budget_bytes
         self.top_k, self.temperature, self.groups = top_k, temperature, groups
 
     def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
         return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Lesson:
-        logits_TW = self.gpt.logits(hidden_SBH, micro_batch.rows_T)
-        said = predict(logits_TW, micro_batch.labels_T, self.gpt.shard)
+        block = self.gpt.block_tokens(self.budget_bytes)
+        rows, labels = micro_batch.rows_T.split(block), micro_batch.labels_T.split(block)
+        return join([self._lesson(hidden_SBH, *part) for part in zip(rows, labels, strict=True)])
+
+    def _lesson(self, hidden_SBH: Tensor, rows_T: Tensor, labels_T: Tensor) -> Lesson:
+        logits_TW = self.gpt.logits(hidden_SBH, rows_T)
+        said = predict(logits_TW, labels_T, self.gpt.shard)
         targets = select_top_k(logits_TW, self.top_k, self.gpt.shard, self.temperature)
         return Lesson(targets, said.label_logprob_T, said.id_T)
+
+
+def join(lessons: list[Lesson]) -> Lesson:
+    """Lessons of consecutive tokens as one."""
+    if len(lessons) == 1:
+        return lessons[0]
+    parts = [lesson.targets for lesson in lessons]
+    names = ("ids_TK", "logprobs_TK", "log_tail_T")
+    whole = {name: torch.cat([getattr(targets, name) for targets in parts]) for name in names}
+    return Lesson(
+        dataclasses.replace(parts[0], **whole),
+        torch.cat([lesson.label_logprob_T for lesson in lessons]),
+        torch.cat([lesson.id_T for lesson in lessons]),
+    )
 
 
 def no_lesson(tokens: int, device) -> Lesson:

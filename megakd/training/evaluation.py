@@ -18,7 +18,7 @@ from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
-from megakd.models.teacher import TeacherSource, no_lesson
+from megakd.models.teacher import Lesson, TeacherSource, no_lesson
 from megakd.training.step import compare, reduce_sums
 
 BINS = 15
@@ -71,15 +71,27 @@ class Evaluation:
         order = iter(lessons)
 
         def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-            lesson, labels_T, shard = next(order), micro_batch.labels_T, self.student.shard
-            logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T)
-            _, sums = objective(logits_TW, lesson.targets, labels_T, shard, self.loss, inplace_backward=False)
-            said = predict(logits_TW, labels_T, shard)
-            if self.teacher is not None:
-                compare(sums, said, lesson)
-            return sums, bin_predictions(said, labels_T)
+            lesson, student = next(order), self.student
+            block = student.block_tokens(self.loss.logits_memory_budget_bytes)
+            every = torch.arange(len(micro_batch.labels_T), device=micro_batch.labels_T.device)
+            totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part) for part in every.split(block)]
+            return sum(sums for sums, _ in totals), sum(bins for _, bins in totals)
 
         return forward_only(self.student, micro_batches, keep, self.groups)
+
+    def judge_rows(
+        self, hidden_SBH: Tensor, micro_batch: MicroBatch, lesson: Lesson, part_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums and bins of some of a micro-batch's supervised tokens."""
+        labels_T, shard = micro_batch.labels_T[part_T], self.student.shard
+        logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T[part_T])
+        targets = lesson.targets.rows(part_T)
+        _, sums = objective(logits_TW, targets, labels_T, shard, self.loss, inplace_backward=False)
+        said = predict(logits_TW, labels_T, shard)
+        if self.teacher is not None:
+            here = Lesson(targets, lesson.label_logprob_T[part_T], lesson.id_T[part_T])
+            compare(sums, said.id_T, here)
+        return sums, bin_predictions(said, labels_T)
 
 
 def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:

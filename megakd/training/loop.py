@@ -6,6 +6,7 @@ import logging
 import torch.distributed as dist
 
 from megakd.config import Config
+from megakd.models.groups import is_last_stage
 from megakd.ranks import Ranks
 from megakd.training.checkpointing import Progress, Saver, resume, write_stop_file
 from megakd.training.evaluation import Evaluation
@@ -13,7 +14,7 @@ from megakd.training.metrics import MetricsLog, Stopwatch, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.run_folder import open_run_folder, write_run_files
 from megakd.training.setup import Setup, build_setup, check_teacher_knows
-from megakd.training.step import StudentStep, check_finite
+from megakd.training.step import StudentStep, check_finite, describe_head
 
 LOG = logging.getLogger("megakd")
 
@@ -42,6 +43,9 @@ def train(config: Config, ranks: Ranks) -> None:
             LOG.info("continuing from %s", checkpoint.path)
         else:
             optimizer.reload_model_params()
+        if is_last_stage(setup.groups):
+            tokens = config.train.micro_batch_size * config.data.sequence_length
+            LOG.info("%s", describe_head(setup.student, tokens, setup.loss))
         write_run_files(config)
         log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
         held.callback(log.close)

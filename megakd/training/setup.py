@@ -136,7 +136,13 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     elif teacher_from:
         gpt = build(teacher_from.model, None)
         load_weights(gpt, teacher_from, groups)
-        teacher = OnlineTeacher(gpt, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
+        teacher = OnlineTeacher(
+            gpt,
+            top_k=loss.top_k,
+            temperature=loss.temperature,
+            groups=groups,
+            budget_bytes=loss.logits_memory_budget_bytes,
+        )
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
     return Setup(

@@ -9,13 +9,14 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megakd.config import Loss
 from megakd.errors import TrainingError
-from megakd.kernels.predictions import Predictions, predict
-from megakd.losses import SUMS, means, objective
+from megakd.kernels.predictions import predict
+from megakd.losses import SUMS, fused_objective, means, objective
 from megakd.models.features import FeatureLoss
 from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
@@ -111,20 +112,48 @@ class StudentStep:
         self, micro_batch: MicroBatch, lesson: Lesson, loss: Loss, measure: bool, hidden_SBH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
-        logits_TW = self.gpt.logits(hidden_SBH, micro_batch.rows_T)
-        loss_sum, sums = objective(
-            logits_TW, lesson.targets, micro_batch.labels_T, self.gpt.shard, loss, inplace_backward=True
-        )
-        if measure and self.teacher is not None:
-            compare(sums, predict(logits_TW.detach(), micro_batch.labels_T, self.gpt.shard), lesson)
-        return loss_sum, torch.tensor(len(micro_batch.labels_T), dtype=torch.int), sums
+        gpt, labels_T, rows_T = self.gpt, micro_batch.labels_T, micro_batch.rows_T
+        block = gpt.block_tokens(loss.logits_memory_budget_bytes)
+        compared = measure and self.teacher is not None
+        if len(labels_T) <= block or gpt.config.model.logit_softcap is not None:
+            logits_TW = gpt.logits(hidden_SBH, rows_T)
+            loss_sum, sums = objective(logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True)
+            if compared:
+                compare(sums, predict(logits_TW.detach(), labels_T, gpt.shard).id_T, lesson)
+        else:
+            hidden_TH = gpt.head_input(hidden_SBH, rows_T, whole_gradient=True)
+            loss_sum, sums = fused_objective(
+                hidden_TH, gpt.head_weight, lesson.targets, labels_T, gpt.shard, loss, block_tokens=block
+            )
+            if compared:
+                compare(sums, predicted_ids(gpt, hidden_TH, labels_T, block), lesson)
+        return loss_sum, torch.tensor(len(labels_T), dtype=torch.int), sums
 
 
-def compare(sums: Tensor, said: Predictions, lesson: Lesson) -> None:
+@torch.no_grad()
+def predicted_ids(gpt: GPT, hidden_TH: Tensor, labels_T: Tensor, block: int) -> Tensor:
+    """The most likely ids, with the logits of one block of tokens at a time."""
+    parts = zip(hidden_TH.split(block), labels_T.split(block), strict=True)
+    return torch.cat([predict(F.linear(hidden, gpt.head_weight), labels, gpt.shard).id_T for hidden, labels in parts])
+
+
+def describe_head(gpt: GPT, tokens: int, loss: Loss) -> str:
+    """How output layer and loss of a micro-batch will be run, and why."""
+    width, size = gpt.shard.stop - gpt.shard.start, gpt.head_weight.element_size()
+    need, budget = tokens * width * size, loss.logits_memory_budget_bytes
+    seen = f"logits of up to {tokens:,} tokens take {need:,} bytes, loss.logits_memory_budget_bytes is {budget:,}"
+    if need <= budget:
+        return f"output layer and loss apart: {seen}"
+    if gpt.config.model.logit_softcap is not None:
+        return f"output layer and loss apart, for a soft cap on logits cannot be fused: {seen}"
+    return f"output layer and loss fused, {gpt.block_tokens(budget):,} tokens at a time: {seen}"
+
+
+def compare(sums: Tensor, id_T: Tensor, lesson: Lesson) -> None:
     """Fill in what needs both models' predictions: teacher CE and top-1 agreement."""
     sums[SUMS.index("teacher_ce")] = -lesson.label_logprob_T.double().sum()
-    sums[SUMS.index("agreement")] = (said.id_T == lesson.id_T).sum()
-    sums[SUMS.index("measured_tokens")] = len(said.id_T)
+    sums[SUMS.index("agreement")] = (id_T == lesson.id_T).sum()
+    sums[SUMS.index("measured_tokens")] = len(id_T)
 
 
 def reduce_sums(sums: list[Tensor], groups, device) -> Tensor:

@@ -88,7 +88,13 @@ def student_step(config, groups, teacher=True, **student_changes):
     if teacher:
         loss = config.loss
         gpt_teacher = build(teacher_section(), config, groups, seed=2)
-        source = OnlineTeacher(gpt_teacher, top_k=loss.top_k, temperature=loss.temperature, groups=groups)
+        source = OnlineTeacher(
+            gpt_teacher,
+            top_k=loss.top_k,
+            temperature=loss.temperature,
+            groups=groups,
+            budget_bytes=loss.logits_memory_budget_bytes,
+        )
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
     ddp = wrap_data_parallel(gpt, config, groups)

@@ -55,6 +55,21 @@ def test_sequence_parallel_and_recompute_change_nothing(changes):
     assert_same_curve(run_ranks(2, small.curve, 2, 1, 4, STEPS, changes)[0], whole())
 
 
+@pytest.mark.parametrize(
+    ("ranks", "tp", "changes"),
+    [
+        (1, 1, {}),
+        (2, 2, {}),
+        (2, 2, {"parallel__sp": True}),
+        (2, 2, {"parallel__sp": True, "train__recompute": "full"}),
+    ],
+)
+def test_the_fused_head_changes_nothing(ranks, tp, changes):
+    """7 tokens' logits at a time, in both models; 59 tokens at most are supervised."""
+    budget = {"loss__logits_memory_budget_bytes": 7 * 1024 * 4 // tp}
+    assert_same_curve(run_ranks(ranks, small.curve, tp, 1, 8, STEPS, budget | changes)[0], whole())
+
+
 def test_gpt2_like_models_have_one_curve_too():
     section = {
         "normalization": "LayerNorm",
