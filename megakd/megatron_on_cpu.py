@@ -184,6 +184,7 @@ def _import_quietly() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is) not installed")
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  it warns too, and every model needs it
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     # While it runs, Megatron uses old names of torch and looks at .grad of views: not the doing of the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron)\.")
