@@ -34,7 +34,7 @@ def validation_curve(run: pathlib.Path) -> list[dict]:
         entry = json.loads(line)
         if entry["kind"] == "train":
             seconds += entry["seconds"]
-        else:
+        elif entry["kind"] == "validation":
             curve.append(entry | {"training_seconds": seconds})
     return curve
 
