@@ -4,6 +4,7 @@ Whether Triton interprets is settled when it is first imported, and other tests 
 """
 
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -12,22 +13,40 @@ import sys
 import pytest
 import torch
 
+ROOT = pathlib.Path(__file__).parents[2]
 CASES = pathlib.Path(__file__).with_name("triton_cases.py")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-def run_cases(**environment):
+def run(*arguments, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(
-        command, env={**kept, **environment}, cwd=CASES.parents[2], capture_output=True, text=True, check=False
+        [sys.executable, *arguments], env={**kept, **environment}, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def run_cases(**environment):
+    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES), **environment)
 
 
 @needs_triton
 def test_interpreted():
     run_cases(TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_the_check_for_gpu_machines_runs_dry(tmp_path):
+    """tools/gpu/check_kernels.py, interpreted: its checks pass and its report is whole."""
+    sizes = ("--tokens", "2", "--vocab", "40", "--top-k", "2", "--temperature", "1", "--repeats", "1")
+    output = tmp_path / "kernels.json"
+    run("tools/gpu/check_kernels.py", "--device", "cpu", *sizes, "--output", str(output), TRITON_INTERPRET="1")
+    report = json.loads(output.read_text())
+    assert {check["name"] for check in report["checks"]} == {
+        "statistics", "backward", "extremes", "summarize", "selection", "loss"
+    }  # fmt: skip
+    assert len(report["timings"]) == 10 and all(timing["seconds"] > 0 for timing in report["timings"])
+    assert report["machine"]["triton"] and report["copy_bytes_per_second"] > 0
 
 
 @needs_triton

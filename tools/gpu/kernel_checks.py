@@ -1,0 +1,221 @@
+"""What check_kernels.py holds the Triton kernels to: float64 on the same device, and plain PyTorch where it is exact.
+
+Every check gives the largest error as a share of what is allowed. Outputs are poisoned: torch.empty is full of NaN.
+"""
+
+import itertools
+import os
+import traceback
+import warnings
+
+import torch
+
+from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, rows, select_top_k, triton_rows, triton_selection
+from megakd.kernels.divergences import TAILS
+from megakd.kernels.predictions import predict
+
+INF = float("inf")
+# One rounding to the output's dtype. Triton's interpreter cuts bits off instead of rounding, when it stores bf16.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    ROUNDING[torch.bfloat16] = 2.0**-7
+
+
+def run_checks(device: str, small: bool) -> list[dict]:
+    """One line for each check and shape; `small` leaves out what the interpreter takes too long for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    widths = [37] if small else [1, 101, 127, 128, 129, 4099, 131072, 151937, 262144]
+    top_ks = [1] if small else [1, 8, 64, 100, 1024]
+    dtypes = [torch.bfloat16] if small else list(ROUNDING)
+    found = []
+    for check in (check_statistics, check_backward, check_extremes, check_summarize, check_selection, check_loss):
+        for width, top_k, dtype, temperature in itertools.product(widths, top_ks, dtypes, (1.0, 2.0)):
+            if top_k > width or (check in (check_extremes, check_summarize) and top_k != 1):
+                continue
+            if check is check_loss and (width > 5000 or top_k > 100 or dtype == torch.float16):
+                continue
+            detail = f"W={width} K={top_k} {str(dtype)[6:]} temperature {temperature:g}"
+            found.append(judge(check, detail, Problem(device, width, top_k, dtype, temperature)))
+    if not small:
+        found.append(judge(check_far, "3 * 2^30 elements apart", device))
+    torch.use_deterministic_algorithms(False)
+    return summary(found)
+
+
+def judge(check, detail: str, *given) -> dict:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            worst = float(check(*given))
+    except Exception:  # one that does not run must not keep the others from being reported
+        traceback.print_exc()
+        worst = INF
+    return {"name": check.__name__.removeprefix("check_"), "detail": detail, "worst": worst}
+
+
+def summary(found: list[dict]) -> list[dict]:
+    """The worst case of each check, and every case that is wrong."""
+    shown = []
+    for name in dict.fromkeys(one["name"] for one in found):
+        cases = [one for one in found if one["name"] == name]
+        worst = max(cases, key=lambda one: one["worst"] if one["worst"] == one["worst"] else INF)
+        wrong = [one for one in cases if not one["worst"] <= 1]
+        for one in wrong or [worst]:
+            shown.append({**one, "cases": len(cases), "verdict": "WRONG" if wrong else "right"})
+    return shown
+
+
+class Problem:
+    """Logits [7, W + 3] with masked rows of NaN, ties, -inf, +-1e4, one logit 250 above the rest, and NaN padding."""
+
+    def __init__(self, device: str, width: int, top_k: int, dtype: torch.dtype, temperature: float):
+        generator = torch.Generator(device=device).manual_seed(width + top_k)
+        x, teacher = 3 * torch.randn(2, 7, width + 3, generator=generator, device=device)
+        x[1] = torch.nan
+        x[2] = (x[2] / 3).round().clamp(-1, 1)
+        x[3, x[3] < -2] = -INF
+        x[4] = (x[4] > 0) * 2e4 - 1e4
+        x[5] = 0.25
+        x[6, width // 2] = 250.0
+        x[:, width:] = torch.nan
+        teacher[1] = (2 * teacher[1]).round() / 2
+        teacher[2] = -7.0
+        teacher[3] *= 3e3
+        teacher[:, width:] = torch.nan
+        self.width, self.top_k, self.dtype, self.temperature = width, top_k, dtype, temperature
+        self.x, self.teacher = x.to(dtype), teacher.to(dtype)
+        self.columns = torch.rand(7, width, generator=generator, device=device).argsort(1)[:, :top_k].contiguous()
+        self.columns[torch.rand(7, top_k, generator=generator, device=device) < 0.2] = -1
+        self.labels = torch.randint(0, width, (7,), generator=generator, device=device)
+        self.labels[0] = -1
+        self.on = torch.arange(7, device=device) != 1
+        self.random = 0.1 * torch.randn(4, 7, top_k, generator=generator, device=device)
+
+    @property
+    def given(self) -> tuple:
+        return self.x, self.columns, self.labels, self.on, self.width, self.temperature
+
+    def scatter(self, onto: torch.Tensor, values) -> torch.Tensor:
+        """A [7, W] matrix with other values at the entries."""
+        wide = torch.nn.functional.pad(onto, (0, 1))
+        index = self.columns.where(self.columns >= 0, self.width)
+        return (wide.scatter(1, index, values))[:, :-1]
+
+
+def off(got: torch.Tensor, want: torch.Tensor, relative: float, absolute=0.0) -> float:
+    """The largest |got - want| as a share of what is allowed; equal infinities are no error, NaN is infinite."""
+    got, want = got.double(), want.double()
+    error = torch.where(got == want, 0.0, (got - want).abs() / (relative * want.abs() + absolute + 1e-300))
+    return float(error.nan_to_num(nan=INF).max()) if error.numel() else 0.0
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> float:
+    return 0.0 if torch.equal(got, want) else INF
+
+
+def check_statistics(p: Problem) -> float:
+    got, plain = triton_rows.statistics(*p.given), rows.statistics(*p.given)
+    outside = p.scatter(p.x[:, : p.width].double().where(p.on[:, None], -INF), -INF)
+    gap = outside - rows.finite(outside.amax(1, keepdim=True))
+    errors = [same(getattr(got, name), getattr(plain, name)) for name in ("max_T", "entry_logits_TK", "label_logit_T")]
+    errors.append(off(got.sum_T, (gap / p.temperature).exp().sum(1), 2e-6))
+    if p.temperature != 1:
+        errors.append(off(got.sum_at_one_T, gap.exp().sum(1), 2e-6))
+    return max(errors)
+
+
+def check_backward(p: Problem) -> float:
+    top = rows.finite(rows.statistics(*p.given).max_T)
+    outside, at_one, label_grad = p.random[:3, :, 0].contiguous()
+    factors = top, outside, at_one if p.temperature != 1 else None, p.random[3], label_grad
+    got = torch.empty_like(p.x)
+    triton_rows.backward(*p.given, *factors, got)
+    gap = p.x[:, : p.width].double() - top[:, None]
+    want = outside[:, None] * (gap / p.temperature).exp()
+    if p.temperature != 1:
+        want += at_one[:, None] * gap.exp()
+    want.scatter_add_(1, p.labels.clamp(min=0)[:, None], (label_grad * (p.labels >= 0)).double()[:, None])
+    want = p.scatter(want, p.random[3].double()).where(p.on[:, None], 0)
+    absolute = 2e-7 * want.abs().amax(1, keepdim=True) + (2.0**-24 if p.dtype == torch.float16 else 0)
+    errors = [
+        off(got[:, : p.width], want, ROUNDING[p.dtype] + 5e-6, absolute),
+        off(got[:, p.width :], 0 * got[:, :3], 0),
+    ]
+    again = p.x.clone()
+    triton_rows.backward(again, *p.given[1:], *factors, again)
+    return max(*errors, same(again, got))
+
+
+def check_extremes(p: Problem) -> float:
+    got, plain = (path.extremes(p.x, p.labels, p.width) for path in (triton_rows, rows))
+    errors = [same(getattr(got, name)[p.on], getattr(plain, name)[p.on]) for name in ("max_T", "label_logit_T")]
+    first = (p.x[p.on, : p.width] == got.max_T[p.on, None]).int().argmax(1)
+    gap = p.x[p.on, : p.width].double() - got.max_T[p.on, None]
+    return max(*errors, same(got.column_T[p.on], first), off(got.sum_T[p.on], gap.exp().sum(1), 2e-6))
+
+
+def check_summarize(p: Problem) -> float:
+    chunks, broken = max(1, round(p.width**0.5)), (p.x[:, : p.width].float() * 0).isnan().any(1)
+    got, plain = (path.summarize(p.x, p.width, chunks, p.temperature) for path in (triton_rows, rows))
+    return max(
+        0.0 if got[0][broken].isnan().all() else INF,
+        same(got[0][~broken], plain[0][~broken]),
+        off(got[1][~broken], plain[1][~broken], 2e-6),
+    )
+
+
+def check_selection(p: Problem) -> float:
+    shard = VocabShard(0, p.width + 3, p.width)
+    if p.width >= 4099 and p.top_k <= 100:
+        scan = triton_selection.scan_rows(p.teacher, p.top_k, shard, p.temperature)
+        assert isinstance(scan, triton_selection.Scan), "these rows were left to PyTorch"
+    got = select_top_k(p.teacher, p.top_k, shard, p.temperature)
+    z = p.teacher[:, : p.width].double() / p.temperature
+    ids = z.sort(dim=1, descending=True, stable=True).indices[:, : p.top_k].sort(1).values
+    log_p = z.log_softmax(1)
+    tail = log_p.scatter(1, ids, -INF).logsumexp(1)
+    return max(
+        same(got.ids_TK, ids),
+        off(got.logprobs_TK, log_p.gather(1, ids), 2e-6, 4e-6),
+        off(got.log_tail_T, tail, 2e-6, 4e-6),
+    )
+
+
+def check_loss(p: Problem) -> float:
+    """Loss and gradient of every divergence and tail, in place, against the definition in float64."""
+    shard, errors = VocabShard(0, p.width + 3, p.width), [0.0]
+    targets = select_top_k(p.teacher, p.top_k, shard, p.temperature)
+    x, labels = p.x.clone(), p.labels.clamp(min=0)
+    x[3] = p.teacher[0]  # without infinities, which some divergences answer with
+    labels[1] = -100
+    for divergence, tail in ((d, t) for d, tails in TAILS.items() for t in tails):
+        leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+        options = {"divergence": divergence, "tail": tail, "ce_weight": 0.3}
+        got = kd_loss(leaf, targets, labels, shard, **options, inplace_backward=True).loss_T
+        want = kd_loss_reference(exact, targets, labels, shard, **options).loss_T
+        fine = want.isfinite()
+        got[fine].sum().backward()
+        want[fine].sum().backward()
+        absolute = 1e-5 + 1e-6 * want[fine].abs().amax() if fine.any() else 1e-5
+        errors.append(off(got[fine], want[fine], 2e-5, absolute))
+        largest = exact.grad.abs().amax(1, keepdim=True)
+        errors.append(off(leaf.grad[fine], exact.grad[fine], ROUNDING[p.dtype] + 1e-4, 1e-4 * largest[fine] + 1e-6))
+    predicted = predict(x, labels, shard).id_T
+    return max(*errors, same(predicted[p.on], x[p.on, : p.width].float().max(1).indices))
+
+
+def check_far(device: str) -> float:
+    """Rows whose elements no 32-bit number counts."""
+    p = Problem(device, 4099, 8, torch.bfloat16, 1.0)
+    torch.use_deterministic_algorithms(False)
+    far = torch.empty(3 << 30, dtype=p.dtype, device=device).as_strided((3, 4102), (1 << 30, 1))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    far.copy_(p.x[[0, 2, 3]])
+    given = p.columns[[0, 2, 3]], p.labels[[0, 2, 3]], p.on[[0, 2, 3]], p.width, 1.0
+    got, want = triton_rows.statistics(far, *given), triton_rows.statistics(*p.given)
+    errors = [off(a, b[[0, 2, 3]], 1e-6) for a, b in zip(got, want, strict=True) if a is not None]
+    ones = torch.ones(3, device=device)
+    factors, out = (rows.finite(got.max_T), ones, None, got.entry_logits_TK, ones), torch.empty_like(p.x[:3])
+    triton_rows.backward(far, *given, *factors, out)
+    triton_rows.backward(far, *given, *factors, far)
+    return max(*errors, same(far, out))
