@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.kernels.paths import row_passes
 from megakd.kernels.rows import row_blocks
 from megakd.kernels.selection import check_finite, gather_entries
-from megakd.kernels.selection_rows import blocks, candidates
+from megakd.kernels.selection_rows import blocks, gather_chunks
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets
 
@@ -111,8 +111,7 @@ def invert(logits_TW: Tensor, weights_TC: Tensor, top_T: Tensor, inside_TN: Tens
         chunk_TN = torch.searchsorted(ends_TC, point_TN.contiguous(), right=True)
         weight_TN = weights_TC[block].gather(1, chunk_TN)
         share_TN = (point_TN - (ends_TC.gather(1, chunk_TN) - weight_TN)).clamp(min=0) / weight_TN
-        tokens, draws = chunk_TN.shape
-        x_TNH = candidates(logits_TW[block], chunk_TN, chunks)[1].view(tokens, -1, draws).transpose(1, 2)
+        x_TNH = gather_chunks(logits_TW[block], chunk_TN, chunks).transpose(1, 2)
         ends_TNH = ((x_TNH - top_T[block, None, None]) / temperature).double().exp().cumsum(2)
         point_TN = torch.minimum(share_TN * ends_TNH[:, :, -1], _below(ends_TNH[:, :, -1]))
         columns_TN[block] = chunk_TN + chunks * (ends_TNH <= point_TN[:, :, None]).sum(2)

@@ -1,13 +1,14 @@
 """The passes of select_top_k over this rank's rows, in plain PyTorch; triton_selection offers the same functions.
 
-    scan_rows      reads the logits once, in chunks of columns; the chunks with the largest maxima hold the K largest
-                   logits, and only they are looked at again
-    take_entries   picks the entries, when the ranks have agreed on a threshold, by comparing with it, never by the
-                   order in which topk left ties; a row with so many ties that some may lie in a chunk that was not
-                   looked at is scanned whole
+    scan_rows      reads the logits once, in chunks of columns. The K chunks with the largest maxima hold at least K
+                   logits that reach the least of these: they, hardly more than K, are the candidates, and everything
+                   else is summed up
+    take_entries   picks the entries among the candidates, when the ranks have agreed on a threshold, by comparing with
+                   it, never by the order in which topk left ties; a row with more ties than there is room for
+                   candidates is scanned whole
 
-Sizes: T tokens, K entries per token, W columns, C chunks of columns, L values sent by a rank, S chunks looked at, N
-columns in them.
+Sizes: T tokens, K entries per token, W columns, C chunks of columns, L values sent by a rank, S chunks looked at, M
+candidates at most.
 """
 
 import math
@@ -20,22 +21,24 @@ from megakd.kernels.paths import row_passes
 from megakd.kernels.rows import finite
 from megakd.kernels.vocab import VocabShard
 
-BLOCK_TOKENS = {"cpu": 32, "cuda": 4096}  # rows whose chunks and candidates are in memory at a time
+BLOCK_TOKENS = {"cpu": 32, "cuda": 4096}  # rows whose chunks are in memory at a time
 
 
 class Scan(NamedTuple):
     """What is known of this rank's rows before the ranks have spoken.
 
     values_TL: the largest logits in their own dtype, padded with -inf; L is the same on every rank.
-    chunks_TS: the chunks with the largest maxima, ascending; chunk c holds the columns j with j % chunks == c.
-    rest_max_T, rest_sum_T: largest logit of the other chunks, -inf for none; their sum of exp((x - max) / temperature).
+    columns_TM, x_TM: the candidates, ascending, and their logits, float32; -1 and -inf in empty slots.
+    rest_max_T, rest_sum_T: of the other columns, largest logit, -inf for none, and sum of exp((x - max) / temperature).
+    overfull_T: whether there were more candidates than M.
     """
 
     values_TL: Tensor
-    chunks_TS: Tensor
+    columns_TM: Tensor
+    x_TM: Tensor
     rest_max_T: Tensor
     rest_sum_T: Tensor
-    chunks: int
+    overfull_T: Tensor
 
 
 def scan_rows(logits_TW: Tensor, top_k: int, shard: VocabShard, temperature: float) -> Scan:
@@ -43,25 +46,50 @@ def scan_rows(logits_TW: Tensor, top_k: int, shard: VocabShard, temperature: flo
     tokens, width = len(logits_TW), shard.real_width
     sent = min(top_k, max(logits_TW.shape[1], -(-shard.size // shard.ranks)))
     logits_TW = logits_TW[:, :width]
-    looked_at = top_k + top_k // 2 + 16  # more than K, or every tie at the threshold would mean a whole scan
-    height = 2 ** max(0, round(math.log2(max(1, width) / looked_at) / 2))  # as many chunks as columns in those
+    room = top_k + top_k // 2 + 16  # for ties, and for columns that share a chunk with a larger one
+    height = 2 ** max(0, round(math.log2(max(1, width) / room) / 2))  # as many chunks as columns in those looked at
     chunks = -(-width // height)
-    looked_at = min(chunks, looked_at)
     values_TL = logits_TW.new_full((tokens, sent), -torch.inf)
-    chunks_TS = values_TL.new_zeros((tokens, looked_at), dtype=torch.int64)
-    rest_max_T = values_TL.new_full((tokens,), -torch.inf, dtype=torch.float32)
-    rest_sum_T = torch.zeros_like(rest_max_T)
+    columns_TM = torch.full((tokens, min(room, width)), -1, device=logits_TW.device)
+    x_TM = columns_TM.new_full(columns_TM.shape, -torch.inf, dtype=torch.float32)
+    rest_2T = x_TM.new_zeros((2, tokens))
+    overfull_T = torch.zeros_like(rest_2T[0], dtype=torch.bool)
     for block in blocks(logits_TW):
         max_TC, sum_TC = row_passes(logits_TW).summarize(logits_TW[block], width, chunks, temperature)
-        chunks_TS[block] = max_TC.topk(looked_at, 1, sorted=False).indices.sort(1).values
-        broken_T = max_TC[:, 0].isnan()
-        max_TC.scatter_(1, chunks_TS[block], -torch.inf)
-        rest_max_T[block] = top_T = max_TC.amax(1)
-        rest_sum_T[block] = (sum_TC * ((max_TC - finite(top_T)[:, None]) / temperature).exp()).sum(1)
-        _, x_TN = candidates(logits_TW[block], chunks_TS[block], chunks)
+        bound_T1, chunks_TS = _largest_chunks(max_TC, top_k, room)
+        x_TN = gather_chunks(logits_TW[block], chunks_TS, chunks).flatten(1)
+        reached_TN = x_TN >= bound_T1
+        row, place = reached_TN.nonzero().unbind(1)
+        slot = place_within(row, len(x_TN))
+        fits = slot < columns_TM.shape[1]
+        overfull_T[block][row[~fits]] = True
+        row, place, slot = row[fits], place[fits], slot[fits]
+        looked_at = chunks_TS.shape[1]
+        columns_TM[block][row, slot] = place // looked_at * chunks + chunks_TS[row, place % looked_at]
+        x_TM[block][row, slot] = x_TN[row, place]
         taken = min(sent, width)
-        values_TL[block, :taken] = x_TN.topk(taken, 1, sorted=False).values.masked_fill(broken_T[:, None], torch.nan)
-    return Scan(values_TL, chunks_TS, rest_max_T, rest_sum_T, chunks)
+        values_T = x_TM[block].topk(taken, 1, sorted=False).values
+        if overfull_T[block].any():
+            values_T = x_TN.topk(taken, 1, sorted=False).values.where(overfull_T[block, None], values_T)
+        values_TL[block, :taken] = values_T.masked_fill(bound_T1.isnan(), torch.nan)
+        rest_2T[:, block] = _rest(max_TC.scatter_(1, chunks_TS, -torch.inf), sum_TC, x_TN, reached_TN, temperature)
+    return Scan(values_TL, columns_TM, x_TM, *rest_2T, overfull_T)
+
+
+def _largest_chunks(max_TC: Tensor, top_k: int, room: int) -> tuple[Tensor, Tensor]:
+    """The bound that the K-th largest chunk reaches [T, 1], NaN in broken rows; and the largest chunks, ascending."""
+    values_TS, chunks_TS = max_TC.topk(min(room, max_TC.shape[1]), 1)
+    bound_T1 = values_TS[:, top_k - 1 : top_k] if values_TS.shape[1] >= top_k else values_TS[:, -1:]
+    return bound_T1, chunks_TS.sort(1).values
+
+
+def _rest(max_TC: Tensor, sum_TC: Tensor, x_TN: Tensor, reached_TN: Tensor, temperature: float) -> Tensor:
+    """Max and sum of what is no candidate: chunks not looked at (the others' max is -inf), columns below the bound."""
+    x_TN = x_TN.masked_fill_(reached_TN, -torch.inf)
+    top_T = torch.maximum(max_TC.amax(1), x_TN.amax(1))
+    base_T1 = finite(top_T)[:, None]
+    sum_T = (max_TC.sub_(base_T1).mul_(1 / temperature).exp_().mul_(sum_TC)).sum(1)
+    return torch.stack([top_T, sum_T + x_TN.sub_(base_T1).mul_(1 / temperature).exp_().sum(1)])
 
 
 def blocks(logits_TW: Tensor) -> list[slice]:
@@ -70,15 +98,15 @@ def blocks(logits_TW: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(logits_TW) if logits_TW.shape[1] else 0, size)]
 
 
-def candidates(logits_TW: Tensor, chunks_TS: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """The columns of some chunks, ascending, and their logits in float32; -inf for columns that do not exist."""
-    width = logits_TW.shape[1]
-    steps = torch.arange(0, width, chunks, device=chunks_TS.device)
-    columns_TN = (steps[:, None] + chunks_TS[:, None]).flatten(1)
-    if chunks * len(steps) == width:
-        return columns_TN, logits_TW.gather(1, columns_TN).float()
-    x_TN = logits_TW.gather(1, columns_TN.clamp(max=width - 1)).float()
-    return columns_TN, x_TN.masked_fill_(columns_TN >= width, -torch.inf)
+def gather_chunks(logits_TW: Tensor, chunks_TS: Tensor, chunks: int) -> Tensor:
+    """The logits of some chunks [T, height, S], float32; -inf for columns that do not exist."""
+    whole, left = divmod(logits_TW.shape[1], chunks)
+    index = chunks_TS[:, None].expand(-1, whole, -1)
+    x = logits_TW[:, : whole * chunks].unflatten(1, (whole, chunks)).gather(2, index).float()
+    if not left:
+        return x
+    last = logits_TW[:, whole * chunks :].gather(1, chunks_TS.clamp(max=left - 1)).float()
+    return torch.cat([x, last.masked_fill_(chunks_TS >= left, -torch.inf)[:, None]], 1)
 
 
 def take_entries(
@@ -92,10 +120,10 @@ def take_entries(
     """
     columns_TK = torch.full((len(logits_TW), top_k), -1, device=logits_TW.device)
     record_T4 = torch.stack([scan.rest_max_T, scan.rest_sum_T], 1).repeat(1, 2)
-    crowded_T = (scan.rest_max_T >= threshold_T.float()) & (ties_T > 0)
+    crowded_T = scan.overfull_T | (scan.rest_max_T >= threshold_T.float()) & (ties_T > 0)
     for block in blocks(logits_TW):
-        columns_TN, x_TN = candidates(logits_TW[block], scan.chunks_TS[block], scan.chunks)
-        _take(columns_TN, x_TN, threshold_T[block], ties_T[block], columns_TK[block], record_T4[block], temperature)
+        candidates = scan.columns_TM[block], scan.x_TM[block]
+        _take(*candidates, threshold_T[block], ties_T[block], columns_TK[block], record_T4[block], temperature)
     retake_rows(crowded_T.nonzero()[:, 0], logits_TW, threshold_T, ties_T, columns_TK, record_T4, temperature)
     return columns_TK, record_T4
 
@@ -119,25 +147,25 @@ def retake_rows(
         columns_TK[row], record_T4[row] = part_TK, part_T4
 
 
-def _take(columns_TN, x_TN, threshold_T, ties_T, columns_TK, record_T4, temperature):
-    """Fills in columns and record, which comes with max and sum of the columns that are not among the N."""
+def _take(columns_TM, x_TM, threshold_T, ties_T, columns_TK, record_T4, temperature):
+    """Fills in columns and record, which comes with max and sum of the columns that are not among the M."""
     threshold_T1 = threshold_T[:, None].float()
-    kept_TN = x_TN > threshold_T1
-    tie_row, tie = (x_TN == threshold_T1).nonzero().unbind(1)
-    fits = place_within(tie_row, len(x_TN)) < ties_T[tie_row]
-    kept_TN[tie_row[fits], tie[fits]] = True
-    row, place = kept_TN.nonzero().unbind(1)
-    slot = place_within(row, len(x_TN))
-    columns_TK[row, slot] = columns_TN[row, place]
-    entries_TK = x_TN.new_full(columns_TK.shape, -torch.inf)
-    entries_TK[row, slot] = x_TN[row, place]
+    kept_TM = x_TM > threshold_T1
+    tie_row, tie = (x_TM == threshold_T1).nonzero().unbind(1)
+    fits = place_within(tie_row, len(x_TM)) < ties_T[tie_row]
+    kept_TM[tie_row[fits], tie[fits]] = True
+    row, place = kept_TM.nonzero().unbind(1)
+    slot = place_within(row, len(x_TM))
+    columns_TK[row, slot] = columns_TM[row, place]
+    entries_TK = x_TM.new_full(columns_TK.shape, -torch.inf)
+    entries_TK[row, slot] = x_TM[row, place]
     rest_max_T, rest_sum_T = record_T4[:, 0].clone(), record_T4[:, 1].clone()
-    x_TN.masked_fill_(kept_TN, -torch.inf)
-    record_T4[:, 0] = torch.maximum(x_TN.amax(1), rest_max_T)
+    x_TM.masked_fill_(kept_TM, -torch.inf)
+    record_T4[:, 0] = torch.maximum(x_TM.amax(1), rest_max_T)
     record_T4[:, 2] = entries_TK.amax(1)
     outside_T1, inside_T1 = finite(record_T4[:, 0:1]), finite(record_T4[:, 2:3])
     record_T4[:, 1] = rest_sum_T * ((rest_max_T - outside_T1[:, 0]) / temperature).exp()
-    record_T4[:, 1] += x_TN.sub_(outside_T1).mul_(1 / temperature).exp_().sum(1)
+    record_T4[:, 1] += x_TM.sub_(outside_T1).mul_(1 / temperature).exp_().sum(1)
     record_T4[:, 3] = ((entries_TK - inside_T1) / temperature).exp().sum(1)
 
 
