@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 
 START_SECONDS = 120
 STRAGGLER_SECONDS = 5  # how long the others have to answer after one rank has failed
+MOST_THREADS = 600  # a pool with more is ended, and the next call starts a new one
 _POOLS: dict[int, "_Pool"] = {}
 
 
@@ -25,10 +26,13 @@ def run_ranks(n, fn, *args, timeout_seconds=120):
     if pool is None:
         pool = _POOLS[n] = _Pool(n)
     try:
-        return pool.run(fn, args, timeout_seconds)
+        answers = pool.run(fn, args, timeout_seconds)
     except BaseException:
         _POOLS.pop(n).kill()
         raise
+    if pool.threads() > MOST_THREADS:
+        _POOLS.pop(n).close()
+    return answers
 
 
 def close_pools():
@@ -49,6 +53,11 @@ class _Pool:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+
+    def threads(self):
+        """Of rank 0: Megatron keeps every layout's groups alive, and gloo's threads wake a hundred times a second."""
+        task = f"/proc/{self.processes[0].pid}/task"
+        return len(os.listdir(task)) if os.path.isdir(task) else 0
 
     def run(self, fn, args, timeout_seconds):
         if not self.started:
