@@ -13,7 +13,7 @@ def test_every_key_has_a_documentation_and_is_listed_with_type_and_default():
         line = next(line for line in text.splitlines() if line.split()[:1] == [key.name])
         assert line.endswith(key.expected) and (line.split()[1] == "required") == key.required
     assert "  optimizer.lr            required  number > 0\n      Peak learning rate." in text
-    assert "  run.device        = auto    auto, cuda or cpu\n" in text
+    assert "  run.device           = auto    auto, cuda or cpu\n" in text
 
 
 @pytest.mark.parametrize("width", [10, 80, 200])
