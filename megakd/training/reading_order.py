@@ -43,16 +43,25 @@ class Samples:
     def __len__(self) -> int:
         return self.end - self.start
 
+    def length(self, _, number: int) -> int:
+        """Ids of sample `number`."""
+        data, epoch, index = self.place(number)
+        return data.length(epoch, index)
+
     def sample(self, _, number: int) -> dict:
         """Sample `number` from cache.start on, as the data set gives it."""
+        data, epoch, index = self.place(number)
+        return data.sample(epoch, index)
+
+    def place(self, number: int) -> tuple:
+        """(data set, epoch, index) of sample `number`."""
         position = self.start + number
         if position < self.validated:
-            return self.validation_data.sample(0, position)
+            return self.validation_data, 0, position
         reading = position - self.validated
         if self.firsts is not None:
             reading = int(self.firsts[reading])
-        (place,) = batch_indices(self.config.run.seed, reading, 1, len(self.train_data))
-        return self.train_data.sample(*place)
+        return self.train_data, *batch_indices(self.config.run.seed, reading, 1, len(self.train_data))[0]
 
     def describe(self) -> dict:
         """What is recorded, for the header; a miss in training names what differs."""

@@ -22,7 +22,7 @@ from megakd.cache.row import row_bytes
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Config, check_model, check_vocab
-from megakd.data.dataset import load_batch
+from megakd.data.dataset import batch_length, load_batch
 from megakd.errors import ConfigError, MegakdError
 from megakd.models.entries import Recipe
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
@@ -254,11 +254,13 @@ class Recording:
 
     def record_group(self, numbers: range, writer: PartWriter, bar) -> None:
         """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows."""
-        size, micro_batches = self.setup.config.train.micro_batch_size, []
+        parallel, size = self.setup.config.parallel, self.setup.config.train.micro_batch_size
+        samples, micro_batches = self.setup.samples, []
+        length = batch_length(samples, [(0, number) for number in numbers], parallel.tp if parallel.sp else 1)
         for first in range(0, len(numbers), size):
             batch = numbers[first : first + size]
             places = [(0, number) for number in batch] + [None] * (size - len(batch))
-            loaded = load_batch(self.setup.samples, places)
+            loaded = load_batch(samples, places, length)
             micro_batches.append(build_micro_batch(loaded, packed=False).to(self.setup.device))
         rows = self.recorder.rows(micro_batches)
         writer.add(rows)

@@ -61,6 +61,16 @@ def test_ids_recorded_with_two_masks_and_two_last_labels_are_told_apart(tmp_path
     assert reader.index.duplicates() == 1
 
 
+def test_keys_that_share_a_half_are_told_apart(tmp_path):
+    keys = [b"same 8 b" + end for end in (b"\xff" * 8, b"\0" * 8, b"\x7f" * 8)] + [b"\xff" * 8 + b"same 8 b"]
+    with writing(tmp_path, make_header()):
+        write_part(tmp_path, 0, [dataclasses.replace(make_row(number), key=key) for number, key in enumerate(keys)])
+        finish(tmp_path, make_header())
+    index = CacheReader(tmp_path).index
+    assert [index.find(key) for key in keys] == [[(0, number)] for number in range(4)]
+    assert index.find(b"same 8 b" * 2) == [] and index.duplicates() == 0
+
+
 def test_interrupted_recordings_go_on_where_they_were(tmp_path):
     want = make_cache(tmp_path / "whole", range(12), per_part=5)
     cut, header = tmp_path / "cut", make_header(parts=3)
@@ -84,6 +94,7 @@ def test_interrupted_recordings_go_on_where_they_were(tmp_path):
 def test_a_lost_shard_of_a_finished_cache_is_recorded_again(tmp_path):
     want = make_cache(tmp_path, range(12), per_part=5)
     (tmp_path / "shard-00000001.arrow").unlink()
+    (tmp_path / "shard-00000002.arrow").write_bytes((tmp_path / "shard-00000002.arrow").read_bytes()[:-9])
     assert make_cache(tmp_path, range(12), per_part=5) == want
     assert len(CacheReader(tmp_path)) == 12
 

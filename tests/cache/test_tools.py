@@ -95,8 +95,9 @@ def test_a_damaged_or_unfinished_input_is_not_merged(tmp_path):
         main(["merge", "--output", str(tmp_path / "c"), str(tmp_path / "a"), str(tmp_path / "b")])
     shard = tmp_path / "a" / "shard-00000000.arrow"
     shard.write_bytes(b"\0" + shard.read_bytes()[1:])
-    with pytest.raises(CacheError, match="digest of its metadata"):
+    with pytest.raises(CacheError, match=r"a/shard-00000000\.arrow is damaged: the digest of its metadata"):
         main(["merge", "--output", str(tmp_path / "c"), str(tmp_path / "a")])
+    assert not list((tmp_path / "c").glob("*.arrow"))
 
 
 def test_stat_says_what_is_there(tmp_path, capsys):
