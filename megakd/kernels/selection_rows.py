@@ -21,7 +21,7 @@ from megakd.kernels.paths import row_passes
 from megakd.kernels.rows import finite
 from megakd.kernels.vocab import VocabShard
 
-BLOCK_TOKENS = {"cpu": 32, "cuda": 4096}  # rows whose chunks are in memory at a time
+BLOCK_TOKENS = {"cpu": 64, "cuda": 4096}  # rows whose chunks are in memory at a time
 
 
 class Scan(NamedTuple):
@@ -77,10 +77,14 @@ def scan_rows(logits_TW: Tensor, top_k: int, shard: VocabShard, temperature: flo
 
 
 def _largest_chunks(max_TC: Tensor, top_k: int, room: int) -> tuple[Tensor, Tensor]:
-    """The bound that the K-th largest chunk reaches [T, 1], NaN in broken rows; and the largest chunks, ascending."""
+    """The bound that the K-th largest chunk reaches [T, 1], NaN in broken rows; and the chunks that reach it, ascending.
+
+    There are as many of them as in the row that has most, and no more than there is room for.
+    """
     values_TS, chunks_TS = max_TC.topk(min(room, max_TC.shape[1]), 1)
     bound_T1 = values_TS[:, top_k - 1 : top_k] if values_TS.shape[1] >= top_k else values_TS[:, -1:]
-    return bound_T1, chunks_TS.sort(1).values
+    reaching = max(1, int((values_TS >= bound_T1).sum(1).max()))
+    return bound_T1, chunks_TS[:, :reaching].sort(1).values
 
 
 def _rest(max_TC: Tensor, sum_TC: Tensor, x_TN: Tensor, reached_TN: Tensor, temperature: float) -> Tensor:

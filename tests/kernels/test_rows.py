@@ -39,6 +39,7 @@ def test_blocks_and_gaps_change_nothing(block_bytes, monkeypatch):
 def test_summarize(block_bytes, width, chunks, temperature):
     _, teacher, _ = draw(T, V + 30, dtype=torch.bfloat16)
     teacher[2, 5], teacher[3, 96], teacher[4, width - 1] = torch.nan, torch.inf, -torch.inf
+    teacher[5, :50] = 3e38  # finite, but their sum is not
     teacher[:, width:] = torch.nan
     max_TC, sum_TC = rows.summarize(teacher, width, chunks, temperature)
     fine = torch.tensor([row not in (2, 3, 4) for row in range(T)])
