@@ -41,6 +41,11 @@ class Blocks:
         self.buffer_BW = hidden_TH.new_empty((size, len(weight_WH)))
         self.all_on_B = torch.ones(size, dtype=torch.bool, device=hidden_TH.device)
 
+    def zero_weight_gradient(self) -> Tensor:
+        """Zeros [W, H] to which products are added: float32, unless one product is all there is to come."""
+        single = len(self.hidden_TH) <= self.layout.block_tokens
+        return torch.zeros_like(self.weight_WH, dtype=self.weight_WH.dtype if single else torch.float32)
+
     def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Yields (rows, logits): `rows` indexes the first axis of any [T, ...] tensor."""
         for rows in runs(self.s.supervised_T, self.layout.block_tokens):
@@ -70,11 +75,14 @@ class Blocks:
 
 
 def add_product(grad_WH: Tensor, logits_grad_BW: Tensor, hidden_BH: Tensor) -> None:
-    """grad_WH (float32) += logits_grad_BW.T @ hidden_BH, with no more memory than the logits take."""
-    if logits_grad_BW.dtype == torch.float32:
+    """grad_WH += logits_grad_BW.T @ hidden_BH, in the dtype of grad_WH, with less memory than the logits take."""
+    if grad_WH.dtype == logits_grad_BW.dtype:
         grad_WH.addmm_(logits_grad_BW.T, hidden_BH)
         return
-    columns = max(1, logits_grad_BW.numel() // hidden_BH.shape[1])
+    if grad_WH.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later; not on CPU
+        torch.addmm(grad_WH, logits_grad_BW.T, hidden_BH, out_dtype=torch.float32, out=grad_WH)
+        return
+    columns = max(1, logits_grad_BW.numel() // (4 * hidden_BH.shape[1]))  # a product, and on a CPU its float32 copy
     for grad_CH, part_BC in zip(grad_WH.split(columns), logits_grad_BW.split(columns, 1), strict=True):
         grad_CH += part_BC.T @ hidden_BH
 
@@ -108,7 +116,7 @@ class Recompute(torch.autograd.Function):
         grad_TH = torch.zeros_like(blocks.hidden_TH) if ctx.needs_input_grad[0] else None
         grad_WH = None
         if ctx.needs_input_grad[1]:
-            grad_WH = ctx.weight.main_grad if layout.into_main_grad else _zeros(weight_WH)
+            grad_WH = ctx.weight.main_grad if layout.into_main_grad else blocks.zero_weight_gradient()
         for rows, logits_BW in blocks:
             part = grad_T[rows], entry_logits_TK[rows], s.rows(rows), saved.rows(rows)
             blocks.backward(rows, logits_BW, gradient_factors(*part, layout.options), grad_TH, grad_WH)
@@ -127,7 +135,7 @@ class GradientInForward(torch.autograd.Function):
         shard, options, s = layout.shard, layout.options, localize(targets, labels_T, layout.shard)
         blocks = Blocks(whole(hidden_TH, shard, layout.sequence_parallel), weight_WH, s, layout)
         grad_TH = torch.zeros_like(blocks.hidden_TH) if ctx.needs_input_grad[0] else None
-        grad_WH = _zeros(weight_WH) if ctx.needs_input_grad[1] else None
+        grad_WH = torch.zeros_like(weight_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         outputs = KDLoss(*(token_weight_T.new_zeros(len(labels_T), dtype=torch.float32) for _ in KDLoss._fields))
         numbers_T = torch.arange(len(labels_T), device=labels_T.device)
         for rows, logits_BW in blocks:
@@ -198,7 +206,3 @@ def hand_over(weight_WH: Tensor) -> Tensor | None:
         return None
     weight_WH.grad_added_to_main_grad = True
     return torch.zeros_like(weight_WH) if getattr(weight_WH, "zero_out_wgrad", False) else torch.empty_like(weight_WH)
-
-
-def _zeros(weight_WH: Tensor) -> Tensor:
-    return torch.zeros_like(weight_WH, dtype=torch.float32)

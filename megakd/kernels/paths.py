@@ -25,6 +25,12 @@ def selection_passes(logits_TW: Tensor) -> ModuleType:
     return _choose(logits_TW, "selection_rows")
 
 
+def fused_terms(x: Tensor) -> ModuleType | None:
+    """The module that does the small steps of `terms` and `records` in few launches, where Triton reads the logits."""
+    module = _choose(x, "rows")
+    return importlib.import_module("megakd.kernels.triton_terms") if module.__name__.endswith("triton_rows") else None
+
+
 def _choose(logits_TW: Tensor, name: str) -> ModuleType:
     triton_name = {"rows": "triton_rows", "selection_rows": "triton_selection"}[name]
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -77,9 +77,9 @@ def scan_rows(logits_TW: Tensor, top_k: int, shard: VocabShard, temperature: flo
 
 
 def _largest_chunks(max_TC: Tensor, top_k: int, room: int) -> tuple[Tensor, Tensor]:
-    """The bound that the K-th largest chunk reaches [T, 1], NaN in broken rows; and the chunks that reach it, ascending.
+    """The bound that the K-th largest chunk reaches [T, 1], NaN in broken rows; and the chunks that reach it.
 
-    There are as many of them as in the row that has most, and no more than there is room for.
+    The chunks are ascending, as many as in the row that has most of them, and no more than there is room for.
     """
     values_TS, chunks_TS = max_TC.topk(min(room, max_TC.shape[1]), 1)
     bound_T1 = values_TS[:, top_k - 1 : top_k] if values_TS.shape[1] >= top_k else values_TS[:, -1:]

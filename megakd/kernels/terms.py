@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megakd.kernels import divergences
 from megakd.kernels.divergences import check_divergence
+from megakd.kernels.paths import fused_terms
 from megakd.kernels.records import Merged, merge_records
 from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
@@ -123,6 +124,8 @@ def check_labels(labels_T: Tensor, tokens: int, targets_tokens: int) -> None:
 
 def localize(targets: TeacherTargets, labels_T: Tensor, shard: VocabShard) -> Supervised:
     """Maps the entries and labels to this rank's columns."""
+    if fused := fused_terms(labels_T):
+        return Supervised(*fused.localize(targets.ids_TK, targets.logprobs_TK, labels_T, shard.start, shard.real_width))
     supervised_T = labels_T != MASKED
     columns_TK = shard.columns(targets.ids_TK)
     used_TK = supervised_T[:, None] & (columns_TK >= 0) & (targets.logprobs_TK != -torch.inf)
@@ -150,8 +153,17 @@ def evaluate(
         ValueError: see `check_rows`.
     Collectives: all-gather of the record, and of 2 floats per token for divergences that mix P and Q.
     """
+    records_RTL, fused = shard.all_gather(record_TL), fused_terms(labels_T)
+    if fused and not divergences.mixes(options.divergence):
+        weights, entropy_T = (options.kd_weight, options.ce_weight), targets.entropy_T
+        outputs, saved_8T, wrong_T = fused.evaluate(
+            records_RTL, s.supervised_T, targets.log_tail_T, entropy_T, labels_T, shard.size, options.divergence,
+            options.tail, weights, options.temperature, MASS_TOLERANCE,
+        )  # fmt: skip
+        if not wrong_T.any():  # what is wrong, is found below
+            return KDLoss(*outputs), Saved(*saved_8T)
     log_tail_T = targets.log_tail_T.where(s.supervised_T, 0)
-    merged = merge_records(shard.all_gather(record_TL), options.temperature)
+    merged = merge_records(records_RTL, options.temperature)
     check_rows(merged, log_tail_T, s.supervised_T, labels_T, shard, numbers_T)
     compared, sums_T2 = divergences.compare(merged, log_tail_T, options.tail), None
     if divergences.mixes(options.divergence):
@@ -236,6 +248,12 @@ def gradient_factors(grad_T: Tensor, entry_logits_TK: Tensor, s: Supervised, sav
 
     With x = temperature * z, d(weight * temperature**2 * D)/dx = weight * temperature * dD/dz.
     """
+    if fused := fused_terms(grad_T):
+        weights = options.kd_weight, options.ce_weight
+        given = entry_logits_TK, s.logprobs_TK, s.columns_TK, s.label_columns_T, saved
+        return Factors(
+            *fused.gradient_factors(grad_T, *given, options.divergence, options.parameter, weights, options.temperature)
+        )
     gap_TK = entry_logits_TK - saved.entry_max_T[:, None].float()
     entry_grad_TK, outside_T = torch.zeros_like(gap_TK), torch.zeros_like(saved.outside_T)
     ce_T, outside_at_one_T = options.ce_weight * grad_T.double(), None

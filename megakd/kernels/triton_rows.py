@@ -139,6 +139,7 @@ def backward(
             top_k, grid.parts, grid.part_columns, LOG2_E / temperature, AT_ONE=outside_at_one_T is not None,
             K=triton.next_power_of_2(max(1, top_k)), **lane_shape(logits_TW, out_TW),
         )  # fmt: skip
+        torch.autograd.graph.increment_version(out_TW)  # autograd sees no write through a pointer
 
 
 @triton.jit

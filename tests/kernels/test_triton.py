@@ -1,5 +1,7 @@
 """Runs triton_cases.py in a process of its own: through Triton's interpreter, and compiled where there is a GPU.
 
+That all kernels compile is shown without one, by triton_compile.py.
+
 Whether Triton interprets is settled when it is first imported, and other tests (or torch itself) may have done that.
 """
 
@@ -33,6 +35,12 @@ def run_cases(**environment):
 @needs_triton
 def test_interpreted():
     run_cases(TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, tmp_path):
+    run(str(CASES.with_name("triton_compile.py")), capability, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
 
 
 @needs_triton

@@ -4,6 +4,7 @@ Under TRITON_INTERPRET=1 (which must be set before Triton is first imported) on 
 Outputs are poisoned: torch.empty is full of NaN here.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -14,15 +15,19 @@ from megakd.kernels import (
     VocabShard,
     kd_loss,
     kd_loss_reference,
+    records,
     rows,
     select_top_k,
     selection,
     selection_rows,
+    terms,
     triton_rows,
     triton_selection,
     triton_tiles,
 )
+from megakd.kernels.divergences import TAILS, mixes
 from megakd.kernels.predictions import predict
+from megakd.targets import TeacherTargets
 from tests.kernels.dense import dense_targets
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -285,3 +290,104 @@ def test_the_loss_runs_on_these_passes(temperature, dtype, monkeypatch):
     assert_near(grads[0][1], grads[1][1], 2 * ROUNDING[dtype], 1e-9)
     assert torch.equal(predict(x, labels, shard).id_T, x[:, :width].float().max(1).indices)
     assert len(calls) == 3
+
+
+class Slices:
+    """Two shards of one vocabulary, in one process: stands in for the VocabShard of the first."""
+
+    def __init__(self, parts, size, records_RTL):
+        self.start, self.real_width, self.size, self.records_RTL = 0, parts, size, records_RTL
+
+    def columns(self, ids):
+        return torch.where((ids >= 0) & (ids < self.real_width), ids, -1)
+
+    def all_gather(self, mine):
+        assert mine.shape == self.records_RTL.shape[1:]
+        return torch.cat([mine[None], self.records_RTL[1:]])
+
+
+def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monkeypatch):
+    """Everything around the row passes, for two slices of a vocabulary of 300 of which the first holds 200; and for
+    divergences that mix P and Q, the factors of the backward alone."""
+    top_k, tokens, size, split = 9, 7, 300, 200
+    if not use_triton:
+        monkeypatch.setattr(terms, "fused_terms", lambda x: None)
+        monkeypatch.setattr(records, "fused_terms", lambda x: None)
+    generator = torch.Generator().manual_seed(top_k)
+    x = 3 * torch.randn(tokens, size, generator=generator)
+    x[2, :split] = -torch.inf  # nothing on the first slice
+    x[3, 4] = 300.0
+    ids = torch.stack([torch.randperm(size, generator=generator)[:top_k] for _ in range(tokens)]).sort(1).values
+    ids[4] = torch.arange(split, split + top_k)  # no entry on the first slice
+    log_p = torch.log_softmax(3 * torch.randn(tokens, top_k + 1, generator=generator), 1)
+    log_p[5, -1] = -torch.inf
+    log_p[5] = log_p[5].log_softmax(0)
+    if sampled:
+        log_p = torch.cat([log_p[:, :-1].log_softmax(1), torch.full((tokens, 1), -torch.inf)], 1)
+    labels = torch.tensor([3, 250, 7, -100, int(ids[4, 2]), 299, 0])
+    entropy = torch.rand(tokens, generator=generator) if sampled else None
+    x, ids, log_p, labels, entropy = (
+        part if part is None else part.to(DEVICE) for part in (x, ids, log_p, labels, entropy)
+    )
+    targets = TeacherTargets(ids, log_p[:, :-1].contiguous(), log_p[:, -1].contiguous(), temperature, entropy)
+    options = terms.Options(divergence, tail, 0.3, temperature, *weights, sampled)
+    parts, stats, sent = [], [], []
+    for first, last in ((0, split), (split, size)):
+        shard = Slices(last - first, size, None)
+        local = dataclasses.replace(targets, ids_TK=torch.where(ids >= first, ids - first, -1))
+        own = torch.where((labels >= first) & (labels < last), labels - first, -1).where(labels != -100, -100)
+        s = terms.localize(local, own, shard)
+        on, width = labels != -100, last - first
+        stats.append(triton_rows.statistics(x[:, first:last], s.columns_TK, s.label_columns_T, on, width, temperature))
+        sent.append(records.build_record(stats[-1], s.logprobs_TK, temperature, sampled=sampled))
+        parts.append(s._replace(supervised_T=on))
+    sent = torch.stack(sent)
+    if mixes(divergence):
+        saved = terms.Saved(*torch.rand(8, tokens, generator=generator, dtype=torch.float64).to(DEVICE))
+        outputs = ()
+    else:
+        outputs, saved = terms.evaluate(
+            sent[0], stats[0].entry_logits_TK, parts[0], targets, labels, Slices(split, size, sent), options
+        )
+        assert not any(part._is_view() for part in outputs)
+    grad = torch.rand(tokens, generator=generator).to(DEVICE)
+    factors = []
+    for part, read in zip(parts, stats, strict=True):
+        factors += terms.gradient_factors(grad, read.entry_logits_TK, part, saved, options)
+    on = labels != -100
+    return parts, sent, outputs, [part[on] for part in saved], [part[on] for part in factors if part is not None]
+
+
+PAIRS = [(name, tail, False) for name, tails in TAILS.items() for tail in tails[: 1 if mixes(name) else None]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 0.0), (0.0, 2.0)], ids=str)
+@pytest.mark.parametrize(
+    "divergence, tail, sampled", [*PAIRS, ("forward_kl", "drop", True), ("forward_kl", "bucket", True)]
+)
+def test_the_steps_between_the_passes(divergence, tail, sampled, weights, temperature, monkeypatch):
+    with monkeypatch.context() as plain:
+        want = same_steps(divergence, tail, temperature, sampled, weights, False, plain)
+    got = same_steps(divergence, tail, temperature, sampled, weights, True, monkeypatch)
+    for a, b in zip(got[0], want[0], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)  # reverse_kl is infinite where P's tail is 0
+
+
+def test_what_is_wrong_is_named_from_the_fused_steps_too():
+    x, labels = teacher(101, 3, torch.float32), torch.tensor([0, 1, -100, 5, 77, 100], device=DEVICE)
+    shard = VocabShard(0, 104, 101)
+    targets = select_top_k(teacher(101, 8, torch.float32), 8, shard)
+    for row, label in [(3, 101), (4, -1)]:
+        stray = labels.clone()
+        stray[row] = label
+        with pytest.raises(ValueError, match=f"label {label} in row {row}"):
+            kd_loss(x, targets, stray, shard)
+    targets.logprobs_TK[1] -= 1
+    with pytest.raises(ValueError, match="in row 1; expected 1"):
+        kd_loss(x, targets, labels, shard)
+    targets.logprobs_TK[1] += torch.nan
+    with pytest.raises(ValueError, match="in row 1; expected 1"):
+        kd_loss(x, targets, labels, shard)

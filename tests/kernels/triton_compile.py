@@ -1,0 +1,98 @@
+"""Compiles every Triton kernel for a GPU that is not there: `python triton_compile.py 90` for sm_90.
+
+What the interpreter forgives (types that do not fit, shapes that are no powers of two, more shared memory than there
+is) stops the compiler, down to ptxas. The host functions run as they are, on CPU tensors; a launch compiles, and does
+nothing.
+"""
+
+import inspect
+import re
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from megakd.kernels import divergences, triton_chunks, triton_rows, triton_selection, triton_terms
+from megakd.kernels.rows import Statistics
+from megakd.kernels.terms import Saved
+
+T, W = 3, 9000
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+
+
+class AbsentGPU:
+    """The driver of a GPU that can be compiled for."""
+
+    def __init__(self, capability: int):
+        self.capability, self.compiled = capability, {}
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def compile(self, kernel, arguments: tuple, options: dict, grid) -> None:
+        """Down to the machine code of one call."""
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        assert compiled.asm["cubin"], kernel
+        assert compiled.metadata.shared <= SHARED_BYTES[self.capability], (kernel, compiled.metadata.shared)
+        self.compiled.setdefault(kernel.__name__, set()).add(compiled.hash)
+
+
+def call_all(dtype: torch.dtype, top_k: int, temperature: float) -> None:
+    """Every host function of the Triton modules, with the options that change a kernel."""
+    logits_TW = torch.randn(T, W).to(dtype)
+    columns_TK = torch.arange(top_k).expand(T, top_k).contiguous()
+    label_columns_T, labels_T, on_T = columns_TK[:, 0].contiguous(), torch.arange(T), torch.ones(T, dtype=torch.bool)
+    numbers_T, numbers_TK = torch.zeros(T), torch.zeros(T, top_k)
+    at_one_T = None if temperature == 1 else numbers_T
+    given = logits_TW, columns_TK, label_columns_T, on_T, W, temperature
+    triton_rows.statistics(*given)
+    triton_rows.backward(*given, numbers_T, numbers_T, at_one_T, numbers_TK, numbers_T, logits_TW)
+    triton_rows.extremes(logits_TW, label_columns_T, W)
+    triton_chunks.summarize(logits_TW, W, 128, temperature)
+    shape = triton_selection.lane_shape(logits_TW)
+    packed_TM, rest_3T = triton_selection.find_candidates(logits_TW, top_k, W, temperature, shape)
+    scan = triton_selection.Scan(logits_TW[:, :top_k], packed_TM, rest_3T, torch.empty(0, dtype=torch.int64))
+    triton_selection.take_entries(logits_TW, scan, logits_TW[:, 0], labels_T, top_k, temperature)
+
+    triton_terms.localize(columns_TK, numbers_TK, labels_T, 0, W)
+    stats = Statistics(numbers_T, numbers_T, at_one_T, numbers_TK, numbers_T)
+    saved = Saved(*numbers_T.double().expand(len(Saved._fields), T).clone())
+    for sampled in (False, True):
+        record_TL = triton_terms.build_record(stats, numbers_TK, temperature, sampled=sampled)
+        for divergence, tails in divergences.TAILS.items():
+            if (sampled and divergence != "forward_kl") or divergences.mixes(divergence):
+                continue
+            for tail in tails:
+                triton_terms.evaluate(
+                    record_TL.expand(2, *record_TL.shape).contiguous(), on_T, numbers_T, numbers_T if sampled else None,
+                    labels_T, W, divergence, tail, (0.5, 0.5), temperature, 1e-3,
+                )  # fmt: skip
+    for divergence in divergences.FORMS:
+        triton_terms.gradient_factors(
+            numbers_T, numbers_TK, numbers_TK, columns_TK, label_columns_T, saved, divergence, 0.5, (0.5, 0.5),
+            temperature,
+        )  # fmt: skip
+
+
+def main(capability: int) -> None:
+    gpu = AbsentGPU(capability)
+    driver.set_active(gpu)
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **options: gpu.compile(kernel, a, options, grid)
+    for dtype, top_k, temperature in [(torch.bfloat16, 64, 1.0), (torch.float32, 1000, 2.0)]:
+        call_all(dtype, top_k, temperature)
+    modules = triton_rows, triton_chunks, triton_selection, triton_terms
+    launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
+    assert set(gpu.compiled) == launched, launched ^ set(gpu.compiled)
+    print(*sorted(f"{name} {len(hashes)}" for name, hashes in gpu.compiled.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
