@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import typing
 
 from megakd import __version__
+from megakd.cache.publish import publishing
 from megakd.cache.row import Contents
 from megakd.errors import CacheError
 
@@ -91,6 +91,17 @@ class Header:
             flat |= {f"{name}.{key}": value for key, value in flat.pop(name).items()}
         return json.loads(json.dumps(flat))
 
+    def recordings(self) -> list[dict]:
+        """`data` of every recording that was merged into this cache; of this one alone where nothing was."""
+        found, waiting = [], [self.data]
+        while waiting:
+            data = waiting.pop(0)
+            if "merged" in data:
+                waiting += data["merged"]
+            else:
+                found.append(data)
+        return found
+
     @property
     def tokens(self) -> int:
         """Supervised positions of all shards."""
@@ -137,7 +148,8 @@ def read_header(folder) -> Header:
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from error
     if version != FORMAT_VERSION:
-        writer = record.get("created", {}).get("megakd_version", "unknown")
+        created = record.get("created")
+        writer = created.get("megakd_version", "unknown") if isinstance(created, dict) else "unknown"
         raise CacheError(
             f"{path} has cache format {version}, this megakd ({__version__}) reads {FORMAT_VERSION}",
             hint=f"use the megakd that wrote it ({writer}) or a later one",
@@ -171,13 +183,9 @@ def _revive(hint, value, path):
 
 
 def write_json(path: pathlib.Path, record: dict) -> None:
-    """Write a JSON file that is whole or not there, also after a power cut."""
-    partial = path.with_name(path.name + ".incomplete")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Publish a JSON file."""
+    with publishing(path) as partial:
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _canonical(record: dict) -> bytes:

@@ -13,7 +13,8 @@ import pathlib
 import numpy as np
 
 from megakd.cache.header import Header, IndexRecord, digest_of
-from megakd.cache.shard import Shard, unwritable
+from megakd.cache.publish import publishing
+from megakd.cache.shard import Shard
 from megakd.errors import CacheError
 
 INDEX_FILE = "index.bin"
@@ -42,13 +43,8 @@ def write_index(folder, shards) -> IndexRecord:
     order = np.lexsort((row_n, shard_n, low, high))
     columns = (high.astype("<u8"), low.astype("<u8"), shard_n.astype("<u4"), row_n.astype("<u4"))
     content = b"".join(column[order].tobytes() for column in columns)
-    path = pathlib.Path(folder) / INDEX_FILE
-    partial = path.with_name(INDEX_FILE + ".incomplete")
-    try:
+    with publishing(pathlib.Path(folder) / INDEX_FILE) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
     return IndexRecord(rows=len(order), digest=digest_of(content))
 
 

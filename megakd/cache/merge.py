@@ -7,11 +7,12 @@ import pathlib
 import shutil
 
 from megakd import __version__
-from megakd.cache.header import Header, ShardRecord, read_header, write_json
+from megakd.cache.header import Header, ShardRecord, read_header
 from megakd.cache.index import Index
+from megakd.cache.publish import publishing
 from megakd.cache.reader import check_finished
-from megakd.cache.shard import check_head, open_shard_file, unwritable
-from megakd.cache.writer import finish, shard_file, writing
+from megakd.cache.shard import check_head, open_shard_file
+from megakd.cache.writer import finish, shard_file, write_record, writing
 from megakd.errors import CacheError
 
 SAME = ("contents", "mode", "options", "tail", "tokenizer_fingerprint", "teacher_fingerprint")
@@ -73,15 +74,9 @@ def add_shard(output: pathlib.Path, part: int, source: pathlib.Path, record: Sha
     """Publish a copy or a link of a shard as a part, after a check of its head."""
     check_head(source, record, open_shard_file(source, record))
     target = output / shard_file(part)
-    partial = target.with_name(target.name + ".incomplete")
-    try:
-        partial.unlink(missing_ok=True)
+    with publishing(target) as partial:
         try:
             os.link(source, partial)
         except OSError:  # another file system, or one without links
             shutil.copyfile(source, partial)
-        os.replace(partial, target)
-        record = dataclasses.replace(record, file=target.name, part=part)
-        write_json(output / target.name.replace(".arrow", ".json"), dataclasses.asdict(record))
-    except OSError as error:
-        raise unwritable(target, error) from error
+    write_record(output, dataclasses.replace(record, file=target.name, part=part))

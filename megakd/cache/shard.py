@@ -6,16 +6,15 @@ compared before Arrow parses anything; payloads have a checksum each. No byte of
 """
 
 import contextlib
-import errno
 import hashlib
 import mmap
-import os
 import pathlib
 
 import numpy as np
 import pyarrow as pa
 
 from megakd.cache.header import ShardRecord, digest_of
+from megakd.cache.publish import publishing
 from megakd.cache.row import EncodedRow
 from megakd.errors import CacheError
 
@@ -47,24 +46,15 @@ class ShardWriter:
         self.ends.append(len(self.payload))
 
     def publish(self, path: pathlib.Path, part: int) -> ShardRecord:
-        """Write the file under another name, make sure that it is on disk, and give it its name.
+        """Write the file.
 
         Raises:
             CacheError: the disk is full or cannot be written; nothing is left of the shard.
         """
-        partial = path.with_name(path.name + ".incomplete")
-        try:
+        with publishing(path) as partial:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
                 writer.write_batch(self._batch())
-            record = self._describe(partial, path.name, part)
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            return record
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise unwritable(path, error) from error
+            return self._describe(partial, path.name, part)
 
     def _batch(self) -> pa.RecordBatch:
         columns = list(zip(*self.rows, strict=True)) if self.rows else [[]] * 7
@@ -167,15 +157,6 @@ def damaged(path, reason: str) -> CacheError:
         f"shard {path} is damaged: {reason}",
         hint="copy the shard again, or delete it and record its part again with `megakd cache`",
     )
-
-
-def unwritable(path, error: OSError) -> CacheError:
-    if error.errno == errno.ENOSPC:
-        return CacheError(
-            f"{path} could not be written: the disk is full; the shards before it are whole",
-            hint="free space and start `megakd cache` again: it goes on after the last whole shard",
-        )
-    return CacheError(f"{path} could not be written: {error}", hint="choose a folder that can be written")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ import socket
 
 from megakd.cache.header import HEADER_FILE, Header, ShardRecord, load_record, read_header, write_header, write_json
 from megakd.cache.index import write_index
-from megakd.cache.shard import ShardWriter, unwritable
+from megakd.cache.publish import INCOMPLETE, unwritable
+from megakd.cache.shard import ShardWriter, check_head, open_shard_file
 from megakd.errors import CacheError
 
 LOCK_FILE = "writer.lock"
@@ -24,6 +25,11 @@ LOCK_FILE = "writer.lock"
 
 def shard_file(part: int) -> str:
     return f"shard-{part:08d}.arrow"
+
+
+def write_record(folder: pathlib.Path, record: ShardRecord) -> None:
+    """Publish what makes a shard count while the header does not list it."""
+    write_json(folder / record.file.replace(".arrow", ".json"), dataclasses.asdict(record))
 
 
 @contextlib.contextmanager
@@ -44,7 +50,10 @@ def writing(folder, header: Header):
     except OSError as error:
         raise unwritable(folder, error) from error
     with lock:
-        _take(lock, folder)
+        try:
+            _take(lock, folder)
+        except OSError as error:
+            raise unwritable(folder / LOCK_FILE, error) from error
         try:
             yield _open(folder, header)
         finally:
@@ -73,15 +82,17 @@ def _open(folder: pathlib.Path, header: Header) -> dict[int, ShardRecord]:
                 f"{folder} has no {HEADER_FILE} but holds {strays[0]}" + (" and others" if strays[1:] else ""),
                 hint="choose an empty folder",
             )
-        _write_header(folder, header)
+        write_header(folder, header)
         return {}
     old = read_header(folder)
     check_same(folder, old, header)
+    for stray in folder.glob(f"*{INCOMPLETE}"):  # of a writer that was killed
+        stray.unlink(missing_ok=True)
     whole = whole_parts(folder, old)
     if not (old.finished and len(whole) == header.parts):
         for record in whole.values():
-            write_json(folder / shard_file(record.part).replace(".arrow", ".json"), dataclasses.asdict(record))
-        _write_header(folder, dataclasses.replace(header, created=old.created))
+            write_record(folder, record)
+        write_header(folder, dataclasses.replace(header, created=old.created))
     return whole
 
 
@@ -98,7 +109,11 @@ def check_same(folder, old: Header, new: Header) -> None:
 
 
 def whole_parts(folder, header: Header) -> dict[int, ShardRecord]:
-    """The parts whose shard is there in full: those of the header, and those published since."""
+    """The parts whose shard is there as its record says, those of the header and those published since.
+
+    A record may be of an older shard of the part: a kill can come between the two. The head tells, for it holds the
+    checksums of all rows; their payloads are left to the reader and to `megakd cache verify`.
+    """
     folder = pathlib.Path(folder)
     records = list(header.shards)
     for path in sorted(folder.glob("shard-*.json")):
@@ -107,7 +122,8 @@ def whole_parts(folder, header: Header) -> dict[int, ShardRecord]:
     whole = {}
     for record in records:
         path = folder / record.file
-        if path.is_file() and path.stat().st_size == record.bytes:
+        with contextlib.suppress(CacheError):
+            check_head(path, record, open_shard_file(path, record))
             whole[record.part] = record
     return whole
 
@@ -120,10 +136,7 @@ def publish_part(folder, part: int, shard: ShardWriter) -> ShardRecord:
     """
     folder = pathlib.Path(folder)
     record = shard.publish(folder / shard_file(part), part)
-    try:
-        write_json(folder / shard_file(part).replace(".arrow", ".json"), dataclasses.asdict(record))
-    except OSError as error:
-        raise unwritable(folder / shard_file(part), error) from error
+    write_record(folder, record)
     return record
 
 
@@ -146,14 +159,7 @@ def finish(folder, header: Header) -> Header:
     header = dataclasses.replace(
         header, created=old.created, finished=True, shards=shards, index=write_index(folder, shards)
     )
-    _write_header(folder, header)
-    for path in [*folder.glob("shard-*.json"), *folder.glob("*.incomplete")]:
+    write_header(folder, header)
+    for path in [*folder.glob("shard-*.json"), *folder.glob(f"*{INCOMPLETE}")]:
         path.unlink(missing_ok=True)
     return header
-
-
-def _write_header(folder: pathlib.Path, header: Header) -> None:
-    try:
-        write_header(folder, header)
-    except OSError as error:
-        raise unwritable(folder / HEADER_FILE, error) from error

@@ -1,13 +1,16 @@
 import dataclasses
+import multiprocessing
 import os
+import resource
 import shutil
 
 import numpy as np
 import pytest
 
-from megakd.cache import CacheReader, build_table, check_identity, read_header, writing
+from megakd.cache import CacheReader, build_table, check_identity, encode_row, read_header, writing
+from megakd.cache.publish import publishing
 from megakd.cache.shard import ShardWriter
-from megakd.cache.writer import finish, publish_part
+from megakd.cache.writer import finish
 from megakd.errors import CacheError
 from megakd.targets import sample_key
 from tests.cache.made import CONTENTS, S, V, make_cache, make_header, make_row, make_sample, write_part
@@ -124,14 +127,86 @@ def test_a_folder_with_foreign_shards_is_refused(tmp_path):
         pass
 
 
-def test_a_full_disk_is_named_and_publishes_nothing(tmp_path):
+@pytest.mark.parametrize("name", ["cache.json", "shard-00000000.arrow", "shard-00000000.json", "index.bin"])
+def test_a_disk_that_is_full_at_any_file_is_named_and_leaves_nothing_half(tmp_path, monkeypatch, name):
+    want = make_cache(tmp_path / "whole", range(2))
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / f"{name}.x.incomplete").symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr("megakd.cache.publish.secrets.token_hex", lambda _: "x")
+        with pytest.raises(CacheError, match=rf"{name} could not be written: the disk is full .*\nhint: free space"):
+            make_cache(cut, range(2))
+    assert not (cut / name).exists() and not list(cut.glob("*.incomplete"))
+    assert make_cache(cut, range(2)) == want
+    assert same_files(cut, tmp_path / "whole")
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "writer.lock").symlink_to("/dev/full")
+    with pytest.raises(CacheError, match=r"writer\.lock could not be written: "):
+        make_cache(tmp_path)
+
+
+def test_a_file_size_limit_is_named(tmp_path):
+    """What a quota or `ulimit -f` does: the write fails in the middle of a shard."""
+    assert in_process(write_below_a_limit, tmp_path) == 0
+    assert not list(tmp_path.glob("shard-*")) and not list(tmp_path.glob("*.incomplete"))
+    assert make_cache(tmp_path, range(30), per_part=30).finished
+
+
+def write_below_a_limit(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    with pytest.raises(CacheError, match=r"shard-00000000\.arrow could not be written: .*File too large"):
+        make_cache(folder, range(30), per_part=30)
+
+
+def in_process(function, *arguments) -> int:
+    """The exit code of a function in a process of its own."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def same_files(one, other) -> bool:
+    a, b = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other))
+    return a == b
+
+
+def test_a_record_of_an_older_shard_of_its_part_does_not_count(tmp_path):
+    """Killed between publishing a shard again and its record: the record there is of other bytes of the same length."""
+    want = make_cache(tmp_path / "whole", range(12), per_part=5)
+    cut, header = tmp_path / "cut", make_header(parts=3)
+    with writing(cut, header):
+        write_part(cut, 1, [make_row(number) for number in range(5, 10)])
+        shard = ShardWriter()
+        for number in range(5, 10):
+            row = make_row(number)
+            shard.add(encode_row(dataclasses.replace(row, top_id_T=row.top_id_T[::-1]), CONTENTS))
+        shard.publish(cut / "shard-00000001.arrow", 1)
+    assert make_cache(cut, range(12), per_part=5) == want
+    assert same_files(cut, tmp_path / "whole")
+
+
+def test_a_writer_that_outlives_its_launch_cannot_spoil_the_next_ones_shard(tmp_path):
+    """A rank may live on for seconds after rank 0 was killed, while the next launch writes the same part."""
     with writing(tmp_path, make_header()):
-        (tmp_path / "shard-00000000.arrow.incomplete").symlink_to("/dev/full")
-        with pytest.raises(CacheError, match="the disk is full"):
-            publish_part(tmp_path, 0, ShardWriter())
-        assert not list(tmp_path.glob("shard-*"))
-        write_part(tmp_path, 0, [make_row(0)])
-        assert finish(tmp_path, make_header()).finished
+        pass
+    late = publishing(tmp_path / "shard-00000000.arrow")
+    with pytest.raises(CacheError, match="could not be written"), late as path, open(path, "wb") as file:
+        make_cache(tmp_path, range(1))
+        file.write(b"too late")
+    assert_tables_equal(look_up(CacheReader(tmp_path), make_sample(0)), build_table(make_row(0)))
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    with writing(tmp_path, make_header()):
+        pass
+    (tmp_path / "shard-00000000.arrow.1f.incomplete").write_bytes(b"half")
+    with writing(tmp_path, make_header()):
+        assert not list(tmp_path.glob("*.incomplete"))
 
 
 @pytest.mark.parametrize(
