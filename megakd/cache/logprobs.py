@@ -24,6 +24,7 @@ from megakd.cache.segments import reduce_tokens, spread, uniform_count
 CODECS = ("fp32", "fp16", "q8", "count8", "count16")
 _ENTRY_BYTES = {"fp32": 4, "fp16": 2, "q8": 1, "count8": 1, "count16": 2}
 _LARGEST = float(np.finfo(np.float16).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def logprobs_bytes(codec: str, tokens: int, entries: int) -> int:
@@ -102,10 +103,12 @@ def scale_to_mass(logs_N: np.ndarray, counts_T: np.ndarray, log_mass_T: np.ndarr
 
 
 def log_mass(log_tail_T: np.ndarray) -> np.ndarray:
-    """log(1 - e^log_tail) in float64, exact for a tail near 1 as for one near 0; -inf where the tail is everything."""
+    """log(1 - e^log_tail) in float64, exact for a tail near 1 as for one near 0.
+
+    Where the tail is all that float32 can tell it is that of the smallest float32: an entry has a finite logarithm.
+    """
     log_tail_T = np.minimum(np.asarray(log_tail_T, np.float64), 0)
-    with np.errstate(divide="ignore"):
-        return np.log(-np.expm1(log_tail_T))
+    return np.log(np.maximum(-np.expm1(log_tail_T), _SMALLEST))
 
 
 def _round_up(range_T: np.ndarray) -> np.ndarray:

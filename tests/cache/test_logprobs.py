@@ -115,3 +115,11 @@ def test_mass_beside_a_tail_of_almost_everything():
     tail = np.float32(np.log1p(-1e-6))
     np.testing.assert_allclose(np.exp(log_mass(np.array([tail]))), 1e-6, rtol=1e-6)
     assert log_mass(np.array([-np.inf]))[0] == 0
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "q8"])
+def test_an_entry_beside_a_tail_of_everything_has_a_finite_logarithm(codec):
+    """keep_label with K = 1 stores a label of any probability; float32's tail of it is 0."""
+    logs_N = np.array([-80.0], np.float32)
+    got_N = decode_logprobs(encode_logprobs(logs_N, np.array([1]), codec), np.array([1]), codec, log_mass(np.zeros(1)))
+    assert np.isfinite(got_N).all() and got_N[0] < -79
