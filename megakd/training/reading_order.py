@@ -23,15 +23,17 @@ class Samples:
     """
 
     def __init__(self, train_data, validation_data, config: Config):
-        self.train_data, self.validation_data, self.config = train_data, validation_data, config
+        self.validation_data, self.config = validation_data, config
         self.sequence_length = config.data.sequence_length
         self.validated = 0
         if validation_data is not None:
             self.validated = min(config.eval.samples or len(validation_data), len(validation_data))
         train = config.train
         steps = train.steps or max(math.ceil(train.epochs * len(train_data) / train.global_batch_size), 1)
-        wanted = len(train_data) if config.data.packing else steps * train.global_batch_size  # packs hold any of them
-        self.firsts = first_readings(train_data, config.run.seed, wanted)
+        wanted = steps * train.global_batch_size
+        if config.data.packing and not_all_text(train_data):  # packs may hold any sample of any part
+            train_data, wanted = each_part_once(train_data, config.run.seed), len(train_data)
+        self.train_data, self.firsts = train_data, first_readings(train_data, config.run.seed, wanted)
         every = self.validated + (wanted if self.firsts is None else len(self.firsts))
         self.start, self.end = config.cache.start, min(config.cache.end or every, every)
         if self.start >= self.end:
@@ -70,19 +72,44 @@ class Samples:
         }  # fmt: skip
 
 
+def not_all_text(data) -> bool:
+    """Whether packing applies to a data set; running text is never packed.
+
+    Raises:
+        ConfigError: it applies to some of its parts only, and which windows of the others are read cannot be told.
+    """
+    text = [isinstance(part, TextDataset) for part in parts_of(data)]
+    if any(text) and not all(text):
+        raise ConfigError(
+            "data.train blends running text with samples of their own, and data.packing is true: the windows of text "
+            "that training reads depend on the packs, which a recording does not make",
+            hint="record and train with data.packing=false",
+        )
+    return not all(text)
+
+
+def each_part_once(data, seed: int):
+    """A blend without its weights, so that an epoch holds every sample of every part."""
+    return BlendedDataset(data.parts, None, seed) if isinstance(data, BlendedDataset) else data
+
+
+def parts_of(data) -> list:
+    return data.parts if isinstance(data, BlendedDataset) else [data]
+
+
 def first_readings(data, seed: int, readings: int) -> np.ndarray | None:
     """Which of a run's readings of a data set are the first of their sample; None when no sample is read twice.
 
     Windows of running text differ from epoch to epoch, samples of their own do not.
     """
-    parts = data.parts if isinstance(data, BlendedDataset) else [data]
+    parts = parts_of(data)
     if all(isinstance(part, TextDataset) for part in parts):
         return None
+    if not isinstance(data, BlendedDataset):
+        return np.arange(min(readings, len(data)))  # an epoch has each sample once
     seen, firsts = set(), []
     for reading, (epoch, index) in enumerate(batch_indices(seed, 0, readings, len(data))):
-        part = 0
-        if isinstance(data, BlendedDataset):
-            part, epoch, index = data.locate(epoch, index)
+        part, epoch, index = data.locate(epoch, index)
         sample = (part, epoch if isinstance(parts[part], TextDataset) else 0, index)
         if sample not in seen:
             seen.add(sample)
