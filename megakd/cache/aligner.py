@@ -16,6 +16,7 @@ Source: NeMo-Aligner, docs/user-guide/knowledge_distillation.rst and compute_top
 
 import json
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +41,25 @@ def find_chunks(template: str) -> list[pathlib.Path]:
         files = []
         while (path := pathlib.Path(template.replace(CHUNK, str(len(files))))).is_file():
             files.append(path)
+        check_no_gap(template, len(files))
     if not files:
         first = template.replace(CHUNK, "0")
         raise CacheError(
             f"{first} does not exist", hint=f"--input takes a path in which {CHUNK} stands for 0, 1, 2, ..."
         )
     return files
+
+
+def check_no_gap(template: str, number: int) -> None:
+    """Raises CacheError where chunk `number` is missing and a later one is there."""
+    missing = pathlib.Path(template.replace(CHUNK, str(number)))
+    name = re.compile(re.escape(pathlib.Path(template).name).replace(CHUNK, r"(\d+)", 1).replace(CHUNK, r"\1"))
+    found = [match for entry in missing.parent.glob("*") if (match := name.fullmatch(entry.name)) and name.groups]
+    if later := [int(match[1]) for match in found if int(match[1]) > number]:
+        raise CacheError(
+            f"{missing} does not exist, but chunk {min(later)} does",
+            hint=f"{CHUNK} stands for 0, 1, 2, ... without gaps: copy the missing chunk, or rename the others",
+        )
 
 
 class Sample(NamedTuple):
@@ -63,7 +77,7 @@ class Sample(NamedTuple):
     log_sum_exp_T: np.ndarray
 
 
-def parse_line(line: str, where: str) -> Sample | None:
+def parse_line(line: bytes, where: str) -> Sample | None:
     """One line of a chunk; None if nothing of it is supervised.
 
     Args:
@@ -73,18 +87,23 @@ def parse_line(line: str, where: str) -> Sample | None:
     """
     try:
         record = json.loads(line)
-        ids_S, labels_S = (np.asarray(record[key], np.int64) for key in ("tokens", "labels"))
+        ids_S, labels_S, ids_SK = (read_ids(record[key]) for key in ("tokens", "labels", "topk_token_ids"))
         mask_S = np.asarray(record["loss_mask"], np.float64) > 0
-        ids_SK = np.asarray(record["topk_token_ids"], np.int64)
         logits_SK, log_sum_exp_S = (
             np.asarray(record[key], np.float64) for key in ("topk_logits", "log_sum_exp_logits")
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise wrong(where, f"{type(error).__name__}: {error}") from error
     except KeyError as error:
         raise wrong(where, f"it has no {error}; expected {', '.join(KEYS)}") from error
     shapes = [ids_S.shape, labels_S.shape, mask_S.shape, log_sum_exp_S.shape, ids_SK.shape[:1]]
-    if ids_S.ndim != 1 or len(set(shapes)) > 1 or ids_SK.ndim != 2 or logits_SK.shape != ids_SK.shape:
+    if (
+        ids_S.ndim != 1
+        or len(set(shapes)) > 1
+        or ids_SK.ndim != 2
+        or logits_SK.shape != ids_SK.shape
+        or not ids_SK.size
+    ):
         raise wrong(where, f"its lists have different lengths: {shapes}, topk {ids_SK.shape} and {logits_SK.shape}")
     if not mask_S.any():
         return None
@@ -96,6 +115,14 @@ def parse_line(line: str, where: str) -> Sample | None:
         raise wrong(where, f"label {labels_S[at]} of position {at} is not the next token, {ids_S[at + 1]}")
     kept = np.flatnonzero(mask_S)
     return Sample(ids_S, mask_S, int(labels_S[-1]), ids_SK[kept], logits_SK[kept], log_sum_exp_S[kept])
+
+
+def read_ids(values: list) -> np.ndarray:
+    """Whole numbers as int64, whatever JSON wrote them as; ValueError for others."""
+    numbers = np.asarray(values)
+    if not np.issubdtype(numbers.dtype, np.integer) and not (np.asarray(values, np.float64) % 1 == 0).all():
+        raise ValueError(f"token ids must be whole numbers, not {values}"[:80])
+    return numbers.astype(np.int64)
 
 
 def to_row(sample: Sample, key: bytes, vocab_size: int, where: str) -> tuple[Row, int]:

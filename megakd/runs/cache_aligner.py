@@ -14,7 +14,17 @@ import numpy as np
 
 from megakd import __version__
 from megakd.cache import Contents, Header, encode_row, finish, publish_part, read_header, writing
-from megakd.cache.aligner import CHUNK, Sample, check_exportable, find_chunks, format_line, parse_line, to_row
+from megakd.cache.aligner import (
+    CHUNK,
+    Sample,
+    check_exportable,
+    find_chunks,
+    format_line,
+    parse_line,
+    to_row,
+    wrong,
+)
+from megakd.cache.publish import publishing
 from megakd.cache.shard import ShardWriter
 from megakd.errors import CacheError
 from megakd.targets import sample_key
@@ -50,13 +60,15 @@ def run_import(arguments: argparse.Namespace) -> int:
                     continue
                 check_ids(sample, vocab_size, where)
                 token_file.add(np.append(sample.ids_S, sample.last_label), np.append(False, sample.mask_S))
+                if sample.ids_TK.shape[1] != header.contents.top_k:
+                    raise wrong(
+                        where,
+                        f"it has {sample.ids_TK.shape[1]} entries a token, the first sample {header.contents.top_k}",
+                    )
                 if part not in whole:
                     row, above = to_row(sample, sample_key(sample.ids_S), vocab_size, where)
                     scaled["tokens"] += above
-                    try:
-                        shard.add(encode_row(row, header.contents))
-                    except ValueError as error:
-                        raise CacheError(f"{where}: {error}", hint="all lines must have the same K") from error
+                    shard.add(encode_row(row, header.contents))
             if part not in whole:
                 publish_part(arguments.output, part, shard)
         header = finish(arguments.output, header)
@@ -103,7 +115,7 @@ def read_samples(files: list[pathlib.Path]) -> Iterator[tuple[Sample | None, str
 
     with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, leave=False) as bar:
         for path in files:
-            with open(path, encoding="utf-8") as file:
+            with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):
                     where = f"{path}, line {number}"
                     yield (parse_line(line, where) if line.strip() else None), where
@@ -132,33 +144,62 @@ def run_export(arguments: argparse.Namespace) -> int:
             f"--output {arguments.output} names one file for {arguments.chunks} chunks", hint=f"add {CHUNK}"
         )
     file = TokenFile(arguments.data, header.tokenizer_fingerprint)
-    length = arguments.sequence_length or header.data.get("sequence_length") or int(file.lengths.max())
-    data = open_samples(arguments.data, length)
+    recorded = [data["sequence_length"] for data in header.recordings() if "sequence_length" in data]
+    length = arguments.sequence_length or (recorded[0] if recorded else int(file.lengths.max()))
     reader = CacheReader(arguments.cache, temperature=header.contents.temperatures[0])
-    written, size = 0, -(-len(data) // arguments.chunks)
+    places = find_samples(reader, arguments.data, length)
+    if not places:
+        raise CacheError(
+            f"{arguments.cache} holds none of the samples of {arguments.data}, read as sequences of {length} tokens",
+            hint="--data takes the token file that was recorded, --sequence-length the data.sequence_length of then",
+        )
+    size = -(-len(places) // arguments.chunks)
     for chunk in range(arguments.chunks):
-        path = pathlib.Path(arguments.output.replace(CHUNK, str(chunk)))
-        partial = path.with_name(path.name + ".incomplete")
-        with open(partial, "w", encoding="utf-8") as out:
-            for index in range(chunk * size, min((chunk + 1) * size, len(data))):
-                sample = data.sample(0, index)
+        with (
+            publishing(arguments.output.replace(CHUNK, str(chunk))) as partial,
+            open(partial, "w", encoding="utf-8") as out,
+        ):
+            for data, epoch, index in places[chunk * size : (chunk + 1) * size]:
+                sample = data.sample(epoch, index)
                 known = read_sample(sample["ids"], sample["labels"])
-                row = reader.find(*known)
-                if row is not None:
-                    labels_S = np.append(sample["ids"][1:], max(known.last_label, 0))
-                    out.write(format_line(sample["ids"], labels_S, row, header.contents) + "\n")
-                    written += 1
-        partial.replace(path)
-    print(f"{arguments.output}: {written:,} of {header.rows:,} samples in {arguments.chunks} chunks")
+                labels_S = np.append(sample["ids"][1:], max(known.last_label, 0))
+                out.write(format_line(sample["ids"], labels_S, reader.find(*known), header.contents) + "\n")
+    print(f"{arguments.output}: {len(places):,} of {header.rows:,} samples in {arguments.chunks} chunks")
     return 0
 
 
-def open_samples(prefix: pathlib.Path, sequence_length: int):
-    """The samples of a token file: its documents if it is masked, else windows of running text in stored order."""
+def find_samples(reader, prefix: pathlib.Path, sequence_length: int) -> list[tuple]:
+    """(data set, epoch, index) of every sample of a token file that a cache holds.
+
+    Of a masked file these are documents. Of running text they are windows: in stored order, as validation reads it, and
+    in the recorded seeds' orders, as training does, epoch after epoch until one has none that is new.
+    """
     from megakd.data.dataset import TextDataset
     from megakd.data.indexed import load_info
     from megakd.data.samples import SampleDataset
 
     if load_info(prefix).masked:
-        return SampleDataset(prefix, sequence_length)
-    return TextDataset(prefix, sequence_length, None)
+        data, seen = SampleDataset(prefix, sequence_length), set()
+        return [(data, 0, index) for index in range(len(data)) if holds(reader, data.sample(0, index), seen)]
+    places, seen = [], set()
+    for seed in dict.fromkeys([None, *(data.get("seed") for data in reader.header.recordings())]):
+        data = TextDataset(prefix, sequence_length, seed)
+        for epoch in itertools.count():
+            found = [
+                (data, epoch, index) for index in range(len(data)) if holds(reader, data.sample(epoch, index), seen)
+            ]
+            places += found
+            if not found:
+                break
+    return places
+
+
+def holds(reader, sample: dict, seen: set[tuple]) -> bool:
+    """Whether a cache holds a sample's ids, and the sample has not been seen; now it has."""
+    from megakd.cache.samples import read_sample
+
+    key, mask_S, last_label = read_sample(sample["ids"], sample["labels"])
+    known = (key, mask_S.tobytes(), last_label)
+    new = known not in seen and bool(mask_S.any()) and bool(reader.index.find(key))
+    seen.add(known)
+    return new

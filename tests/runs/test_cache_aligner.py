@@ -6,13 +6,17 @@ import pathlib
 import numpy as np
 import pytest
 
-from megakd.cache import CacheReader, read_header
+from megakd.cache import CacheReader, Contents, finish, read_header, writing
 from megakd.cache.samples import read_sample
 from megakd.cache.verify import verify
+from megakd.data.dataset import TextDataset
+from megakd.data.indexed import load_info
 from megakd.data.samples import SampleDataset
 from megakd.errors import CacheError
 from megakd.runs import cache_aligner
 from megakd.runs.cache_tools import main
+from megakd.targets import sample_key
+from tests.cache import made
 from tests.training import runs
 
 K = 12
@@ -143,6 +147,33 @@ def test_export_gives_back_what_was_imported(folder, tmp_path, capsys):
     assert a.high.tolist() == b.high.tolist() and len(a) == 7
 
 
+def test_export_finds_the_windows_of_running_text_that_training_and_validation_read(folder, tmp_path, capsys):
+    data = TextDataset(folder / "train", 32, 7)
+    stored = TextDataset(folder / "train", 32, None)
+    samples = [data.sample(epoch, index) for epoch in (0, 1) for index in (0, 3, 5)] + [stored.sample(0, 2)]
+    known = {read_sample(sample["ids"], sample["labels"]).key: sample for sample in samples}
+    contents = Contents(vocab_size=runs.PIECES, top_k=K, temperatures=(1.0,), codec="fp32")
+    changes = dict(
+        data={"sequence_length": 32, "seed": 7}, tokenizer_fingerprint=load_info(folder / "train").tokenizer_fingerprint
+    )
+    with writing(tmp_path / "cache", made.make_header(contents, **changes)):
+        rows = []
+        for number, sample in enumerate(known.values()):
+            _, mask_S, last_label = read_sample(sample["ids"], sample["labels"])
+            rows.append(made.make_row(number, contents, (sample["ids"], mask_S, last_label)))
+        made.write_part(tmp_path / "cache", 0, rows, contents)
+        finish(tmp_path / "cache", made.make_header(contents, **changes))
+    flags = ["--data", str(folder / "train"), "--output", str(tmp_path / "out_CHUNK_ID.jsonl")]
+    main(["export", str(tmp_path / "cache"), *flags])
+    assert f"{len(known)} of {len(known)} samples" in capsys.readouterr().out
+    lines = [json.loads(text) for text in (tmp_path / "out_0.jsonl").read_text().splitlines()]
+    assert {sample_key(record["tokens"]) for record in lines} == known.keys() and len(lines) == len(known)
+    with pytest.raises(
+        CacheError, match=r"holds none of the samples of .*read as sequences of 31 tokens\nhint: --data"
+    ):
+        main(["export", str(tmp_path / "cache"), *flags, "--sequence-length", "31"])
+
+
 def test_rounded_logits_that_sum_to_more_than_one_are_scaled(folder, tmp_path, capsys):
     record = line(0)
     record["log_sum_exp_logits"] = [value - 0.01 for value in record["log_sum_exp_logits"]]
@@ -162,12 +193,33 @@ def test_rounded_logits_that_sum_to_more_than_one_are_scaled(folder, tmp_path, c
         ({"log_sum_exp_logits": [-3.0] * 20}, r"sum to \d+.*: topk_logits and log_sum_exp_logits do not belong"),
         ({"loss_mask": [1] * 19}, "its lists have different lengths"),
         ({"tokens": ["a"] * 20}, "ValueError"),
+        ({"tokens": [10**30] * 20}, "token ids must be whole numbers|OverflowError|500 in a"),
+        ({"labels": [4.5] * 20}, "token ids must be whole numbers"),
+        ({"topk_token_ids": [[]] * 20, "topk_logits": [[]] * 20}, "its lists have different lengths"),
         ({"tokens": [500] * 20, "labels": [500] * 20}, "token 500 in a vocabulary of 400"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(folder, tmp_path, change, words):
     with pytest.raises(CacheError, match=rf"logits_0\.jsonl, line 1: .*{words}"):
         import_chunks(folder, tmp_path, write_chunks(tmp_path, [line(0) | change], 1))
+
+
+def test_a_line_with_another_number_of_entries_is_named(folder, tmp_path):
+    fewer = line(1)
+    for key in ("topk_logits", "topk_token_ids"):
+        fewer[key] = [row[: K - 1] for row in fewer[key]]
+    with pytest.raises(CacheError, match=r"line 2: it has 11 entries a token, the first sample 12\nhint: "):
+        import_chunks(folder, tmp_path, write_chunks(tmp_path, [line(0), fewer], 1))
+
+
+def test_a_line_of_other_bytes_and_a_gap_between_chunks_are_named(folder, tmp_path):
+    template = write_chunks(tmp_path, [line(number) for number in range(3)], 3)
+    (tmp_path / "logits_1.jsonl").write_bytes(b'{"tokens": "\xff\xfe"}\n')
+    with pytest.raises(CacheError, match=r"logits_1\.jsonl, line 1: UnicodeDecodeError"):
+        import_chunks(folder, tmp_path, template)
+    (tmp_path / "logits_1.jsonl").unlink()
+    with pytest.raises(CacheError, match=r"logits_1\.jsonl does not exist, but chunk 2 does\nhint: CHUNK_ID stands"):
+        import_chunks(folder, tmp_path / "other", template)
 
 
 def test_a_key_or_a_file_that_is_missing_is_named(folder, tmp_path):
