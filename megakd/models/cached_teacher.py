@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from megakd.cache import CacheReader, Table
+from megakd.cache import CacheReader, Header, Table
 from megakd.cache.samples import Sample, read_sample
 from megakd.errors import CacheError
 from megakd.models.groups import is_last_stage
@@ -75,20 +75,38 @@ class CachedTeacher:
         """The sample's row, or an error that says why it may be missing."""
         table = self.reader.table(*sample)
         if table is None:
-            recorded = self.reader.header.data
-            differing = [
-                f"{name} {recorded[name]} was recorded, this run has {value}"
-                for name, value in self.data.items()
-                if name in recorded and recorded[name] != value
-            ]
-            why = "; ".join(differing) or "data, sequence length and seed are those of the recording"
             raise CacheError(
                 f"{self.reader.folder} does not hold the sample that begins with ids {ids_S[:6].tolist()} "
-                f"({len(self.reader):,} samples are there): {why}",
+                f"({len(self.reader):,} samples are there): {why_missing(self.reader.header, self.data)}",
                 hint="record what this run reads: `megakd cache` with this config, then `megakd cache merge` if you "
                 "want to keep the old samples too",
             )
         return table
+
+
+def why_missing(header: Header, data: dict) -> str:
+    """What the header knows of why a sample of this run is not in a cache.
+
+    Args:
+        data: what this run reads, in the terms of the header's `data`.
+    """
+    recordings, differing = header.recordings(), []
+    for name, value in data.items():
+        recorded = [recording[name] for recording in recordings if name in recording]
+        if recorded and value not in recorded:
+            seen = " and ".join(str(other) for other in dict.fromkeys(recorded))
+            differing.append(f"{name} {seen} was recorded, this run has {value}")
+    if differing:
+        return "; ".join(differing)
+    if any("imported" in recording for recording in recordings):
+        return (
+            "imported samples are found whole, as they stand in the token file that the import wrote: data.train must "
+            "be that file, and data.sequence_length not below its longest sample"
+        )
+    return (
+        "data, sequence length and seed are those of the recording, which covers other samples of them "
+        "(train.steps, eval.samples, cache.start, cache.end)"
+    )
 
 
 def build_lesson(tables: list[Table], order_T: np.ndarray, temperature: float) -> Lesson:

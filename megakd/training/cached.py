@@ -31,11 +31,12 @@ def open_cache(config: Config, tokenizer, student: Model, teacher_from: Checkpoi
         vocab_size=student.vocab_size,
         teacher_fingerprint=folder_fingerprint(teacher_from.path) if teacher_from else None,
     )
-    recorded = reader.header.data.get("sequence_length", config.data.sequence_length)
-    if recorded != config.data.sequence_length:
+    length, recordings = config.data.sequence_length, reader.header.recordings()
+    lengths = {recording["sequence_length"] for recording in recordings if "sequence_length" in recording}
+    if lengths and length not in lengths:
         raise CacheError(
-            f"{folder} was recorded with sequences of {recorded} tokens, data.sequence_length is "
-            f"{config.data.sequence_length}",
+            f"{folder} was recorded with sequences of {' and '.join(map(str, sorted(lengths)))} tokens, "
+            f"data.sequence_length is {length}",
             hint="running text that is cut elsewhere is other samples: set data.sequence_length, or record again",
         )
     if reader.header.contents.sampled and loss.divergence != "forward_kl":

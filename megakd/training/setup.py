@@ -76,7 +76,7 @@ class Setup:
             return self._load(self.train_data, indices, packed=self.config.data.packing)
 
         micro_batches = self.ahead.pop(step, None) or load(step)
-        if isinstance(self.teacher, CachedTeacher):
+        if isinstance(self.teacher, CachedTeacher) and step + 1 < self.steps:
             self.ahead = {step + 1: load(step + 1)}
             self.teacher.prefetch(self.ahead[step + 1])
         return micro_batches

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -256,3 +257,22 @@ def test_more_shards_than_may_be_open_at_once(tmp_path, monkeypatch):
     for number in [0, 1, 2, 3, 4, 5, 0, 3, 0]:
         assert_tables_equal(look_up(reader, make_sample(number)), build_table(make_row(number)))
     assert len(reader._open) == 2
+
+
+def test_many_threads_read_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("megakd.cache.reader.OPEN_SHARDS", 2)
+    make_cache(tmp_path, range(12), per_part=1)
+    reader, failures = CacheReader(tmp_path), []
+
+    def read(seed):
+        for number in np.random.default_rng(seed).integers(0, 12, 60):
+            table = look_up(reader, make_sample(int(number)))
+            if not np.array_equal(table.logprobs_TK, build_table(make_row(int(number))).logprobs_TK):
+                failures.append(number)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
