@@ -1,15 +1,22 @@
 """The passes of dense_kd_loss over whole rows of both models' logits, a few rows at a time, in plain PyTorch.
 
-Sizes: T tokens, W columns on this rank, of which the first `width` are real and the rest padding.
+Every step writes into a buffer that is there already: on a CPU a temporary tensor of this size costs ten times the
+arithmetic.
+
+Sizes: T tokens, W columns on this rank, of which the first `width` are real and the rest padding; B rows of a block.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megakd.kernels.divergences import FORMS
-from megakd.kernels.rows import finite, row_blocks
+from megakd.kernels.rows import block_bytes, finite, runs
+
+LEAST = (
+    -200.0
+)  # a log-probability below which the probability is 0 in float32, and the log of a mixture does not change
 
 
 class Scale(NamedTuple):
@@ -28,6 +35,21 @@ class Scale(NamedTuple):
         return x
 
 
+def pairs(
+    student_TW: Tensor, teacher_TW: Tensor, supervised_T: Tensor, width: int, spares: int
+) -> Iterator[tuple[slice | Tensor, Tensor, ...]]:
+    """Yields (rows, student, teacher, *spares): the supervised rows in order, a few at a time, float32 [B, width].
+
+    The buffers are reused; the spare ones have no content. `rows` indexes the first axis of any [T, ...] tensor.
+    """
+    rows_per_block = max(2, block_bytes(student_TW) // (4 * max(1, width) * (2 + spares)))
+    buffers = student_TW.new_empty((2 + spares, rows_per_block, width), dtype=torch.float32)
+    for rows in runs(supervised_T, rows_per_block) if width else ():
+        student_BW, teacher_BW = student_TW[rows, :width], teacher_TW[rows, :width]
+        x, y, *spare = buffers[:, : len(student_BW)]
+        yield rows, x.copy_(student_BW), y.copy_(teacher_BW), *spare
+
+
 def dense_record(
     student_TW: Tensor,
     teacher_TW: Tensor,
@@ -41,7 +63,7 @@ def dense_record(
 
     Lanes, with z = (student - its max) / its temperature and t likewise for the teacher: student max (raw); sum of
     e^z; teacher max; sum of e^t, NaN in a row that is not finite; the sum of e^t (t - z) for forward_kl, of e^z (z - t)
-    for reverse_kl, 0 for others; label logit, -inf elsewhere; sum of exp(student - max) at temperature 1.
+    for reverse_kl, of no use for others; label logit, -inf elsewhere; sum of exp(student - max) at temperature 1.
 
     Args:
         student_TW, teacher_TW: float32, bfloat16 or float16, any strides; padding and rows not supervised are not read.
@@ -49,25 +71,34 @@ def dense_record(
     """
     record_7T = student_TW.new_zeros((7, len(supervised_T)), dtype=torch.float32)
     record_7T[[0, 2, 5]] = -torch.inf
-    if not width:
-        return record_7T.T
-    label_columns_T1 = label_columns_T.where(label_columns_T >= 0, width)[:, None]
-    for rows, x, _ in row_blocks(student_TW, supervised_T, width, spare=True):
-        record_7T[5, rows] = x.gather(1, label_columns_T1[rows])[:, 0]
-        z, t = x[:, :width], teacher_TW[rows, :width].float()
+    owned_T, label_columns_T1 = label_columns_T >= 0, label_columns_T.clamp(min=0)[:, None]
+    for rows, z, t, e in pairs(student_TW, teacher_TW, supervised_T, width, spares=1):
+        label_B = z.gather(1, label_columns_T1[rows])[:, 0].where(owned_T[rows], -torch.inf)
         z_max, t_max = z.amax(1, keepdim=True), t.amax(1, keepdim=True)
-        broken = t.amin(1).isinf() | ~(t_max[:, 0] < torch.inf)
-        z, t = z - finite(z_max), t - t_max
-        record_7T[6, rows] = z.exp().sum(1)
-        z, t = z / temperatures[0], t / temperatures[1]
-        e_z, e_t = z.exp(), t.exp()
-        sums = z_max[:, 0], e_z.sum(1), t_max[:, 0], e_t.sum(1).masked_fill(broken, torch.nan)
-        if divergence == "forward_kl":
-            sums = *sums, (e_t * (t - z)).where(e_t > 0, 0).sum(1)
-        elif divergence == "reverse_kl":
-            sums = *sums, (e_z * (z - t)).where(e_z > 0, 0).sum(1)
-        record_7T[: len(sums), rows] = torch.stack(sums)
+        broken_B = ~t.sum(1).isfinite()
+        if broken_B.any():  # or the sum of finite logits has overflowed
+            broken_B = ~t.isfinite().all(1)
+        z -= finite(z_max)
+        t -= t_max
+        at_one_B = None if temperatures[0] == 1 else torch.exp(z, out=e).sum(1)
+        if temperatures != (1, 1):
+            z *= 1 / temperatures[0]
+            t *= 1 / temperatures[1]
+        weighing, other = (z, t) if divergence == "reverse_kl" else (t, z)
+        other_sum_B = torch.exp(other, out=e).sum(1)
+        sum_B = torch.exp(weighing, out=e).sum(1)
+        z_sum_B, t_sum_B = (sum_B, other_sum_B) if divergence == "reverse_kl" else (other_sum_B, sum_B)
+        cross_B = weighted_gap(e, weighing, other) if divergence in ("forward_kl", "reverse_kl") else sum_B
+        t_sum_B = t_sum_B.masked_fill(broken_B, torch.nan)
+        lanes = z_max[:, 0], z_sum_B, t_max[:, 0], t_sum_B, cross_B, label_B, z_sum_B if at_one_B is None else at_one_B
+        record_7T[:, rows] = torch.stack(lanes)
     return record_7T.T
+
+
+def weighted_gap(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Sum over a row of weight (a - b), and of 0 where the weight is 0, whatever a and b are. Overwrites b."""
+    total_B = torch.sub(a, b, out=b).mul_(weight).sum(1)
+    return b.masked_fill_(weight == 0, 0).sum(1) if total_B.isnan().any() else total_B
 
 
 def dense_sums(
@@ -81,12 +112,61 @@ def dense_sums(
 ) -> Tensor:
     """Another read of both: sums of f and u of a divergence over this rank's columns, [T, 2], float32."""
     sums_T2 = student_TW.new_zeros((len(supervised_T), 2), dtype=torch.float32)
-    for rows, x, _ in row_blocks(student_TW, supervised_T, width, spare=True):
-        log_q = scales[0].log_softmax(x[:, :width], rows)
-        log_p = scales[1].log_softmax(teacher_TW[rows, :width].to(torch.float32, copy=True), rows)
-        f, u = FORMS[divergence](log_p, log_q, parameter)
-        sums_T2[rows] = torch.stack([f.sum(1), u.sum(1)], 1)
+    for rows, x, y, *spare in pairs(student_TW, teacher_TW, supervised_T, width, spares=2):
+        log_q, log_p = scales[0].log_softmax(x, rows).clamp_(min=LEAST), scales[1].log_softmax(y, rows)
+        sums_T2[rows] = MIXED_SUMS[divergence](log_p, log_q, parameter, *spare)
     return sums_T2
+
+
+def mix(p: Tensor, q: Tensor, weight: float, out: Tensor) -> Tensor:
+    """weight p + (1 - weight) q, not 0, so that it has a logarithm and divides."""
+    return torch.lerp(q, p, weight, out=out).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def jsd_sums(log_p: Tensor, log_q: Tensor, beta: float, m: Tensor, e: Tensor) -> Tensor:
+    """Sums of f and u of `divergences.jsd`; overwrites everything."""
+    q = torch.exp(log_q, out=e)
+    log_m = mix(torch.exp(log_p, out=m), q, beta, m).log_()
+    u_B = log_q.sub_(log_m).mul_(q).sum(1) * (1 - beta)
+    p = torch.exp(log_p, out=e)
+    return torch.stack([log_p.sub_(log_m).mul_(p).sum(1) * beta + u_B, u_B], 1)
+
+
+def skew_forward_kl_sums(log_p: Tensor, log_q: Tensor, skew: float, m: Tensor, e: Tensor) -> Tensor:
+    """Sums of f and u of `divergences.skew_forward_kl`; overwrites everything."""
+    q, p = log_q.exp_(), torch.exp(log_p, out=e)
+    m = mix(p, q, skew, m)
+    u_B = q.div_(m).mul_(p).sum(1) * (skew - 1)
+    return torch.stack([log_p.sub_(m.log_()).mul_(p).sum(1), u_B], 1)
+
+
+def skew_reverse_kl_sums(log_p: Tensor, log_q: Tensor, skew: float, m: Tensor, e: Tensor) -> Tensor:
+    """Sums of f and u of `divergences.skew_reverse_kl`; overwrites everything."""
+    q, p = torch.exp(log_q, out=e), log_p.exp_()
+    m = mix(q, p, skew, m)
+    square_B = torch.div(q, m, out=p).mul_(q).sum(1)
+    f_B = log_q.sub_(m.log_()).mul_(q).sum(1)
+    return torch.stack([f_B, f_B - skew * square_B], 1)
+
+
+MIXED_SUMS = {"jsd": jsd_sums, "skew_forward_kl": skew_forward_kl_sums, "skew_reverse_kl": skew_reverse_kl_sums}
+
+
+def u_and_q(divergence: str, log_p: Tensor, log_q: Tensor, parameter: float, m: Tensor, e: Tensor) -> tuple:
+    """u of each column (see `divergences`) and q, in two of the four buffers, all of which it overwrites."""
+    if divergence == "forward_kl":
+        return log_p.exp_().neg_(), log_q.exp_()
+    q = torch.exp(log_q.clamp_(min=LEAST), out=e)
+    if divergence == "reverse_kl":
+        return torch.sub(log_q, log_p, out=m).mul_(q), q
+    p = log_p.exp_()
+    if divergence == "jsd":
+        return log_q.sub_(mix(p, q, parameter, m).log_()).mul_(q).mul_(1 - parameter), q
+    if divergence == "skew_forward_kl":
+        return torch.div(q, mix(p, q, parameter, m), out=m).mul_(p).mul_(parameter - 1), q
+    m = mix(q, p, parameter, m)
+    share = torch.div(q, m, out=p).mul_(parameter)
+    return log_q.sub_(m.log_()).sub_(share).mul_(q), q
 
 
 def dense_backward(
@@ -113,22 +193,28 @@ def dense_backward(
         out_TW: written; may be `student_TW` itself.
     """
     owned_T1, label_columns_T1 = (label_columns_T >= 0)[:, None], label_columns_T.clamp(min=0)[:, None]
-    for rows, x, spare in row_blocks(student_TW, supervised_T, width, spare=True) if width else ():
-        x, grad, q_factor_T1 = x[:, :width], spare[:, :width].zero_(), 0
-        if ce_T is not None:
-            q_factor_T1 = ce_T[rows, None]
-            if kd_T is None or scales[0].temperature != 1:
-                grad += at_one.log_softmax(x.clone(), rows).exp_().mul_(q_factor_T1)
-                q_factor_T1 = 0
+    apart = ce_T is not None and (kd_T is None or scales[0].temperature != 1)
+    for rows, x, y, *spare in pairs(student_TW, teacher_TW, supervised_T, width, spares=2 + apart):
+        if apart:
+            softmax = at_one.log_softmax(spare[2].copy_(x), rows).exp_().mul_(ce_T[rows, None])
+        grad = softmax if apart else None
         if kd_T is not None:
-            log_q = scales[0].log_softmax(x, rows)
-            log_p = scales[1].log_softmax(teacher_TW[rows, :width].to(torch.float32, copy=True), rows)
-            u = log_p.exp_().neg_() if divergence == "forward_kl" else FORMS[divergence](log_p, log_q, parameter)[1]
-            grad += u.mul_(kd_T[rows, None])
-            grad += log_q.exp_().mul_(q_factor_T1 - (kd_T * u_total_T)[rows, None])
+            log_q, log_p = scales[0].log_softmax(x, rows), scales[1].log_softmax(y, rows)
+            u, q = u_and_q(divergence, log_p, log_q, parameter, *spare[:2])
+            q_factor_B = -kd_T[rows] * u_total_T[rows]
+            if ce_T is not None and not apart:
+                q_factor_B = q_factor_B + ce_T[rows]
+            grad = u.mul_(kd_T[rows, None]).add_(q.mul_(q_factor_B[:, None]))
+            if apart:
+                grad += softmax
+        if grad is None:
+            grad = x.zero_()
         if ce_T is not None:
             grad.scatter_add_(1, label_columns_T1[rows], -ce_T[rows, None].where(owned_T1[rows], 0))
-        out_TW[rows, :width] = grad.to(out_TW.dtype)
+        if isinstance(rows, slice):
+            out_TW[rows, :width].copy_(grad)
+        else:
+            out_TW[rows, :width] = grad.to(out_TW.dtype)
     out_TW[:, width:] = 0
     if not supervised_T.all():
         out_TW[~supervised_T] = 0

@@ -151,7 +151,7 @@ def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) ->
     tokens, height = len(logits_TW), -(-width // chunks)
     max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
     sum_TC = torch.empty_like(max_TC)
-    rows_per_block = max(1, _block_bytes(logits_TW) // (4 * height * chunks))
+    rows_per_block = max(1, block_bytes(logits_TW) // (4 * height * chunks))
     buffer = max_TC.new_empty((rows_per_block, height * chunks))
     total_T = max_TC.new_empty(tokens)
     for first in range(0, tokens, rows_per_block):
@@ -197,7 +197,7 @@ def row_blocks(
     The block has width + 1 columns; the last one holds -inf and takes what is to go nowhere. `rows` indexes the first
     axis of any [T, ...] tensor. The spare buffer has the block's shape and no content.
     """
-    rows_per_block = max(1, _block_bytes(logits_TW) // (4 * (width + 1) * (1 + spare)))
+    rows_per_block = max(1, block_bytes(logits_TW) // (4 * (width + 1) * (1 + spare)))
     buffer = logits_TW.new_empty((rows_per_block, width + 1), dtype=torch.float32)
     second = torch.empty_like(buffer) if spare else None
     for rows in runs(supervised_T, rows_per_block):
@@ -208,7 +208,8 @@ def row_blocks(
         yield rows, block, second[: len(source)] if spare else None
 
 
-def _block_bytes(logits_TW: Tensor) -> int:
+def block_bytes(logits_TW: Tensor) -> int:
+    """What the float32 buffers of one row block may take, on the logits' device."""
     return BLOCK_BYTES if logits_TW.device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 

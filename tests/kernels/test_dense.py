@@ -106,6 +106,20 @@ def test_models_certain_of_different_ids(ranks):
     on_ranks(ranks, compare_far_apart)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_what_a_student_rules_out_is_as_good_as_what_it_finds_absurd(divergence):
+    results = []
+    student, teacher, labels = draw(T, V)
+    teacher[0, :50] = -300.0  # no mass in float32 on what both rule out
+    for least in (-torch.inf, -1e4):
+        leaf = student.index_fill(1, torch.arange(3, 40, 4), least).requires_grad_()
+        loss = dense_kd_loss(leaf, teacher, torch.full_like(labels, 1), VocabShard(0, V, V), divergence=divergence)
+        loss.loss_T.sum().backward()
+        results.append((loss.kd_T, leaf.grad))
+    assert results[0][1].isfinite().all()
+    assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
 def refuse_and_count(rank, ranks):
     student, teacher, labels = draw(T, V)
     (student_TW, shard), (teacher_TW, _) = cut(student, rank, ranks), cut(teacher, rank, ranks)
