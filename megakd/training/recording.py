@@ -23,7 +23,7 @@ from megakd.checkpoints.folder import Checkpoint, read_checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Config, check_model, check_vocab
 from megakd.data.dataset import batch_length, load_batch
-from megakd.errors import ConfigError, MegakdError
+from megakd.errors import CacheError, ConfigError, MegakdError
 from megakd.models.entries import Recipe
 from megakd.models.gpt import GPT, build_gpt, padded_vocab_size
 from megakd.models.groups import build_groups
@@ -262,7 +262,13 @@ class Recording:
             places = [(0, number) for number in batch] + [None] * (size - len(batch))
             loaded = load_batch(samples, places, length)
             micro_batches.append(build_micro_batch(loaded, packed=False).to(self.setup.device))
-        rows = self.recorder.rows(micro_batches)
+        try:
+            rows = self.recorder.rows(micro_batches)
+        except ValueError as error:  # of the kernels, on all ranks of this model alike
+            raise CacheError(
+                f"samples {numbers[0]} to {numbers[-1]} of the recording: {error}",
+                hint="look at the teacher's weights and at train.precision; parts recorded before stay as they are",
+            ) from error
         writer.add(rows)
         if not bar.disable:
             self.tokens += sum(len(row.counts_T) for row in rows)

@@ -1,14 +1,20 @@
 """`megakd cache` and training from what it leaves, on real files, at several layouts."""
 
+import contextlib
 import json
+import os
 import pathlib
+import random
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
 
 from megakd.cache import CacheReader, read_header
 from megakd.cache.verify import verify
+from megakd.runs.cache_tools import main
 from tests.ranks import run_ranks
 from tests.training import runs
 
@@ -126,8 +132,45 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
     assert (tmp_path / "cache.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("ranks", "tp", "changes"), [(1, 1, {}), (2, 2, {}), (2, 1, {"train__micro_batch_size": 4})])
+@pytest.mark.parametrize(
+    ("ranks", "tp", "changes"),
+    [
+        (1, 1, {}),
+        (2, 2, {}),
+        (2, 1, {"train__micro_batch_size": 4}),
+        (2, 1, {"parallel__pp": 2}),
+        (1, 1, {"loss": {"top_k": 13, "ce_weight": 0.2}}),
+    ],
+)
 def test_training_from_the_cache_is_training_online(folder, teacher, cache, tmp_path, ranks, tp, changes):
+    same_training(folder, teacher, cache, tmp_path, ranks, tp, changes)
+
+
+def test_every_recorded_temperature_trains_as_online_at_it_with_fewer_entries_too(folder, teacher, tmp_path):
+    recorded = {"codec": "fp32", "temperatures": [1.5, 3.0]}
+    config = distil(folder, teacher, "unused", tmp_path / "cache", cache=recorded)
+    assert run_ranks(1, record, config) == [None]
+    for temperature, top_k in ((1.5, 50), (3.0, 21)):
+        changes = {"loss": {"top_k": top_k, "temperature": temperature}}
+        run_dir = tmp_path / f"{temperature}"
+        same_training(folder, teacher, tmp_path / "cache", run_dir, 1, 1, changes)
+
+
+def test_ranges_recorded_by_two_jobs_and_merged_are_the_whole(folder, teacher, cache, tmp_path):
+    for name, start, end in (("a", 0, 19), ("b", 19, None)):
+        changes = {"cache": {"codec": "fp32", "shard_samples": SHARD_SAMPLES, "start": start, "end": end}}
+        assert run_ranks(1, record, distil(folder, teacher, "unused", tmp_path / name, **changes)) == [None]
+    main(["merge", "--output", str(tmp_path / "ab"), str(tmp_path / "a"), str(tmp_path / "b")])
+    want, got = tables(cache), tables(tmp_path / "ab")
+    assert want.keys() == got.keys() and read_header(tmp_path / "ab").rows == 48
+    for key in want:
+        np.testing.assert_allclose(got[key].logprobs_N, want[key].logprobs_N, atol=1e-4)
+    config = distil(folder, teacher, tmp_path / "run", tmp_path / "ab", train__steps=2)
+    assert run_ranks(1, runs.train, config) == [None]
+
+
+def same_training(folder, teacher, cache, tmp_path, ranks, tp, changes):
+    """Runs online and from the cache, and compares every figure of every step."""
     online = distil(folder, teacher, tmp_path / "online", None, tp, **changes)
     cached = distil(folder, teacher, tmp_path / "cached", cache, tp, **changes)
     for config in (online, cached):
@@ -193,6 +236,76 @@ def test_recording_needs_a_teacher_and_a_folder(folder, teacher, tmp_path):
     config = distil(folder, teacher, tmp_path, tmp_path / "cache", cache__start=1000)
     (failure,) = run_ranks(1, record, config)
     assert failure.startswith("ConfigError: cache.start = 1000, but there are 48 samples (8 of validation data)")
+
+
+def record_a_broken_teacher(rank, ranks, config):
+    """A recording whose teacher has a weight that is NaN."""
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
+    import unittest.mock
+
+    from megakd.training import recording
+
+    def load_and_break(gpt, *others):
+        load(gpt, *others)
+        next(gpt.parameters()).data[5] = float("nan")
+
+    load = recording.load_weights
+    with unittest.mock.patch.object(recording, "load_weights", load_and_break):
+        return record(rank, ranks, config)
+
+
+@pytest.mark.parametrize("recipe", [{"mode": "top_p", "top_p": 0.9}, {"mode": "sampled", "draws": 5}])
+def test_a_teacher_that_says_nan_is_named_and_nothing_of_it_is_published(folder, teacher, tmp_path, recipe):
+    config = distil(folder, teacher, "unused", tmp_path, 2, cache=recipe | {"shard_samples": 3})
+    first, second = run_ranks(2, record_a_broken_teacher, config)
+    assert first == second and re.search(r"CacheError: samples \d+ to \d+ of the recording: .*NaN", first), first
+    assert "\nhint: look at the teacher's weights" in first
+    parts = [pathlib.Path(path) for path in tmp_path.glob("shard-*.arrow")]
+    assert all(path.with_suffix(".json").exists() for path in parts) and not read_header(tmp_path).finished
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_again_and_again_end_with_the_rows_of_one_that_was_not(folder, teacher, tmp_path):
+    """SIGKILL of the whole launch at random instants while shards are being written."""
+    whole, cut, chance = tmp_path / "whole", tmp_path / "cut", random.Random(3)
+    configs = [
+        distil(folder, teacher, "unused", path, cache={"codec": "q8", "shard_samples": 1}) for path in (whole, cut)
+    ]
+    assert run_ranks(1, record, configs[0]) == [None]
+    for _ in range(3):
+        process, enough = runs.launch(tmp_path, 2, "cache", configs[1]), shards(cut) + chance.randint(1, 12)
+        while shards(cut) < enough and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)
+        assert process.poll() is None, process.communicate()[0]
+        kill_launch(process)
+        assert not read_header(cut).finished, "too fast to be killed: this test shows nothing"
+    assert run_ranks(2, record, configs[1]) == [None, None]
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in cut.iterdir()) == names
+    for name in names:  # the header names the command that began it
+        assert name == "cache.json" or (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    assert read_header(cut).shards == read_header(whole).shards
+    assert len(CacheReader(cut)) == 48 and not CacheReader(cut).index.duplicates()
+
+
+def kill_launch(process):
+    """SIGKILL of torchrun and its ranks, each of which leads a session of its own."""
+    ranks = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            _, parent, *_ = path.read_text().rpartition(")")[2].split()
+            ranks += [int(path.parent.name)] if int(parent) == process.pid else []
+    assert len(ranks) == 2
+    for pid in (*ranks, process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def shards(folder) -> int:
+    return len(list(folder.glob("shard-*.arrow")))
 
 
 @pytest.mark.parametrize("recipe", [{"mode": "sampled", "draws": 3000}, {"mode": "hybrid", "draws": 500, "top_k": 20}])
