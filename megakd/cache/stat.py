@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from megakd.cache.header import Header, read_header
+from megakd.cache.publish import publishing
 from megakd.cache.reader import CacheReader
 from megakd.cache.segments import reduce_tokens
 
@@ -91,19 +92,25 @@ def describe(stats: Statistics) -> str:
 
 
 def plot(stats: Statistics, path) -> None:
-    """A PNG: how much of the teacher's mass the entries hold, as the share of tokens that have less than that."""
+    """A PNG: how much of the teacher's mass the entries hold, as the share of tokens that have less than that.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    scale = "log" if len(stats.mass_T) else "linear"  # without tokens there is nothing to take logarithms of
     missing_T = np.sort(np.maximum(1 - stats.mass_T, 1e-9))
     left.plot(missing_T, np.arange(1, len(missing_T) + 1) / max(len(missing_T), 1))
-    left.set(xscale="log", xlabel="mass outside the entries", ylabel="share of tokens with at most that", ylim=(0, 1))
+    left.set(xscale=scale, xlabel="mass outside the entries", ylabel="share of tokens with at most that", ylim=(0, 1))
     left.grid(alpha=0.3)
     right.hist(stats.mass_T, bins=50, range=(0, 1))
-    right.set(xlabel="mass of the entries", ylabel="tokens", yscale="log")
+    right.set(xlabel="mass of the entries", ylabel="tokens", yscale=scale)
     figure.suptitle(f"{stats.header.contents.top_k} entries a token, {stats.header.tokens:,} tokens")
-    figure.savefig(path, dpi=120)
+    with publishing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)

@@ -8,6 +8,7 @@ megakd cache import / export (see their --help)    NeMo-Aligner's JSONL chunks
 """
 
 import argparse
+import collections
 import pathlib
 
 from megakd.errors import CacheError
@@ -86,6 +87,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 def run_stat(arguments: argparse.Namespace) -> int:
     from megakd.cache.stat import describe, measure, plot
 
+    if arguments.rows < 1:
+        raise CacheError(f"--rows is {arguments.rows}", hint="decode one sample or more; the default is 2000")
     stats = measure(arguments.cache, arguments.rows)
     print(describe(stats))
     if arguments.plot:
@@ -111,8 +114,11 @@ def run_verify(arguments: argparse.Namespace) -> int:
 def run_merge(arguments: argparse.Namespace) -> int:
     from megakd.cache.merge import merge
 
-    if arguments.output in arguments.caches:
+    inputs = [path.resolve() for path in arguments.caches]
+    if arguments.output.resolve() in inputs:
         raise CacheError(f"{arguments.output} is both input and output", hint="merge into a folder of its own")
+    if twice := [path for path, count in collections.Counter(inputs).items() if count > 1]:
+        raise CacheError(f"{twice[0]} is given more than once", hint="name every cache once")
     inputs = [str(path) for path in arguments.caches]
     command = " ".join(["megakd cache merge --output", str(arguments.output), *inputs])
     header, duplicates = merge(arguments.output, arguments.caches, command)

@@ -2,8 +2,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megakd.cache import Contents, build_table, decode_row, encode_row
+from megakd.cache import Contents, Row, build_table, decode_row, encode_row
 from megakd.errors import CacheError
 from megakd.targets import sample_key
 from tests.cache.made import CONTENTS, V, log_softmax, make_logits, make_row
@@ -29,6 +31,50 @@ def test_a_row_comes_back(codec, ragged):
     contents = dataclasses.replace(CONTENTS, codec=codec)
     row = make_row(3, contents, ragged=ragged)
     assert_same(decode_row(encode_row(row, contents), contents), row, CODECS[codec])
+
+
+@st.composite
+def recordings(draw):
+    """(contents, row): any vocabulary, numbers of entries, temperatures; equal entries; all or hardly any mass kept."""
+    vocab_size = draw(st.sampled_from([1, 2, 17, 1000, 151936, 2**24]))
+    temperatures = draw(st.sampled_from([(1.0,), (2.0, 1.0, 0.5)]))
+    codec, width = draw(st.sampled_from(sorted(CODECS))), draw(st.sampled_from([0.0, 3.0, 60.0]))
+    top_k = draw(st.sampled_from([k for k in (1, 2, 17, 64) if k <= vocab_size]))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    tokens, length = draw(st.integers(0, 4)), draw(st.integers(4, 9))
+    mask_S = np.isin(np.arange(length), generator.choice(length, tokens, replace=False))
+    counts_T = generator.integers(1, top_k + 1, tokens) if draw(st.booleans()) else np.full(tokens, top_k)
+    log_tail = -np.inf if top_k == vocab_size else draw(st.sampled_from([-60.0, -1.0, -1e-7]))
+    ids, logprobs = [], []
+    for count in counts_T:
+        logs = generator.random(count) * -width
+        logprobs.append(logs - np.log(np.exp(logs).sum()) + np.log(-np.expm1(np.float32(log_tail).astype(float))))
+        ids.append(np.sort(generator.choice(vocab_size, count, replace=False)))
+    row = Row(
+        key=generator.bytes(16),
+        mask_S=mask_S,
+        last_label=3 if mask_S[-1] else -1,
+        counts_T=counts_T,
+        ids_N=np.concatenate([*ids, np.empty(0)]).astype(np.int64),
+        logprobs_N=np.concatenate([*logprobs, np.empty(0)]).astype(np.float32),
+        log_tail_XT=np.full((len(temperatures), tokens), log_tail, np.float32),
+        label_logprob_T=generator.normal(-5, 1, tokens).clip(max=0).astype(np.float32),
+        top_id_T=generator.integers(0, vocab_size, tokens),
+    )
+    return Contents(vocab_size, top_k, temperatures, codec), row
+
+
+@given(recordings())
+@settings(max_examples=200, deadline=None)
+def test_any_row_comes_back_and_is_a_distribution_at_every_temperature(recording):
+    contents, row = recording
+    encoded = encode_row(row, contents)
+    assert_same(decode_row(encoded, contents), row, {"fp32": 0, "fp16": 0.07, "q8": 0.5}[contents.codec])
+    for temperature in contents.temperatures:
+        table = build_table(decode_row(encoded, contents, temperature))
+        mass_T = np.exp(table.logprobs_TK.astype(float)).sum(1) + np.exp(table.log_tail_T.astype(float))
+        np.testing.assert_allclose(mass_T, 1, rtol=1e-5)
+        assert (table.ids_TK >= 0).sum(1).tolist() == row.counts_T.tolist()
 
 
 def test_a_sampled_row_comes_back():

@@ -67,6 +67,26 @@ def test_merged_recordings_are_one_and_the_inputs_stay(tmp_path, capsys):
     main(["merge", "--output", out, str(tmp_path / "a"), str(tmp_path / "b")])  # again: nothing to do
 
 
+def test_a_cache_is_not_merged_with_itself_under_whatever_name(tmp_path):
+    make_cache(tmp_path / "a", range(2))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for output, inputs, words in (
+        ("c", ["a", "link"], "a is given more than once"),
+        ("link", ["a"], "input and output"),
+    ):
+        with pytest.raises(CacheError, match=words):
+            main(["merge", "--output", str(tmp_path / output), *(str(tmp_path / name) for name in inputs)])
+    assert not (tmp_path / "c").exists()
+
+
+def test_stat_names_what_it_cannot_do(tmp_path):
+    make_cache(tmp_path / "cache", range(2))
+    with pytest.raises(CacheError, match=r"none/mass\.png could not be written: .*\nhint: choose a folder"):
+        main(["stat", str(tmp_path / "cache"), "--plot", str(tmp_path / "none" / "mass.png")])
+    with pytest.raises(CacheError, match=r"--rows is 0\nhint: "):
+        main(["stat", str(tmp_path / "cache"), "--rows", "0"])
+
+
 def original(folder, number):
     return look_up(CacheReader(folder / ("a" if number < 5 else "b")), make_sample(number))
 
@@ -120,7 +140,7 @@ def test_stat_of_an_empty_cache(tmp_path, capsys):
     with writing(tmp_path, make_header()):
         write_part(tmp_path, 0, [])
         finish(tmp_path, make_header())
-    main(["stat", str(tmp_path)])
+    main(["stat", str(tmp_path), "--plot", str(tmp_path / "mass.png")])
     assert "samples       0 in 1 shards" in capsys.readouterr().out
     assert verify(tmp_path).rows == 0
 
