@@ -6,6 +6,7 @@ as data.train. Both appear when everything is read; an import that was killed go
 
 import argparse
 import collections
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator
@@ -36,12 +37,12 @@ def run_import(arguments: argparse.Namespace) -> int:
     from megakd.data.tokenizers import load_tokenizer
 
     tokenizer, files = load_tokenizer(arguments.tokenizer), find_chunks(arguments.input)
-    counts = [count_lines(path) for path in files]
+    contents = [read_through(path) for path in files]
     vocab_size = arguments.vocab_size or tokenizer.vocab_size
     first = next((sample for sample, _ in read_samples(files[:1]) if sample is not None), None)
     if first is None:
         raise CacheError(f"{files[0]} holds no sample with a supervised position", hint="look at its loss_mask")
-    header = import_header(arguments, tokenizer, first.ids_TK.shape[1], vocab_size, files, counts)
+    header = import_header(arguments, tokenizer, first.ids_TK.shape[1], vocab_size, files, contents)
     scaled = collections.Counter()
     token_file = TokenFileWriter(
         arguments.data,
@@ -80,9 +81,13 @@ def run_import(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def import_header(arguments, tokenizer, top_k: int, vocab_size: int, files, counts) -> Header:
-    """The header of an import that has not begun."""
-    lines = sum(counts)
+def import_header(arguments, tokenizer, top_k: int, vocab_size: int, files, contents) -> Header:
+    """The header of an import that has not begun.
+
+    Args:
+        contents: what `read_through` says of each file.
+    """
+    lines = sum(count for count, _ in contents)
     return Header(
         contents=Contents(vocab_size, top_k, (1.0,), arguments.codec),
         mode="imported",
@@ -91,7 +96,7 @@ def import_header(arguments, tokenizer, top_k: int, vocab_size: int, files, coun
         tokenizer_fingerprint=tokenizer.fingerprint,
         teacher_fingerprint="",
         data={
-            "imported": [[path.name, path.stat().st_size] for path in files],
+            "imported": [[path.name, digest] for path, (_, digest) in zip(files, contents, strict=True)],
             "lines": lines,
             "shard_samples": arguments.shard_samples,
         },
@@ -100,13 +105,14 @@ def import_header(arguments, tokenizer, top_k: int, vocab_size: int, files, coun
     )
 
 
-def count_lines(path: pathlib.Path) -> int:
-    """Lines of a file, a last one without newline included."""
-    lines, last = 0, b"\n"
+def read_through(path: pathlib.Path) -> tuple[int, str]:
+    """Lines of a file, a last one without newline included, and the BLAKE2b-128 of its bytes."""
+    lines, last, digest = 0, b"\n", hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             lines, last = lines + block.count(b"\n"), block[-1:]
-    return lines + (last != b"\n")
+            digest.update(block)
+    return lines + (last != b"\n"), digest.hexdigest()
 
 
 def read_samples(files: list[pathlib.Path]) -> Iterator[tuple[Sample | None, str]]:
