@@ -13,7 +13,9 @@ LOG = logging.getLogger("megakd")
 
 
 class PartWriter:
-    """Takes rows and publishes them part by part, in a thread; at most one batch of rows waits.
+    """Encodes rows and publishes them part by part, in threads; at most one batch of rows and one part wait.
+
+    What fails in a thread is raised by a later call, at the latest when the `with` block ends.
 
     Args:
         folder: of the cache.
@@ -23,8 +25,9 @@ class PartWriter:
 
     def __init__(self, folder, contents: Contents, enabled: bool):
         self.folder, self.contents, self.enabled = folder, contents, enabled
-        self.pool = ThreadPoolExecutor(1, "megakd-cache-writer")
-        self.pending: Future | None = None
+        self.pool = ThreadPoolExecutor(2, "megakd-cache-writer")
+        self.encoding: Future | None = None
+        self.publishing: Future | None = None
         self.shard = ShardWriter()
         self.tokens, self.bytes, self.measured = 0, 0, False
 
@@ -32,7 +35,11 @@ class PartWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        try:
+            if error is None:
+                self._wait()
+        finally:
+            self.pool.shutdown(wait=True, cancel_futures=True)
 
     @property
     def bytes_per_token(self) -> float:
@@ -40,27 +47,33 @@ class PartWriter:
         return self.bytes / self.tokens if self.tokens else float("nan")
 
     def add(self, rows: list[Row]) -> None:
-        """Append rows to the part; returns when the rows before these are encoded."""
-        if self.enabled and rows:
-            self._wait()
-            self.pending = self.pool.submit(self._add, rows)
-
-    def publish(self, part: int) -> None:
-        """Publish what was added since the last call as a part.
+        """Append rows to the part; returns when the rows before these are encoded.
 
         Raises:
-            CacheError: the disk is full or cannot be written.
+            CacheError: the part before could not be written.
+        """
+        if self.enabled and rows:
+            self._wait(publishing=self.publishing is not None and self.publishing.done())
+            self.encoding = self.pool.submit(self._add, rows)
+
+    def publish(self, part: int) -> None:
+        """Begin to publish what was added since the last call as a part; returns when the part before is published.
+
+        Raises:
+            CacheError: the part before could not be written.
         """
         if self.enabled:
             self._wait()
             shard, self.shard = self.shard, ShardWriter()
-            self.pending = None
-            publish_part(self.folder, part, shard)
+            self.publishing = self.pool.submit(publish_part, self.folder, part, shard)
 
-    def _wait(self) -> None:
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
+    def _wait(self, *, publishing: bool = True) -> None:
+        if self.encoding is not None:
+            self.encoding.result()
+            self.encoding = None
+        if publishing and self.publishing is not None:
+            self.publishing.result()
+            self.publishing = None
 
     def _add(self, rows: list[Row]) -> None:
         for row in rows:
