@@ -107,8 +107,12 @@ def model_problems(
     tp, pp = parallel.tp, parallel.pp
     if trained and tp > 1 and model.moe is not None and not parallel.sp:
         yield "parallel.sp", f"false, but Megatron trains experts with parallel.tp = {tp} only with it"
-    if trained and tp > 1 and model.mla is not None:  # gradients of its norms differ from those of one rank
-        yield "parallel.tp", f"{tp}, but a student with latent attention (mla) is trained with parallel.tp = 1 only"
+    if model.mla is not None:
+        shared = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
+        if shared % tp:
+            yield "mla.kv_lora_rank", f"{shared} with qk_rope_head_dim; not divisible by parallel.tp = {tp}"
+        if (model.mla.q_lora_rank or 0) % tp:
+            yield "mla.q_lora_rank", f"{model.mla.q_lora_rank} is not divisible by parallel.tp = {tp}"
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(model, key)
         if value is not None and value % tp:

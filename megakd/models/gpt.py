@@ -15,7 +15,7 @@ from megakd.kernels import VocabShard
 from megakd.models.architecture import DTYPES, layer_specs, transformer_config
 from megakd.models.blocks import needs_own_layers
 from megakd.models.initialization import initialize_weights
-from megakd.models.moe import keep_router_biases_whole
+from megakd.models.moe import keep_router_biases_whole, share_key_gradients
 from megakd.models.rotary import inverse_frequencies
 
 try:
@@ -128,6 +128,8 @@ def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: i
         gpt.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
     gpt.to(device=device, dtype=DTYPES[train.precision])
     keep_router_biases_whole(gpt)
+    if model.mla is not None and groups.tp.size() > 1:
+        share_key_gradients(gpt)
     width = padded_size // groups.tp.size()
     start = groups.tp.rank() * width
     gpt.shard = VocabShard(start, start + width, vocab_size, groups.tp if groups.tp.size() > 1 else None)

@@ -1,9 +1,16 @@
-"""Experts and latent attention: the fields of Megatron's config for them, and two upstream bugs mended.
+"""Experts and latent attention: the fields of Megatron's config for them, and three upstream bugs mended.
 
 1. megatron-core 0.16.1, no Transformer Engine: every router's forward raises NameError (te_general_gemm).
 2. The same: latent attention compares its layers with a mock of TELinear and raises TypeError.
+3. The same, with tensor parallelism: the rotated channels of the keys, which all heads share, get the gradient of one
+   rank's heads only.
 """
 
+import functools
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
@@ -11,7 +18,7 @@ from megakd.config import Model
 
 
 def mend() -> None:
-    """Mend both bugs; does nothing with Transformer Engine."""
+    """Mends the first two bugs; does nothing with Transformer Engine."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
         multi_latent_attention.HAVE_TE = False
@@ -71,6 +78,44 @@ def mla_fields(model: Model) -> dict:
             "mscale_all_dim": scaling.mscale_all_dim,
         }
     return fields
+
+
+def share_key_gradients(gpt) -> None:
+    """Mends the third bug: the gradients of the keys' rotated channels are summed over tensor-parallel ranks.
+
+    With sequence parallelism Megatron does that itself where the layer's output is whole, so whole is what it gets.
+    """
+    for module in gpt.modules():
+        if isinstance(module, multi_latent_attention.MLASelfAttention):
+            module.linear_kv_down_proj.register_forward_hook(functools.partial(_whole_keys, module.config))
+
+
+def _whole_keys(config, _layer, _inputs, output):
+    """Forward hook of the projection [S, B, latent and rotated channels], whichever of them this rank has computed."""
+    kv, bias = output
+    widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
+    if kv.shape[-1] != sum(widths):
+        kv = tensor_parallel.gather_from_tensor_model_parallel_region(kv)
+        if config.sequence_parallel:
+            kv = tensor_parallel.scatter_to_sequence_parallel_region(kv)
+    if not config.sequence_parallel:
+        latent, rotated = kv.split(widths, -1)
+        kv = torch.cat([latent, _SumGradients.apply(rotated)], -1)
+    return kv, bias
+
+
+class _SumGradients(torch.autograd.Function):
+    """The identity; its gradient is all-reduced over tp. Megatron's own returns a strided gradient as it was."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad, group=get_tensor_model_parallel_group())
+        return grad
 
 
 def keep_router_biases_whole(gpt) -> None:

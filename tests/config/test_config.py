@@ -286,10 +286,12 @@ def test_what_megatron_does_not_train_is_refused():
     from megakd.config.checks import model_problems
 
     base = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
-    mla = MLA(kv_lora_rank=16, qk_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
     moe = MoE(num_experts=4, top_k=2, ffn_hidden_size=32)
-    for changes, key in (({"mla": mla}, "parallel.tp"), ({"moe": moe}, "parallel.sp")):
-        model = Model(**base, max_sequence_length=64).model_copy(update=changes)
-        for trained in (True, False):
-            found = [name for name, _ in model_problems(model, Parallel(tp=2), 64, trained=trained)]
-            assert found == ([key] if trained else [])
+    model = Model(**base, max_sequence_length=64).model_copy(update={"moe": moe})
+    for trained in (True, False):
+        found = [name for name, _ in model_problems(model, Parallel(tp=2), 64, trained=trained)]
+        assert found == (["parallel.sp"] if trained else [])
+    ranks = {"kv_lora_rank": 15, "q_lora_rank": 7, "qk_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    model = Model(**base, max_sequence_length=64, mla=MLA(**ranks))
+    for tp, wrong in ((1, []), (2, ["mla.kv_lora_rank", "mla.q_lora_rank"])):
+        assert [name for name, _ in model_problems(model, Parallel(tp=tp), 64, trained=True)] == wrong

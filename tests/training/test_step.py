@@ -70,6 +70,15 @@ def test_the_fused_head_changes_nothing(ranks, tp, changes):
     assert_same_curve(run_ranks(ranks, small.curve, tp, 1, 8, STEPS, budget | changes)[0], whole())
 
 
+@pytest.mark.parametrize("q_rank", [None, 20])
+@pytest.mark.parametrize("changes", [{}, {"parallel__sp": True}, {"parallel__sp": True, "train__recompute": "full"}])
+def test_latent_attention_has_one_curve_too(changes, q_rank):
+    latent = {"kv_lora_rank": 12, "q_lora_rank": q_rank, "qk_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    section = {"num_query_groups": 4, "mla": latent}
+    one = run_ranks(1, small.curve, 1, 1, 8, STEPS, {}, True, section)[0]
+    assert_same_curve(run_ranks(2, small.curve, 2, 1, 4, STEPS, changes, True, section)[0], one)
+
+
 def test_gpt2_like_models_have_one_curve_too():
     section = {
         "normalization": "LayerNorm",
