@@ -153,14 +153,15 @@ class Benchmark:
         contents = make_contents(recipe, "q8", self.size["vocab"])
         recorder = Recorder(self.teacher, recipe, self.groups, seed=1)
         header, best = cache_header(contents), float("inf")
-        with writing(self.cache, header), PartWriter(self.cache, contents, enabled=True) as writer:
-            writer.measured = True  # the report on the codec's error is no part of recording
+        with writing(self.cache, header):
             recorder.rows(self.batches[:1])
             for part in range(header.parts):
                 start = self.now()
-                for batch in self.batches:
-                    writer.add(recorder.rows([batch]))
-                writer.publish(part)
+                with PartWriter(self.cache, contents, enabled=True) as writer:
+                    writer.measured = True  # the report on the codec's error is no part of recording
+                    for batch in self.batches:
+                        writer.add(recorder.rows([batch]))
+                    writer.publish(part)
                 best = min(best, self.now() - start)
             finish(self.cache, header)
         return best
