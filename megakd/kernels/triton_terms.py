@@ -144,33 +144,11 @@ def _evaluate(
     log_p_tail = tl.where(on, tl.load(log_tails + t, mask=some, other=0.0), 0.0).to(tl.float64)
     temperature = tl.cast(temperature, tl.float64)
 
-    # The ranks' records as one: `records.merge_records`.
     records += t * L
-    outside_max = tl.full((B,), -INF, tl.float64)
-    entry_max, label_logit = outside_max, outside_max
-    for rank in range(ranks):
-        outside_max = tl.maximum(outside_max, _lane(records, rank, tokens, 0, some, L))
-        entry_max = tl.maximum(entry_max, _lane(records, rank, tokens, 2, some, L))
-        label_logit = tl.maximum(label_logit, _lane(records, rank, tokens, 7, some, L))
-    outside_sum = tl.zeros((B,), tl.float64)
-    entry_sum, cross, drift, mass = outside_sum, outside_sum, outside_sum, outside_sum
-    outside_at_one, entry_at_one = outside_sum, outside_sum
-    for rank in range(ranks):
-        outside_gap = _lane(records, rank, tokens, 0, some, L) - finite(outside_max)
-        entry_gap = _lane(records, rank, tokens, 2, some, L) - finite(entry_max)
-        entry_scale = tl.exp(entry_gap / temperature)
-        gap = finite(entry_gap / temperature)
-        entry_r, mass_r = _lane(records, rank, tokens, 3, some, L), _lane(records, rank, tokens, 6, some, L)
-        outside_sum += _lane(records, rank, tokens, 1, some, L) * tl.exp(outside_gap / temperature)
-        entry_sum += entry_r * entry_scale
-        cross += _lane(records, rank, tokens, 4, some, L) - mass_r * gap
-        drift += (_lane(records, rank, tokens, 5, some, L) + entry_r * gap) * entry_scale
-        mass += mass_r
-        if AT_ONE:
-            outside_at_one += _lane(records, rank, tokens, 8, some, L) * tl.exp(outside_gap)
-            entry_at_one += _lane(records, rank, tokens, 9, some, L) * tl.exp(entry_gap)
-    if not AT_ONE:
-        outside_at_one, entry_at_one = outside_sum, entry_sum
+    outside_max, entry_max, label_logit = _maxima(records, ranks, tokens, some, L, B)
+    outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass = _sums(
+        records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE, L, B
+    )
     top = finite(tl.maximum(outside_max, entry_max))
     outside = tl.log(outside_sum) + (outside_max - top) / temperature
     entry = tl.log(entry_sum) + (entry_max - top) / temperature
@@ -224,6 +202,46 @@ def _evaluate(
     _put(saved, 7, entry_max - top - lse_at_one, t, tokens)
     torn = (tl.abs(mass + mass_tail - 1) <= mass_tolerance) == 0  # NaN is torn
     tl.store(wrong + t, on & (torn | (label < 0) | (label >= size)), mask=some)
+
+
+@triton.jit
+def _maxima(records, ranks, tokens, some, L: tl.constexpr, B: tl.constexpr):
+    """Over all ranks, float64: the largest logit outside S, the largest in S, and the label's."""
+    outside_max = tl.full((B,), -INF, tl.float64)
+    entry_max, label_logit = outside_max, outside_max
+    for rank in range(ranks):
+        outside_max = tl.maximum(outside_max, _lane(records, rank, tokens, 0, some, L))
+        entry_max = tl.maximum(entry_max, _lane(records, rank, tokens, 2, some, L))
+        label_logit = tl.maximum(label_logit, _lane(records, rank, tokens, 7, some, L))
+    return outside_max, entry_max, label_logit
+
+
+@triton.jit
+def _sums(
+    records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE: tl.constexpr, L: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    """The sums of all ranks, float64, relative to the maxima: see `records.merge_records`."""
+    outside_sum = tl.zeros((B,), tl.float64)
+    entry_sum, cross, drift, mass = outside_sum, outside_sum, outside_sum, outside_sum
+    outside_at_one, entry_at_one = outside_sum, outside_sum
+    for rank in range(ranks):
+        outside_gap = _lane(records, rank, tokens, 0, some, L) - finite(outside_max)
+        entry_gap = _lane(records, rank, tokens, 2, some, L) - finite(entry_max)
+        entry_scale = tl.exp(entry_gap / temperature)
+        gap = finite(entry_gap / temperature)
+        entry_r, mass_r = _lane(records, rank, tokens, 3, some, L), _lane(records, rank, tokens, 6, some, L)
+        outside_sum += _lane(records, rank, tokens, 1, some, L) * tl.exp(outside_gap / temperature)
+        entry_sum += entry_r * entry_scale
+        cross += _lane(records, rank, tokens, 4, some, L) - mass_r * gap
+        drift += (_lane(records, rank, tokens, 5, some, L) + entry_r * gap) * entry_scale
+        mass += mass_r
+        if AT_ONE:
+            outside_at_one += _lane(records, rank, tokens, 8, some, L) * tl.exp(outside_gap)
+            entry_at_one += _lane(records, rank, tokens, 9, some, L) * tl.exp(entry_gap)
+    if not AT_ONE:
+        outside_at_one, entry_at_one = outside_sum, entry_sum
+    return outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass
 
 
 @triton.jit
