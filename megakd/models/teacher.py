@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megakd.errors import TrainingError
 from megakd.kernels import select_top_k
 from megakd.kernels.predictions import predict
 from megakd.models.forward_only import forward_only
@@ -56,7 +57,13 @@ class OnlineTeacher:
         self.top_k, self.temperature, self.groups = top_k, temperature, groups
 
     def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
-        return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
+        """Raises TrainingError, on all ranks of this model alike, where its logits are not finite."""
+        try:
+            return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
+        except ValueError as error:
+            raise TrainingError(
+                f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision"
+            ) from error
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Lesson:
         block = self.gpt.block_tokens(self.budget_bytes)

@@ -166,6 +166,23 @@ def test_a_loss_that_is_not_finite_stops_every_rank():
     assert "step 7" in messages[0] and "nan" in messages[0] and "hint:" in messages[0]
 
 
+def step_with_a_broken_teacher(rank, ranks):
+    with small.layout(tp=2) as groups:
+        run = small.student_step(small.config(tp=2), groups)
+        with torch.no_grad():
+            run.teacher.gpt.output_layer.weight[3 if rank else 0] = torch.nan
+        try:
+            run(small.batch(0, groups, 4), step=7, measure=False)
+        except TrainingError as error:
+            return str(error)
+
+
+def test_an_online_teacher_that_is_not_finite_is_named_on_every_rank():
+    messages = run_ranks(2, step_with_a_broken_teacher)
+    assert messages[0] == messages[1]
+    assert "online teacher: the teacher's logits hold NaN" in messages[0] and "hint:" in messages[0]
+
+
 RAMPS = {
     "kd_weight": {"to": 0.5, "steps": 3},
     "ce_weight": {"to": 1.0, "steps": 2},
