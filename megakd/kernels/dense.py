@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from megakd.kernels import divergences
 from megakd.kernels.dense_rows import Scale, dense_backward, dense_record, dense_sums
 from megakd.kernels.rows import finite
-from megakd.kernels.terms import KDLoss, Options, check_labels, check_stray, find_stray, total
+from megakd.kernels.terms import KDLoss, Options, check_inplace, check_labels, check_stray, find_stray, total
 from megakd.kernels.vocab import MASKED, VocabShard
 
 
@@ -54,6 +54,7 @@ def dense_kd_loss(
     divergences.check_divergence(divergence, "bucket", beta, skew)
     shard.check_logits(student_logits_TW, "student logits")
     shard.check_logits(teacher_logits_TW, "teacher logits")
+    check_inplace(student_logits_TW, inplace_backward)
     check_labels(labels_T, len(student_logits_TW), len(teacher_logits_TW))
     temperatures = float(temperature if student_temperature is None else student_temperature), float(temperature)
     if not all(0 < each < float("inf") for each in temperatures):

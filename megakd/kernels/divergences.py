@@ -99,12 +99,14 @@ def compare(merged: Merged, log_tail_T: Tensor, tail: str) -> Compared:
     mass_T, nothing_T = merged.teacher_mass_T, torch.full_like(merged.teacher_mass_T, -torch.inf)
     some_T = mass_T > 0
     rescaled = tail in ("renormalize", "renormalize_teacher")
-    q_tail_T = merged.log_student_tail_T
+    q_tail_T, log_entries_T = merged.log_student_tail_T, merged.entry_sum_T.log()
     if tail != "bucket":
         q_tail_T = nothing_T if tail == "renormalize" else q_tail_T.where(some_T, -torch.inf)
     return Compared(
         p_shift_T=mass_T.log().where(some_T, 0) if rescaled else torch.zeros_like(mass_T),
-        q_shift_T=merged.entry_sum_T.log().where(some_T, 0) if tail == "renormalize" else merged.lse_above_entry_max_T,
+        q_shift_T=log_entries_T.where(some_T & (merged.entry_sum_T > 0), 0)
+        if tail == "renormalize"
+        else merged.lse_above_entry_max_T,
         p_mass_T=some_T.double() if rescaled else mass_T,
         log_p_tail_T=log_tail_T.double() if tail == "bucket" else nothing_T,
         log_q_tail_T=q_tail_T,

@@ -20,6 +20,7 @@ from megakd.kernels.terms import (
     Saved,
     Supervised,
     build_options,
+    check_inplace,
     check_labels,
     evaluate,
     gradient_factors,
@@ -75,6 +76,7 @@ def kd_loss(
         Agarwal et al. 2024, arXiv:2306.13649 (jsd); Ko et al. 2024, arXiv:2402.03898 (skew). Derivation: docs/loss.md.
     """
     shard.check_logits(logits_TW)
+    check_inplace(logits_TW, inplace_backward)
     options = build_options(targets, divergence, tail, beta, skew, student_temperature, kd_weight, ce_weight)
     check_labels(labels_T, len(logits_TW), targets.tokens)
     return KDLoss(*_KDLoss.apply(logits_TW, targets, labels_T, shard, options, inplace_backward))

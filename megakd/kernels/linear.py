@@ -41,7 +41,7 @@ def linear_select_top_k(
         ValueError: as `select_top_k`; shapes or dtypes of hidden states and weight that do not fit.
     Collectives: those of `select_top_k`, once per block; an all-gather of the hidden states if `sequence_parallel`.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
         check_head(hidden_TH, weight_WH, shard, block_tokens)
         hidden_TH = whole(hidden_TH, shard, sequence_parallel)
         parts = [
@@ -87,6 +87,7 @@ def linear_kd_loss(
             where gradients are off, as in the forward that activation recomputation repeats.
         token_weight_T: float32, with gradient_in_forward only: the objective is a multiple of the sum of
             token_weight_T * loss_T; None stands for ones. The backward refuses a gradient that is not a multiple of it.
+            In float16 a loss scale belongs in here: gradients are rounded before the backward multiplies them.
         sequence_parallel: hidden_TH is this rank's T / R consecutive tokens, and so is its gradient; labels and targets
             are those of all T.
         accumulate_into_main_grad: add the weight's gradient to weight_WH.main_grad (float32), as Megatron's own layers
@@ -115,11 +116,12 @@ def linear_kd_loss(
             "gradient_in_forward cannot be used where gradients are off, nor under activation recomputation"
         )
     layout = Layout(shard, options, sequence_parallel, accumulate_into_main_grad, block_tokens)
-    if not gradient_in_forward:
-        return KDLoss(*Recompute.apply(hidden_TH, weight_WH, targets, labels_T, layout))
     if token_weight_T is None:
         token_weight_T = torch.ones(tokens, device=hidden_TH.device)
-    return KDLoss(*GradientInForward.apply(hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout))
+    with torch.autocast(hidden_TH.device.type, enabled=False):  # products are in the dtype that is given
+        if not gradient_in_forward:
+            return KDLoss(*Recompute.apply(hidden_TH, weight_WH, targets, labels_T, layout))
+        return KDLoss(*GradientInForward.apply(hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout))
 
 
 def check_head(hidden_TH: Tensor, weight_WH: Tensor, shard: VocabShard, block_tokens: int) -> None:

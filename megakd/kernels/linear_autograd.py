@@ -3,6 +3,8 @@
 Sizes: T tokens, B tokens of a block, H hidden, W vocabulary columns on this rank, C some of them, K entries per token.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from megakd.kernels.records import build_record
 from megakd.kernels.rows import Statistics, runs
 from megakd.kernels.terms import Factors, KDLoss, Options, Saved, Supervised, evaluate, gradient_factors, localize
 from megakd.kernels.vocab import VocabShard
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
@@ -79,12 +83,26 @@ def add_product(grad_WH: Tensor, logits_grad_BW: Tensor, hidden_BH: Tensor) -> N
     if grad_WH.dtype == logits_grad_BW.dtype:
         grad_WH.addmm_(logits_grad_BW.T, hidden_BH)
         return
-    if grad_WH.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later; not on CPU
+    if adds_to_float32(grad_WH.device, hidden_BH.dtype):
         torch.addmm(grad_WH, logits_grad_BW.T, hidden_BH, out_dtype=torch.float32, out=grad_WH)
         return
     columns = max(1, logits_grad_BW.numel() // (4 * hidden_BH.shape[1]))  # a product, and on a CPU its float32 copy
     for grad_CH, part_BC in zip(grad_WH.split(columns), logits_grad_BW.split(columns, 1), strict=True):
         grad_CH += part_BC.T @ hidden_BH
+
+
+@functools.cache
+def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product in this dtype to a float32 matrix in one step: on CUDA, in newer versions."""
+    if device.type != "cuda" or "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    factor, out = torch.ones((16, 16), dtype=dtype, device=device), torch.zeros((16, 16), device=device)
+    try:
+        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
+    except RuntimeError as error:
+        LOGGER.info("the output layer's gradient is added in two steps, because %s", error)
+        return False
+    return True
 
 
 class Recompute(torch.autograd.Function):

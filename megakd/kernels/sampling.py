@@ -105,7 +105,8 @@ def invert(logits_TW: Tensor, weights_TC: Tensor, top_T: Tensor, inside_TN: Tens
     """The column in which each point of this rank's cumulative mass (in the units of `weights_TC`) falls; [T, N]."""
     chunks = weights_TC.shape[1]
     columns_TN = torch.zeros_like(inside_TN, dtype=torch.int64)
-    for block in blocks(logits_TW):
+    height = -(-logits_TW.shape[1] // max(1, chunks))
+    for block in blocks(logits_TW, row_bytes=max(1, 32 * inside_TN.shape[1] * height)):
         ends_TC = weights_TC[block].cumsum(1)
         point_TN = torch.minimum(inside_TN[block], _below(ends_TC[:, -1:]))
         chunk_TN = torch.searchsorted(ends_TC, point_TN.contiguous(), right=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megakd.kernels.paths import row_passes
-from megakd.kernels.rows import finite
+from megakd.kernels.rows import DEVICE_BLOCK_BYTES, finite
 from megakd.kernels.vocab import VocabShard
 
 BLOCK_TOKENS = {"cpu": 64, "cuda": 4096}  # rows whose chunks are in memory at a time
@@ -96,9 +96,9 @@ def _rest(max_TC: Tensor, sum_TC: Tensor, x_TN: Tensor, reached_TN: Tensor, temp
     return torch.stack([top_T, sum_T + x_TN.sub_(base_T1).mul_(1 / temperature).exp_().sum(1)])
 
 
-def blocks(logits_TW: Tensor) -> list[slice]:
-    """The rows, a block at a time; none where there are no columns."""
-    size = BLOCK_TOKENS[logits_TW.device.type]
+def blocks(logits_TW: Tensor, row_bytes: int = 1) -> list[slice]:
+    """The rows, a block at a time; none where there are no columns. `row_bytes` is what a row of a block takes."""
+    size = max(1, min(BLOCK_TOKENS[logits_TW.device.type], DEVICE_BLOCK_BYTES // row_bytes))
     return [slice(first, first + size) for first in range(0, len(logits_TW) if logits_TW.shape[1] else 0, size)]
 
 

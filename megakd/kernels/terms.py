@@ -122,6 +122,13 @@ def check_labels(labels_T: Tensor, tokens: int, targets_tokens: int) -> None:
         raise ValueError(f"labels must be int64, not {labels_T.dtype}")
 
 
+def check_inplace(logits_TW: Tensor, inplace_backward: bool) -> None:
+    """Raises ValueError where a gradient of its own for every logit has no place in the logits' memory."""
+    shared = any(size > 1 and stride == 0 for size, stride in zip(logits_TW.shape, logits_TW.stride(), strict=True))
+    if inplace_backward and shared:
+        raise ValueError(f"inplace_backward needs logits that share no memory, not an expanded {list(logits_TW.shape)}")
+
+
 def localize(targets: TeacherTargets, labels_T: Tensor, shard: VocabShard) -> Supervised:
     """Maps the entries and labels to this rank's columns."""
     if fused := fused_terms(labels_T):

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd.kernels.triton_tiles import LANES, LOG2_E, finite, lane_shape
+from megakd.kernels.triton_tiles import LANES, LOG2_E, finite, lane_shape, on_its_device
 
 
+@on_its_device
 def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) -> tuple[Tensor, Tensor]:
     """See `rows.summarize`."""
     tokens, shape = len(logits_TW), lane_shape(logits_TW, multiple_of=chunks)

@@ -4,7 +4,7 @@
                  with one bit for each of its columns, so that K entries cost a few instructions each and none touches
                  a tile it is not in.
     backward     Every column gets the formula for those outside; then, past a barrier, the label and the entries are
-                 written over it. A program reads a tile before it writes the same tile, so out may be the logits.
+                 written over it. What is read of a tile is read before the tile is written, so out may be the logits.
     extremes     Each lane remembers the tile of its maximum; the column is looked up at the end.
 
 A row that is not supervised is not read. All arithmetic is float32; a result is rounded once, when it is stored.
@@ -31,6 +31,7 @@ from megakd.kernels.triton_tiles import (
     load_tile,
     meet,
     no_columns,
+    on_its_device,
     place,
     store_tile,
     tile_columns,
@@ -39,6 +40,7 @@ from megakd.kernels.triton_tiles import (
 __all__ = ["backward", "extremes", "statistics", "summarize"]
 
 
+@on_its_device
 def statistics(
     logits_TW: Tensor, columns_TK: Tensor, label_columns_T: Tensor, supervised_T: Tensor, width: int, temperature: float
 ) -> Statistics:
@@ -46,12 +48,12 @@ def statistics(
     tokens, top_k = columns_TK.shape
     grid, at_one = Grid(tokens, width), temperature != 1
     partial_3TP = logits_TW.new_empty((2 + at_one, tokens, grid.parts), dtype=torch.float32)
-    entry_logits_TK = torch.empty_like(columns_TK, dtype=torch.float32)
-    label_logit_T = torch.empty_like(label_columns_T, dtype=torch.float32)
-    columns_TK = columns_TK.to(torch.int32)
+    entry_logits_TK = partial_3TP.new_empty((tokens, top_k))
+    label_logit_T = partial_3TP.new_empty(tokens)
+    columns_TK = columns_TK.to(torch.int32).contiguous()
     if tokens:
         _statistics[grid.programs](
-            logits_TW, columns_TK.sort(1).values, columns_TK, label_columns_T, supervised_T, partial_3TP,
+            logits_TW, columns_TK.sort(1).values.contiguous(), columns_TK, label_columns_T, supervised_T, partial_3TP,
             entry_logits_TK, label_logit_T, *logits_TW.stride(), width, top_k, tokens, grid.parts, grid.part_columns,
             LOG2_E / temperature, AT_ONE=at_one, K=triton.next_power_of_2(max(1, top_k)), **lane_shape(logits_TW),
         )  # fmt: skip
@@ -115,6 +117,7 @@ def _fetch_label(logits, label_columns, label_logits, row, part, start, stop, on
     tl.store(label_logits + row, tl.where(here, x, -float("inf")), mask=here | nowhere)
 
 
+@on_its_device
 def backward(
     logits_TW: Tensor,
     columns_TK: Tensor,
@@ -158,7 +161,8 @@ def _backward(
         factor_at_one = tl.load(outside_at_one + row)
     label = tl.load(label_columns + row)
     has_label = (label >= start) & (label < stop)
-    x = tl.load(logits + label * column_stride, mask=has_label).to(tl.float32)  # before it is written over
+    x = tl.load(logits + label * column_stride, mask=has_label).to(tl.float32)
+    tl.debug_barrier()  # no warp writes before all have read the label's logit: out may be the logits
 
     for first in range(start, whole_stop, TILE):
         value_SNE = tl.zeros((S, LANES, E), tl.float32)
@@ -187,6 +191,7 @@ def _outside(x, top, factor, factor_at_one, scale, AT_ONE: tl.constexpr):
     return value
 
 
+@on_its_device
 def extremes(logits_TW: Tensor, label_columns_T: Tensor, width: int) -> Extremes:
     """See `rows.extremes`."""
     tokens = len(logits_TW)

@@ -32,6 +32,7 @@ from megakd.kernels.triton_tiles import (
     lane_shape,
     lane_sum,
     load_tile,
+    on_its_device,
     place,
     tile_columns,
 )
@@ -57,6 +58,7 @@ class Scan(NamedTuple):
     crowded: Tensor
 
 
+@on_its_device
 def scan_rows(logits_TW: Tensor, top_k: int, shard: VocabShard, temperature: float) -> "Scan | selection_rows.Scan":
     """See `selection_rows.scan_rows`."""
     tokens, width = len(logits_TW), shard.real_width
@@ -219,6 +221,7 @@ def _look_up(
     tl.store(rest + 2 * tokens + row, tl.where(reached < 0, BROKEN, state))
 
 
+@on_its_device
 def take_entries(
     logits_TW: Tensor,
     scan: "Scan | selection_rows.Scan",

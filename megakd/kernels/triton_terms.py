@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd.kernels.rows import Statistics
-from megakd.kernels.triton_tiles import finite
+from megakd.kernels.triton_tiles import finite, on_its_device
 from megakd.kernels.vocab import MASKED
 
 INF = tl.constexpr(float("inf"))
@@ -21,13 +21,14 @@ MASKED_LABEL = tl.constexpr(MASKED)
 B = 128
 
 
+@on_its_device
 def localize(
     ids_TK: Tensor, logprobs_TK: Tensor, labels_T: Tensor, start: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of `terms.Supervised`, for a shard whose `width` real columns begin with id `start`."""
     tokens, top_k = ids_TK.shape
-    columns_TK, used_logprobs_TK = torch.empty_like(ids_TK), torch.empty_like(logprobs_TK)
-    label_columns_T, supervised_T = torch.empty_like(labels_T), torch.empty_like(labels_T, dtype=torch.bool)
+    columns_TK, used_logprobs_TK = ids_TK.new_empty((tokens, top_k)), logprobs_TK.new_empty((tokens, top_k))
+    label_columns_T, supervised_T = labels_T.new_empty(tokens), labels_T.new_empty(tokens, dtype=torch.bool)
     if tokens:
         _localize[tokens,](
             ids_TK.contiguous(), logprobs_TK.contiguous(), labels_T.contiguous(), columns_TK, used_logprobs_TK,
@@ -54,15 +55,16 @@ def _localize(
     tl.store(used_logprobs + row * entries + k, tl.where(used_K, logprob_K, -INF), mask=k < entries)
 
 
+@on_its_device
 def build_record(stats: Statistics, logprobs_TK: Tensor, temperature: float, *, sampled: bool = False) -> Tensor:
     """See `records.build_record`."""
     (tokens, top_k), at_one = logprobs_TK.shape, temperature != 1
     record_TL = logprobs_TK.new_empty((tokens, 8 + 2 * at_one))
     if tokens:
         _build_record[tokens,](
-            stats.max_T, stats.sum_T, stats.sum_at_one_T, stats.label_logit_T, stats.entry_logits_TK.contiguous(),
-            logprobs_TK.contiguous(), record_TL, top_k, 1 / temperature, SAMPLED=sampled, AT_ONE=at_one,
-            **_lanes(top_k),
+            stats.max_T, stats.sum_T, stats.sum_at_one_T, stats.label_logit_T.contiguous(),
+            stats.entry_logits_TK.contiguous(), logprobs_TK.contiguous(), record_TL, top_k, 1 / temperature,
+            SAMPLED=sampled, AT_ONE=at_one, **_lanes(top_k),
         )  # fmt: skip
     return record_TL
 
@@ -96,6 +98,7 @@ def _build_record(
         tl.store(record + 9, tl.sum(tl.exp(gap_K), 0))
 
 
+@on_its_device
 def evaluate(
     records_RTL: Tensor,
     supervised_T: Tensor,
@@ -122,6 +125,7 @@ def evaluate(
     outputs = [records_RTL.new_empty(tokens) for _ in range(5)]
     saved_8T = records_RTL.new_empty((8, tokens), dtype=torch.float64)
     wrong_T = torch.empty_like(supervised_T)
+    entropy_T = None if entropy_T is None else entropy_T.contiguous()
     if tokens:
         _evaluate[triton.cdiv(tokens, B),](
             records_RTL, supervised_T, log_tail_T.contiguous(), entropy_T, labels_T.contiguous(), *outputs, saved_8T,
@@ -164,7 +168,7 @@ def _evaluate(
     if TAIL == "renormalize" or TAIL == "renormalize_teacher":
         p_shift, p_mass = tl.where(has_mass, tl.log(mass), 0.0), has_mass.to(tl.float64)
     if TAIL == "renormalize":
-        q_shift = tl.where(has_mass, tl.log(entry_sum), 0.0)
+        q_shift = tl.where(has_mass & (entry_sum > 0), tl.log(entry_sum), 0.0)
         log_q_tail = tl.full((B,), -INF, tl.float64)
     mass_tail = tl.exp(log_p_tail)
     if TAIL != "bucket":
@@ -288,6 +292,7 @@ def _form(log_p, log_q, parameter, DIVERGENCE: tl.constexpr):
     return f, u
 
 
+@on_its_device
 def gradient_factors(
     grad_T: Tensor,
     entry_logits_TK: Tensor,
@@ -304,10 +309,11 @@ def gradient_factors(
     tokens, top_k = columns_TK.shape
     apart = temperature != 1 and weights[1] != 0
     max_T, outside_T, label_grad_T, outside_at_one_T = logprobs_TK.new_empty((4, tokens))
-    entry_grad_TK = torch.empty_like(logprobs_TK)
+    entry_grad_TK = logprobs_TK.new_empty((tokens, top_k))
     if tokens:
         _gradient_factors[tokens,](
-            grad_T.contiguous(), entry_logits_TK, logprobs_TK, columns_TK, label_columns_T, *saved, max_T, outside_T,
+            grad_T.contiguous(), entry_logits_TK.contiguous(), logprobs_TK.contiguous(), columns_TK.contiguous(),
+            label_columns_T, *saved, max_T, outside_T,
             outside_at_one_T, entry_grad_TK, label_grad_T, top_k, parameter, *weights, temperature,
             DIVERGENCE=divergence, APART=apart, **_lanes(top_k),
         )  # fmt: skip

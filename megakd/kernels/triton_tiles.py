@@ -6,6 +6,9 @@ next to each other, and a maximum or sum over S and E stays within a thread. Lan
 own, and meet once, at the end of the program: the loop over tiles has no barrier, and runs at the speed of memory.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +24,17 @@ PROGRAMS = (
     8192  # a grid aims at this many: several rounds of all that fit on a large GPU, so that none idles at the end
 )
 MOST_TILES = 8  # of a program
+
+
+def on_its_device(host_function):
+    """Launches on the device of the first argument (a tensor, or a tuple of them), whichever is the current one."""
+
+    @functools.wraps(host_function)
+    def guarded(first, *arguments, **options):
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return host_function(first, *arguments, **options)
+
+    return guarded
 
 
 class Grid:

@@ -217,6 +217,20 @@ def test_on_a_gpu_it_is_the_layer_and_the_loss(mode, block_tokens):
         assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_changes_nothing(mode):
+    hidden_TH, weight_WH, shard, _, labels_T = one_rank()
+    results = []
+    for enabled in (False, True):
+        hidden, weight = hidden_TH.clone().requires_grad_(), weight_WH.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            targets = linear_select_top_k(hidden, weight_WH.flip(0), K, shard, block_tokens=3)
+            loss_T = linear_kd_loss(hidden, weight, targets, labels_T, shard, block_tokens=3, **mode).loss_T
+        loss_T.sum().backward()
+        results.append((targets.logprobs_TK, loss_T.detach(), hidden.grad, weight.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_refusals():
     hidden_TH, weight_WH, shard, targets, labels_T = one_rank()
 

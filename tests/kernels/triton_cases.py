@@ -17,6 +17,7 @@ from megakd.kernels import (
     kd_loss_reference,
     records,
     rows,
+    sample_targets,
     select_top_k,
     selection,
     selection_rows,
@@ -36,6 +37,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic:UserWarning")
 
 WIDTHS = [1, 101, 127, 128, 129, 4099]
+ALIGNED = "aligned"  # padding to a multiple of 16 columns: neighbours are loaded together, as in every real model
 # One rounding to the output's dtype. The interpreter cuts the last bits off instead of rounding, when it stores bf16.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-24, torch.bfloat16: 0.0}  # below it there is nothing to round to
@@ -49,9 +51,13 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def case(width, top_k, dtype, padding=3):
+def case(width, top_k, dtype, padding):
     """Logits [7, W + padding], columns [7, K], label columns [7], supervised [7]; row by row: plain, masked and full of
     NaN, three levels, -inf here and there, 1e4 apart, all equal, one 250 above the rest."""
+    aligned = padding == ALIGNED
+    padding = -width % 16 or 16 if aligned else padding
+    neighbours = triton_tiles.lane_shape(torch.empty(7, width + padding, dtype=dtype))["E"]
+    assert neighbours == (16 // dtype.itemsize if aligned else 1)
     generator = torch.Generator().manual_seed(width * 1000 + top_k)
     x = 3 * torch.randn(7, width + padding, generator=generator)
     x[1] = torch.nan
@@ -72,7 +78,7 @@ def case(width, top_k, dtype, padding=3):
 
 
 def case_list():
-    """(width, K, temperature, dtype, programs): every width with every K; the interpreter takes longest for large K."""
+    """(width, padding, K, temperature, dtype, programs): every width with every K."""
     for width in WIDTHS:
         for top_k in dict.fromkeys(k for k in (1, 8, 100, width) if k <= min(width, 1024)):
             kinds = [(1.0, torch.bfloat16), (2.0, torch.float32)]
@@ -80,7 +86,8 @@ def case_list():
                 kinds += [(2.0, torch.bfloat16), (1.0, torch.float32), (2.0, torch.float16)]
             for temperature, dtype in kinds:
                 for programs in (1, 8192) if (width, top_k) == (4099, 8) else (8192,):
-                    yield width, top_k, temperature, dtype, programs
+                    for padding in (3, ALIGNED) if top_k in (1, 8) else (ALIGNED,):
+                        yield width, padding, top_k, temperature, dtype, programs
 
 
 CASES = list(case_list())
@@ -90,10 +97,10 @@ def case_name(value):
     return str(value).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("width, top_k, temperature, dtype, programs", CASES, ids=case_name)
-def test_statistics(width, top_k, temperature, dtype, programs, monkeypatch):
+@pytest.mark.parametrize("width, padding, top_k, temperature, dtype, programs", CASES, ids=case_name)
+def test_statistics(width, padding, top_k, temperature, dtype, programs, monkeypatch):
     monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
-    x, columns, labels, supervised = case(width, top_k, dtype)
+    x, columns, labels, supervised = case(width, top_k, dtype, padding)
     got = triton_rows.statistics(x, columns, labels, supervised, width, temperature)
     want = rows.statistics(x, columns, labels, supervised, width, temperature)
     for name in ("max_T", "entry_logits_TK", "label_logit_T"):
@@ -119,10 +126,10 @@ def assert_near(got, want, relative, absolute):
     assert not wrong.any(), (wrong.nonzero()[:5], got[wrong][:5], want[wrong][:5])
 
 
-@pytest.mark.parametrize("width, top_k, temperature, dtype, programs", CASES, ids=case_name)
-def test_backward(width, top_k, temperature, dtype, programs, monkeypatch):
+@pytest.mark.parametrize("width, padding, top_k, temperature, dtype, programs", CASES, ids=case_name)
+def test_backward(width, padding, top_k, temperature, dtype, programs, monkeypatch):
     monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
-    x, columns, labels, supervised = case(width, top_k, dtype)
+    x, columns, labels, supervised = case(width, top_k, dtype, padding)
     top = rows.statistics(x, columns, labels, supervised, width, 1.0).max_T
     generator = torch.Generator().manual_seed(width)
     random = (torch.randn(4, 7, top_k, generator=generator) * 0.1).to(DEVICE)
@@ -151,10 +158,11 @@ def test_backward(width, top_k, temperature, dtype, programs, monkeypatch):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("padding", [3, ALIGNED])
 @pytest.mark.parametrize("dtype, programs", [(torch.float32, 1), (torch.bfloat16, 8192)], ids=case_name)
-def test_extremes(width, dtype, programs, monkeypatch):
+def test_extremes(width, padding, dtype, programs, monkeypatch):
     monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
-    x, _, labels, _ = case(width, 1, dtype)
+    x, _, labels, _ = case(width, 1, dtype, padding)
     got, want = triton_rows.extremes(x, labels, width), rows.extremes(x, labels, width)
     clean = torch.arange(7) != 1
     for name in ("max_T", "column_T", "label_logit_T"):
@@ -169,7 +177,7 @@ def test_extremes(width, dtype, programs, monkeypatch):
 )
 @pytest.mark.parametrize("temperature, dtype", [(1.0, torch.bfloat16), (2.0, torch.float32)], ids=case_name)
 def test_summarize(width, chunks, temperature, dtype):
-    x, *_ = case(width, 1, dtype)
+    x, *_ = case(width, 1, dtype, 3)
     x[0, width - 1] = torch.inf
     got, want = (path.summarize(x, width, chunks, temperature) for path in (triton_rows, rows))
     broken = torch.isin(torch.arange(7), torch.tensor([0, 1, 3]))
@@ -180,7 +188,7 @@ def test_summarize(width, chunks, temperature, dtype):
 
 def test_logits_of_any_stride_and_size():
     """Transposed logits, a slice of wider ones, no rows, no columns, no entries, and rows 2^31 elements apart."""
-    x, columns, labels, supervised = case(101, 8, torch.bfloat16)
+    x, columns, labels, supervised = case(101, 8, torch.bfloat16, 3)
     want = triton_rows.statistics(x, columns, labels, supervised, 101, 1.0)
     wide = torch.full((7, 112), torch.nan, dtype=x.dtype, device=DEVICE)
     wide[:, :104] = x
@@ -391,3 +399,47 @@ def test_what_is_wrong_is_named_from_the_fused_steps_too():
     targets.logprobs_TK[1] += torch.nan
     with pytest.raises(ValueError, match="in row 1; expected 1"):
         kd_loss(x, targets, labels, shard)
+
+
+def test_targets_and_logits_of_any_layout():
+    """Column views and transposed matrices give what contiguous ones give."""
+    width, shard = 1009, VocabShard(0, 1012, 1009)
+    x, y = teacher(width, 8, torch.float32), teacher(width, 9, torch.float32)
+    labels = torch.tensor([0, 1008, -100, 5, 77, 500], device=DEVICE)
+    top = select_top_k(y, 8, shard)
+    drawn = sample_targets(y, 16, shard, torch.Generator(DEVICE).manual_seed(0))
+
+    def strided(part):
+        return part.T.contiguous().T if part.dim() == 2 else torch.stack([part, part + 1], 1)[:, 0]
+
+    for targets in (top, drawn):
+        views = {f.name: getattr(targets, f.name) for f in dataclasses.fields(targets)}
+        views = {name: strided(v) if isinstance(v, torch.Tensor) else v for name, v in views.items()}
+        results = []
+        for given, own in ((targets, labels), (TeacherTargets(**views), strided(labels))):
+            leaf = x.clone().requires_grad_()
+            out = kd_loss(leaf, given, own, shard, ce_weight=0.3)
+            (out.loss_T * 2).sum().backward()
+            results.append((out.loss_T.detach(), leaf.grad))
+        assert_close(*results, rtol=0, atol=0)
+
+
+def test_logits_that_share_memory_are_refused_in_place():
+    y, labels = teacher(101, 8, torch.float32), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    targets = select_top_k(y, 8, VocabShard(0, 104, 101))
+    shared = y[:1].expand(6, -1)
+    with pytest.raises(ValueError, match=r"share no memory, not an expanded \[6, 104\]"):
+        kd_loss(shared, targets, labels, VocabShard(0, 104, 101), inplace_backward=True)
+    kd_loss(shared, targets, labels, VocabShard(0, 104, 101))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_student_that_rules_out_all_entries_has_an_infinite_loss_and_a_gradient(fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(terms, "fused_terms", lambda x: None)
+    y, labels = teacher(101, 8, torch.float32), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    targets = select_top_k(y, 8, VocabShard(0, 104, 101))
+    x = torch.randn(6, 104, device=DEVICE).scatter(1, targets.ids_TK, -torch.inf).requires_grad_()
+    loss_T = kd_loss(x, targets, labels, VocabShard(0, 104, 101), tail="renormalize").loss_T
+    loss_T.sum().backward()
+    assert (loss_T == torch.inf).all() and x.grad.isfinite().all()

@@ -27,15 +27,16 @@ def run_checks(device: str, small: bool) -> list[dict]:
     widths = [37] if small else [1, 101, 127, 128, 129, 4099, 131072, 151937, 262144]
     top_ks = [1] if small else [1, 8, 64, 100, 1024]
     dtypes = [torch.bfloat16] if small else list(ROUNDING)
+    sizes = widths, top_ks, dtypes, (1.0, 2.0), (False, True)
     found = []
     for check in (check_statistics, check_backward, check_extremes, check_summarize, check_selection, check_loss):
-        for width, top_k, dtype, temperature in itertools.product(widths, top_ks, dtypes, (1.0, 2.0)):
+        for width, top_k, dtype, temperature, aligned in itertools.product(*sizes):
             if top_k > width or (check in (check_extremes, check_summarize) and top_k != 1):
                 continue
             if check is check_loss and (width > 5000 or top_k > 100 or dtype == torch.float16):
                 continue
-            detail = f"W={width} K={top_k} {str(dtype)[6:]} temperature {temperature:g}"
-            found.append(judge(check, detail, Problem(device, width, top_k, dtype, temperature)))
+            detail = f"W={width} K={top_k} {str(dtype)[6:]} temperature {temperature:g}{', aligned' * aligned}"
+            found.append(judge(check, detail, Problem(device, width, top_k, dtype, temperature, aligned)))
     if not small:
         found.append(judge(check_far, "3 * 2^30 elements apart", device))
     torch.use_deterministic_algorithms(False)
@@ -66,11 +67,15 @@ def summary(found: list[dict]) -> list[dict]:
 
 
 class Problem:
-    """Logits [7, W + 3] with masked rows of NaN, ties, -inf, +-1e4, one logit 250 above the rest, and NaN padding."""
+    """Logits [7, W and padding]: masked rows of NaN, ties, -inf, +-1e4, one logit 250 above the rest, NaN padding.
 
-    def __init__(self, device: str, width: int, top_k: int, dtype: torch.dtype, temperature: float):
+    With `aligned` rows start at multiples of 16 columns, where neighbours are loaded together.
+    """
+
+    def __init__(self, device: str, width: int, top_k: int, dtype: torch.dtype, temperature: float, aligned: bool):
         generator = torch.Generator(device=device).manual_seed(width + top_k)
-        x, teacher = 3 * torch.randn(2, 7, width + 3, generator=generator, device=device)
+        padding = -width % 16 or 16 if aligned else 3 if (width + 3) % 16 else 4
+        x, teacher = 3 * torch.randn(2, 7, width + padding, generator=generator, device=device)
         x[1] = torch.nan
         x[2] = (x[2] / 3).round().clamp(-1, 1)
         x[3, x[3] < -2] = -INF
@@ -139,7 +144,7 @@ def check_backward(p: Problem) -> float:
     absolute = 2e-7 * want.abs().amax(1, keepdim=True) + (2.0**-24 if p.dtype == torch.float16 else 0)
     errors = [
         off(got[:, : p.width], want, ROUNDING[p.dtype] + 5e-6, absolute),
-        off(got[:, p.width :], 0 * got[:, :3], 0),
+        INF if got[:, p.width :].any() else 0.0,
     ]
     again = p.x.clone()
     triton_rows.backward(again, *p.given[1:], *factors, again)
@@ -165,7 +170,7 @@ def check_summarize(p: Problem) -> float:
 
 
 def check_selection(p: Problem) -> float:
-    shard = VocabShard(0, p.width + 3, p.width)
+    shard = VocabShard(0, p.x.shape[1], p.width)
     if p.width >= 4099 and p.top_k <= 100:
         scan = triton_selection.scan_rows(p.teacher, p.top_k, shard, p.temperature)
         assert isinstance(scan, triton_selection.Scan), "these rows were left to PyTorch"
@@ -183,7 +188,7 @@ def check_selection(p: Problem) -> float:
 
 def check_loss(p: Problem) -> float:
     """Loss and gradient of every divergence and tail, in place, against the definition in float64."""
-    shard, errors = VocabShard(0, p.width + 3, p.width), [0.0]
+    shard, errors = VocabShard(0, p.x.shape[1], p.width), [0.0]
     targets = select_top_k(p.teacher, p.top_k, shard, p.temperature)
     x, labels = p.x.clone(), p.labels.clamp(min=0)
     x[3] = p.teacher[0]  # without infinities, which some divergences answer with
