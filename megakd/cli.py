@@ -12,6 +12,7 @@ import importlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,11 +45,13 @@ VERBS = {
         "megakd.runs.prepare:main", "train a tokenizer; records or text into token files; look at samples", False
     ),
 }
+GRACE_SECONDS = 2.0
 HELP_FLAGS = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C.
+    """Runs one verb and returns its exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C,
+    141 where nobody reads the output any more.
 
     Any other exception leaves with its traceback: it is a bug, or something that only the traceback explains.
     """
@@ -69,16 +72,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hint: one of {', '.join(VERBS)}; `megakd --help` explains them", file=sys.stderr)
         return 2
     verb = VERBS[name]
-    if verb.is_run and any(flag in rest for flag in HELP_FLAGS):
-        print(format_run_help(name, verb))
-        return 0
     try:
+        if verb.is_run and any(flag in rest for flag in HELP_FLAGS):
+            print(format_run_help(name, verb), flush=True)
+            return 0
         return load_target(verb)(rest) or 0
     except MegakdError as error:
         print_error(error)
         return 1
     except KeyboardInterrupt:
+        print(f"megakd {name}: interrupted; what was finished before is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `megakd train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def load_target(verb: Verb):
@@ -88,11 +95,17 @@ def load_target(verb: Verb):
 
 
 def print_error(error: MegakdError) -> None:
-    """One paragraph and its hint on stderr; local ranks other than 0, which mostly say the same, print one line."""
+    """One paragraph and its hint on stderr; local ranks other than 0, which mostly say the same, print one line.
+
+    They end a little later, too: torchrun kills the others when the first one ends, and rank 0 has more to say.
+    """
     text = f"{type(error).__name__}: {error}"
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    others = os.environ.get("LOCAL_RANK", "0") != "0"
+    if others:
         text = f"rank {os.environ.get('RANK', '?')}: {text.splitlines()[0]}"
     sys.stderr.write(f"{text}\n")  # in one piece, whatever other ranks write
+    if others:
+        time.sleep(GRACE_SECONDS)
 
 
 def format_help() -> str:

@@ -119,16 +119,27 @@ def test_explained_errors(verb, capsys, monkeypatch):
 
 
 def test_other_local_ranks_are_brief(verb, capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")
     verb(raising(ConfigError("first line\nsecond", hint="h")))
     assert cli.main(["probe"]) == 1
     assert capsys.readouterr().err == "rank 9: ConfigError: first line\n"
+    assert slept == [cli.GRACE_SECONDS]  # rank 0 is not killed while it speaks
 
 
-def test_interrupt_and_bugs(verb):
+def test_help_into_a_closed_pipe_is_no_bug():
+    command = f"{sys.executable} -m megakd train --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[0].startswith("megakd train: ") and done.stdout.splitlines()[1] in ("141", "0")
+    assert done.stderr == ""
+
+
+def test_interrupt_and_bugs(verb, capsys):
     verb(raising(KeyboardInterrupt()))
     assert cli.main(["probe"]) == 130
+    assert capsys.readouterr().err.startswith("megakd probe: interrupted")
     verb(raising(ZeroDivisionError("a bug keeps its traceback")))
     with pytest.raises(ZeroDivisionError):
         cli.main(["probe"])

@@ -180,14 +180,22 @@ def test_missing_peer_nobody_there_and_port_in_use(script):
 def test_alone_without_a_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Ranks("cpu") as ranks:
+        os.kill(os.getpid(), signal.SIGINT)  # nobody has asked whether to stop
+    with pytest.raises(KeyboardInterrupt), Ranks("cpu") as ranks:
+        assert not ranks.agree_to_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ranks.agree_to_stop()
+        os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(ZeroDivisionError), Ranks("cpu") as ranks:
         assert (ranks.rank, ranks.world_size, ranks.is_main, ranks.device.type) == (0, 1, True, "cpu")
         assert dist.get_backend() == "gloo" and not ranks.agree_to_stop()
         os.kill(os.getpid(), signal.SIGTERM)
         assert ranks.agree_to_stop()
         raise ZeroDivisionError
-    assert not dist.is_initialized() and signal.getsignal(signal.SIGTERM) == before
+    assert not dist.is_initialized()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_what_the_environment_says():

@@ -21,7 +21,8 @@ class Ranks:
     """The default process group of this launch, from entering to leaving the `with` block.
 
     An error that leaves the block ends a process that has peers (see megakd.ranks.failure: the peers end too, within
-    seconds, with exit code 1); alone it is raised on. SIGTERM inside the block is remembered, not obeyed.
+    seconds, with exit code 1); alone it is raised on. SIGTERM inside the block is remembered, not obeyed; and so is the
+    first Ctrl-C, from the first call of agree_to_stop on (who never asks is interrupted at once).
 
     Args:
         device: `auto`, `cuda` (NCCL) or `cpu` (gloo).
@@ -53,7 +54,7 @@ class Ranks:
         self._stop = threading.Event()
         self._store: dist.Store | None = None
         self._watch: FailureWatch | None = None
-        self._old_handler = None
+        self._old_handlers = {}
 
     def __enter__(self) -> "Ranks":
         start_logging(self.rank)
@@ -70,7 +71,7 @@ class Ranks:
                 self._watch.fail(error)
         # Only now: a rank that waits inside torch for its peers could not act on a remembered SIGTERM.
         if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+            self._remember(signal.SIGTERM)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -81,23 +82,35 @@ class Ranks:
             self._watch.close()
             with contextlib.suppress(dist.DistError):
                 part(self.launch, self._store, self._rendezvous_seconds)
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def stop_requested(self) -> bool:
-        """True once this rank has got SIGTERM; other ranks may not have got theirs yet."""
+        """True once this rank has got SIGTERM or Ctrl-C; other ranks may not have got theirs yet."""
         return self._stop.is_set()
 
     def agree_to_stop(self) -> bool:
-        """True on every rank when any rank has got SIGTERM.
+        """True on every rank when any rank has got SIGTERM or Ctrl-C.
 
         Collectives: one all-reduce of 4 bytes over all ranks.
         """
+        if signal.SIGTERM in self._old_handlers and signal.SIGINT not in self._old_handlers:
+            self._remember(signal.SIGINT)
         flag = torch.tensor(int(self.stop_requested()), dtype=torch.int32, device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
+
+    def _remember(self, number: int) -> None:
+        def stop(*_):
+            self._stop.set()
+            if number == signal.SIGINT:
+                signal.signal(number, self._old_handlers[number])
+                if self.is_main:
+                    sys.stderr.write("\nstopping after what is under way (Ctrl-C once more: at once)\n")
+
+        self._old_handlers[number] = signal.signal(number, stop)
 
     def _start_group(self) -> None:
         if self.device.type == "cuda":

@@ -74,14 +74,14 @@ class Saver:
         path = folder.step_folder(self.config.run.dir, progress.step)
         state = training_state(self.student, loading=False)
         state |= {"progress": dataclasses.asdict(progress), "layout": layout(self.student.groups)}
-        keep = {progress.best_step} if self.config.checkpoint.keep_best and progress.best_step else set()
+        step, best_step = progress.step, progress.best_step  # a background save is published later
 
         def publish():
-            parts = {"model": self.model, "step": progress.step, "training": True, "metrics": metrics}
+            parts = {"model": self.model, "step": step, "training": True, "metrics": metrics}
             check_owner(self.config.run.dir)
             data = self.config.data.model_dump(include=SAMPLE_KEYS)
             folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, **parts)
-            folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
+            self.prune(best_step)
 
         request = torch_dist.save(
             path, state, self.student.groups, publish, asynchronous=self.config.checkpoint.asynchronous
@@ -89,6 +89,11 @@ class Saver:
         if request is not None:
             self.queue.schedule_async_request(request)
         self.saved_step = progress.step
+
+    def prune(self, best_step: int | None) -> None:
+        """Remove what is neither among the last nor the best; on rank 0 alone."""
+        keep = {best_step} if self.config.checkpoint.keep_best and best_step else set()
+        folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
 
     def poll(self) -> None:
         """Publish a background save that has finished."""
@@ -109,11 +114,12 @@ class Saver:
                 folder.discard(path)
             raise torch_dist.save_error(path, f"in the background: {type(error).__name__}: {error}") from error
 
-    def add_metrics(self, metrics: dict[str, float]) -> None:
-        """Put metrics of the step that was just saved into its record."""
+    def add_metrics(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Put metrics of the step that was just saved into its record, and remove the one that was best before."""
         self.finish()
         if dist.get_rank() == 0:
             folder.record_metrics(folder.step_folder(self.config.run.dir, self.saved_step), metrics)
+            self.prune(progress.best_step)
 
 
 def training_state(student: StudentStep, *, loading: bool, with_random: bool = True) -> dict:

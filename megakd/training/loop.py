@@ -49,11 +49,17 @@ def train(config: Config, ranks: Ranks) -> None:
         write_run_files(config)
         log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
         held.callback(log.close)
-        log.write("data", progress.step, setup.train_data.counts)
+        if progress.step < setup.steps:
+            log.write("data", progress.step, setup.train_data.counts)
+        else:
+            LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
         saver = Saver(config, student, setup.model, setup.tokenizer)
         Loop(setup, student, saver, log, progress, ranks).run()
         saver.finish()
         write_stop_file(config.run.dir, progress.step, finished=progress.step >= setup.steps)
+        LOG.info(
+            "at step %d of %d; checkpoints and metrics.jsonl are in %s", progress.step, setup.steps, config.run.dir
+        )
 
 
 class Loop:
@@ -135,7 +141,7 @@ class Loop:
         if best:
             progress.best_loss, progress.best_step = metrics["loss"], progress.step
         if self.saver.saved_step == progress.step:
-            self.saver.add_metrics(metrics)
+            self.saver.add_metrics(progress, metrics)
         elif best and self.config.checkpoint.keep_best:
             self.saver.save(progress, metrics)
 

@@ -100,12 +100,13 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on(folder, teacher, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(number, folder, teacher, tmp_path):
     config = distil(folder, teacher, tmp_path / "run", train__steps=5000)
     process = runs.launch(tmp_path, 2, "train", config)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["finished"] is False and 0 < stopped["step"] < 5000, output
@@ -121,6 +122,8 @@ def test_background_saves_are_whole(folder, tmp_path):
     assert run_ranks(2, runs.train, config) == [None, None]
     names = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000004", "step_00000006"]
+    for name in names:  # not the step at which the save was done
+        assert json.loads((tmp_path / "checkpoints" / name / "megakd.json").read_text())["step"] == int(name[5:])
     shutil.rmtree(tmp_path / "checkpoints" / names[-1])
     before = runs.lines(tmp_path)
     assert run_ranks(2, runs.train, config) == [None, None]
@@ -194,11 +197,12 @@ def test_nothing_to_evaluate_is_refused(folder, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_epochs_and_the_best_checkpoint(folder, tmp_path):
+@pytest.mark.parametrize("rate", [0.01, 5.0])  # with the first the last step is the best, and with the second it may be
+def test_epochs_and_the_best_checkpoint(rate, folder, tmp_path):
     config = runs.values(folder, tmp_path, train__epochs=0.5, eval__every_steps=2)
     del config["train"]["steps"]
     config["checkpoint"] = {"keep_last": 1}
-    config["optimizer"] = {"lr": 5.0}
+    config["optimizer"] = {"lr": rate}
     assert run_ranks(1, runs.train, config) == [None]
     validation = runs.lines(tmp_path, "validation")
     best = min(validation, key=lambda line: line["loss"])["step"]
