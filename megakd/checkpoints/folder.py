@@ -75,7 +75,8 @@ def find_checkpoint(path) -> pathlib.Path:
     if (path / RECORD).is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path} does not exist", hint="give a checkpoint folder or a run folder")
+        state = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {state}", hint="give a checkpoint, run or Hugging Face folder")
     if (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
         from megakd.checkpoints.direct import converted  # which publishes through this module
 

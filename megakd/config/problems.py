@@ -26,7 +26,8 @@ def explain(error: ValidationError, root: type[Section], where: str, overridden:
     problems: dict[str, str] = {}
     for entry in error.errors(include_url=False):
         for key, text in _problems_of(entry, root):
-            origin = " (set on the command line)" if key in overridden else ""
+            by_hand = any(one == key or one.startswith(f"{key}.") for one in overridden)
+            origin = " (set on the command line)" if by_hand else ""
             problems.setdefault(key, f"{key}: {text}{origin}")  # a value that may be of several types fails for each
     return problems_error(where, list(problems.values()))
 

@@ -34,11 +34,13 @@ def main(argv: list[str]) -> None:
         model = checkpoint.model
         ids = tokenizer.encode(arguments.prompt)
         room = model.max_sequence_length - arguments.max_new_tokens
-        if not 1 <= len(ids) <= room:
+        if not ids:
+            raise ConfigError("the prompt has no tokens", hint="--prompt TEXT")
+        if len(ids) > room:
             raise ConfigError(
-                f"the prompt has {len(ids)} tokens; with --max-new-tokens {arguments.max_new_tokens} the model's "
-                f"{model.max_sequence_length} positions leave room for 1 to {room}",
-                hint="change --prompt or --max-new-tokens",
+                f"the prompt's {len(ids)} tokens and --max-new-tokens {arguments.max_new_tokens} exceed the model's "
+                f"{model.max_sequence_length} positions",
+                hint=f"at most --max-new-tokens {max(model.max_sequence_length - len(ids), 0)}, or a shorter prompt",
             )
         groups = build_groups(arguments.tp, arguments.pp, seed=0)
         gpt = build_gpt(

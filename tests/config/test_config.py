@@ -128,6 +128,8 @@ def test_an_unknown_key_far_from_all_is_still_named(build):
 def test_problems_of_overrides_say_so(file):
     with pytest.raises(ConfigError, match=r"train.steps: 0, expected integer >= 1 or null \(set on the command line\)"):
         Config.load(file, ["train.steps=0"])
+    with pytest.raises(ConfigError, match=r"trian: unknown key; did you mean train\? \(set on the command line\)"):
+        Config.load(file, ["trian.steps=20"])
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
     assert output.returncode == 0, output.stderr
     assert output.stdout.startswith("def main(") and len(output.stdout) > len("def main(") + 4
     refused = run_python([*generate, "--max-new-tokens", "32"])
-    assert refused.returncode == 1 and "leave room for 1 to 0" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 1 and "exceed the model" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def run_python(arguments):
