@@ -177,9 +177,11 @@ def test_missing_peer_nobody_there_and_port_in_use(script):
     assert "Traceback" not in alone + nobody + in_use
 
 
-def test_alone_without_a_launcher(monkeypatch):
+def test_alone_without_a_launcher(monkeypatch, request):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ours))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Ranks("cpu") as ranks:
         os.kill(os.getpid(), signal.SIGINT)  # nobody has asked whether to stop
@@ -188,6 +190,12 @@ def test_alone_without_a_launcher(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         assert ranks.agree_to_stop()
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Ranks("cpu") as ranks:
+        ranks.agree_to_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not ranks.agree_to_stop() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(ZeroDivisionError), Ranks("cpu") as ranks:
         assert (ranks.rank, ranks.world_size, ranks.is_main, ranks.device.type) == (0, 1, True, "cpu")
         assert dist.get_backend() == "gloo" and not ranks.agree_to_stop()

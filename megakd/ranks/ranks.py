@@ -96,8 +96,8 @@ class Ranks:
 
         Collectives: one all-reduce of 4 bytes over all ranks.
         """
-        if signal.SIGTERM in self._old_handlers and signal.SIGINT not in self._old_handlers:
-            self._remember(signal.SIGINT)
+        if list(self._old_handlers) == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._remember(signal.SIGINT)  # a job in the background goes on ignoring it
         flag = torch.tensor(int(self.stop_requested()), dtype=torch.int32, device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
