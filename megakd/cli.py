@@ -51,7 +51,7 @@ HELP_FLAGS = ("-h", "--help")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code: 0, 1 for an explained error, 2 for wrong usage, 130 for Ctrl-C,
-    141 where nobody reads the output any more.
+    141 for a help text that nobody reads to its end.
 
     Any other exception leaves with its traceback: it is a bug, or something that only the traceback explains.
     """
@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     name, rest = arguments[0], arguments[1:]
     if name in HELP_FLAGS:
-        print(format_help())
-        return 0
+        return show(format_help())
     if name == "--version":
         print(f"megakd {megakd.__version__}")
         return 0
@@ -72,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hint: one of {', '.join(VERBS)}; `megakd --help` explains them", file=sys.stderr)
         return 2
     verb = VERBS[name]
+    if verb.is_run and any(flag in rest for flag in HELP_FLAGS):
+        return show(format_run_help(name, verb))
     try:
-        if verb.is_run and any(flag in rest for flag in HELP_FLAGS):
-            print(format_run_help(name, verb), flush=True)
-            return 0
         return load_target(verb)(rest) or 0
     except MegakdError as error:
         print_error(error)
@@ -83,9 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"megakd {name}: interrupted; what was finished before is kept", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `megakd train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show(text: str) -> int:
+    """Prints a help text; 141 where nobody reads it to its end, as in `megakd train --help | head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         return 141
+    return 0
 
 
 def load_target(verb: Verb):

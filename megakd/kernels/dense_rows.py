@@ -1,6 +1,6 @@
 """The passes of dense_kd_loss over whole rows of both models' logits, a few rows at a time, in plain PyTorch.
 
-Every step writes into a buffer that is there already: on a CPU a temporary tensor of this size costs ten times the
+Every step writes into a buffer that is there already: on a CPU a temporary tensor of this size can cost more than the
 arithmetic.
 
 Sizes: T tokens, W columns on this rank, of which the first `width` are real and the rest padding; B rows of a block.
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from megakd.kernels.rows import block_bytes, finite, runs
 
-LEAST = (
-    -200.0
-)  # a log-probability below which the probability is 0 in float32, and the log of a mixture does not change
+LEAST = -200.0  # a log-probability that is as good as -inf in float32, and can be multiplied with 0
 
 
 class Scale(NamedTuple):

@@ -10,7 +10,6 @@ import functools
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
@@ -87,20 +86,21 @@ def share_key_gradients(gpt) -> None:
     """
     for module in gpt.modules():
         if isinstance(module, multi_latent_attention.MLASelfAttention):
-            module.linear_kv_down_proj.register_forward_hook(functools.partial(_whole_keys, module.config))
+            hook = functools.partial(_whole_keys, module.config, gpt.pg_collection.tp)
+            module.linear_kv_down_proj.register_forward_hook(hook)
 
 
-def _whole_keys(config, _layer, _inputs, output):
+def _whole_keys(config, tp, _layer, _inputs, output):
     """Forward hook of the projection [S, B, latent and rotated channels], whichever of them this rank has computed."""
     kv, bias = output
     widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
     if kv.shape[-1] != sum(widths):
-        kv = tensor_parallel.gather_from_tensor_model_parallel_region(kv)
+        kv = tensor_parallel.gather_from_tensor_model_parallel_region(kv, group=tp)
         if config.sequence_parallel:
-            kv = tensor_parallel.scatter_to_sequence_parallel_region(kv)
+            kv = tensor_parallel.scatter_to_sequence_parallel_region(kv, group=tp)
     if not config.sequence_parallel:
         latent, rotated = kv.split(widths, -1)
-        kv = torch.cat([latent, _SumGradients.apply(rotated)], -1)
+        kv = torch.cat([latent, _SumGradients.apply(rotated, tp)], -1)
     return kv, bias
 
 
@@ -108,14 +108,15 @@ class _SumGradients(torch.autograd.Function):
     """The identity; its gradient is all-reduced over tp. Megatron's own returns a strided gradient as it was."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, tp):
+        ctx.tp = tp
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous()
-        torch.distributed.all_reduce(grad, group=get_tensor_model_parallel_group())
-        return grad
+        torch.distributed.all_reduce(grad, group=ctx.tp)
+        return grad, None
 
 
 def keep_router_biases_whole(gpt) -> None:
