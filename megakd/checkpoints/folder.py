@@ -65,8 +65,8 @@ def whole_checkpoints(run_dir) -> list[pathlib.Path]:
     return sorted(f for f in folders if STEP_FOLDER.match(f.name) and (f / RECORD).is_file())
 
 
-def find_checkpoint(path) -> pathlib.Path:
-    """A checkpoint folder as it is; of a run folder, its last whole one; of a Hugging Face folder, its conversion.
+def last_checkpoint(path) -> pathlib.Path:
+    """A checkpoint folder as it is; of a run folder, its last whole one.
 
     Raises:
         CheckpointError: there is none.
@@ -77,10 +77,6 @@ def find_checkpoint(path) -> pathlib.Path:
     if not path.is_dir():
         state = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {state}", hint="give a checkpoint, run or Hugging Face folder")
-    if (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
-        from megakd.checkpoints.direct import converted  # which publishes through this module
-
-        return converted(path)
     found = whole_checkpoints(path)
     if not found:
         broken = [f.name for f in (path / "checkpoints").glob("*.incomplete")]
@@ -98,7 +94,7 @@ def read_checkpoint(path) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, of a newer format, or files missing or of another size than recorded.
     """
-    path = find_checkpoint(path)
+    path = last_checkpoint(path)
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         version = record["format_version"]

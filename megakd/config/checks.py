@@ -1,17 +1,13 @@
 """Checks of a configuration against what only the launch or a checkpoint knows: ranks, vocabulary, architecture."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
+from megakd.config.config import Config
+from megakd.config.fit import model_problems
+from megakd.config.model import Model
 from megakd.config.problems import problems_error
-from megakd.config.sections import Model, Parallel
 from megakd.errors import ConfigError
 
-if TYPE_CHECKING:
-    from megakd.config.config import Config
 
-
-def check_ranks(config: "Config", world_size: int) -> int:
+def check_ranks(config: Config, world_size: int) -> int:
     """Checks that the ranks carry the layout and that the batch divides over them.
 
     Args:
@@ -36,7 +32,7 @@ def check_ranks(config: "Config", world_size: int) -> int:
     return dp
 
 
-def check_layout(config: "Config", world_size: int) -> int:
+def check_layout(config: Config, world_size: int) -> int:
     """Checks that the ranks carry the layout, whatever the batch; returns dp, or raises ConfigError."""
     tp, pp = config.parallel.tp, config.parallel.pp
     if world_size % (tp * pp):
@@ -48,7 +44,7 @@ def check_layout(config: "Config", world_size: int) -> int:
     return world_size // (tp * pp)
 
 
-def check_vocab(config: "Config", vocab_size: int) -> None:
+def check_vocab(config: Config, vocab_size: int) -> None:
     """Checks that the teacher has `loss.top_k` entries to keep.
 
     Args:
@@ -65,7 +61,7 @@ def check_vocab(config: "Config", vocab_size: int) -> None:
         )
 
 
-def check_model(config: "Config", model: Model, whose: str, *, trained: bool = False) -> None:
+def check_model(config: Config, model: Model, whose: str, *, trained: bool = False) -> None:
     """Checks that an architecture read from a checkpoint fits the run's layout and sequence length.
 
     Args:
@@ -86,7 +82,7 @@ def check_model(config: "Config", model: Model, whose: str, *, trained: bool = F
         )
 
 
-def check_features(config: "Config", student: Model, teacher: Model) -> None:
+def check_features(config: Config, student: Model, teacher: Model) -> None:
     """Checks that the layers of the features section exist and that pairs share a pipeline stage.
 
     Raises:
@@ -98,33 +94,3 @@ def check_features(config: "Config", student: Model, teacher: Model) -> None:
     lines = [f"{key}: {text}" for key, text in problems]
     if lines:
         raise problems_error("features", lines, hint="choose layers that both models have, on one stage each pair")
-
-
-def model_problems(
-    model: Model, parallel: Parallel, sequence_length: int, *, trained: bool
-) -> Iterator[tuple[str, str]]:
-    """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
-    tp, pp = parallel.tp, parallel.pp
-    if trained and tp > 1 and model.moe is not None and not parallel.sp:
-        yield "parallel.sp", f"false, but Megatron trains experts with parallel.tp = {tp} only with it"
-    if model.mla is not None:
-        shared = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
-        if shared % tp:
-            yield "mla.kv_lora_rank", f"{shared} with qk_rope_head_dim; not divisible by parallel.tp = {tp}"
-        if (model.mla.q_lora_rank or 0) % tp:
-            yield "mla.q_lora_rank", f"{model.mla.q_lora_rank} is not divisible by parallel.tp = {tp}"
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, key)
-        if value is not None and value % tp:
-            yield key, f"{value} is not divisible by parallel.tp = {tp}"
-    if model.moe is not None:
-        for key in ("ffn_hidden_size", "shared_ffn_hidden_size"):
-            if (getattr(model.moe, key) or 0) % tp:
-                yield f"moe.{key}", f"{getattr(model.moe, key)} is not divisible by parallel.tp = {tp}"
-    if model.num_layers % pp:
-        yield "num_layers", f"{model.num_layers} is not divisible by parallel.pp = {pp}"
-    if sequence_length > model.max_sequence_length:
-        yield (
-            "data.sequence_length",
-            f"{sequence_length} tokens exceed the model's max_sequence_length = {model.max_sequence_length}",
-        )

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from megakd.config import sections
 from megakd.config.cache import Cache
-from megakd.config.checks import model_problems
 from megakd.config.features import Features
+from megakd.config.fit import model_problems
 from megakd.config.keys import iter_keys, section_of
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 from megakd.data.chat_template import BadRecord, ChatTemplate, Segment
 from megakd.data.nemo_chat import ChatTokens, nemo_chat_segments
-from megakd.data.tokenizers import Tokenizer
+from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
 
 FORMATS = ("text", "prompt_response", "nemo_chat", "messages")

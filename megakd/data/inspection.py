@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megakd.data.dataset import IGNORED
-from megakd.data.tokenizers import Tokenizer
+from megakd.data.tokenizers.tokenizer import Tokenizer
 
 _ON, _OFF = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 _BINS, _WIDTH = 16, 50

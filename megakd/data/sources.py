@@ -21,7 +21,7 @@ from megakd.data.nemo_chat import ChatTokens
 from megakd.data.records import DEFAULT_SUFFIXES, RECORD_SUFFIXES, TEXT_SUFFIXES, find_files
 from megakd.data.samples import PackedDataset, SampleDataset
 from megakd.data.tokenization import detect, write_token_file
-from megakd.data.tokenizers import Tokenizer
+from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import ConfigError, DataError
 
 LOG = logging.getLogger("megakd")

@@ -26,7 +26,8 @@ from megakd.data.formats import (
 )
 from megakd.data.indexed import TokenFileWriter
 from megakd.data.records import Block, Problems, read_blocks, records_of
-from megakd.data.tokenizers import Tokenizer, load_tokenizer
+from megakd.data.tokenizers.load import load_tokenizer
+from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
 
 _POOL_BYTES = 1 << 23  # smaller inputs are done before the workers have started

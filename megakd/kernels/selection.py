@@ -11,10 +11,12 @@ Sizes: T tokens, K entries per token, W vocabulary columns on this rank, R ranks
 a rank.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from megakd.kernels.paths import selection_passes
+from megakd.kernels import paths
 from megakd.kernels.selection_rows import place_within
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets
@@ -109,3 +111,8 @@ def gather_entries(ids_TK: Tensor, logprobs_TK: Tensor, shard: VocabShard) -> tu
     ids_TK, logprobs_TK = torch.full_like(ids_TK, -1), torch.full_like(logprobs_TK, -torch.inf)
     ids_TK[row, slot], logprobs_TK[row, slot] = ids_TRK[row, place], logprobs_TRK[row, place]
     return ids_TK, logprobs_TK
+
+
+def selection_passes(logits_TW: Tensor) -> ModuleType:
+    """The module with `scan_rows` and `take_entries` for these logits."""
+    return paths.choose(logits_TW, "megakd.kernels.selection_rows", "megakd.kernels.triton.selection_rows")

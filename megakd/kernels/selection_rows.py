@@ -1,4 +1,4 @@
-"""The passes of select_top_k over this rank's rows, in plain PyTorch; triton_selection offers the same functions.
+"""The passes of select_top_k over this rank's rows, in plain PyTorch; triton.selection_rows offers the same functions.
 
     scan_rows      reads the logits once, in chunks of columns. The K chunks with the largest maxima hold at least K
                    logits that reach the least of these: they, hardly more than K, are the candidates, and everything

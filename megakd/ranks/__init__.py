@@ -5,7 +5,8 @@ with Ranks(config.run.device) as ranks:
         ...
 """
 
+from megakd.ranks.agreement import from_rank_0
 from megakd.ranks.launch import Launch, read_launch, resolve_device
 from megakd.ranks.ranks import Ranks
 
-__all__ = ["Launch", "Ranks", "read_launch", "resolve_device"]
+__all__ = ["Launch", "Ranks", "from_rank_0", "read_launch", "resolve_device"]

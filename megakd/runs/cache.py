@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     check_layout(config, read_launch(os.environ).world_size)  # whatever the batch: a recording has none
     with Ranks(config.run.device, collective_seconds=config.run.timeout_seconds) as ranks:
         install(ranks.device.type)
-        from megakd.training.recording import record
+        from megakd.recording.record import record
 
         record(config, ranks, " ".join(["megakd cache", *argv]))
     return 0

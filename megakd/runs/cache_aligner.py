@@ -34,7 +34,7 @@ from megakd.targets import sample_key
 def run_import(arguments: argparse.Namespace) -> int:
     """Import all chunks."""
     from megakd.data.indexed import TokenFileWriter
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer, files = load_tokenizer(arguments.tokenizer), find_chunks(arguments.input)
     contents = [read_through(path) for path in files]

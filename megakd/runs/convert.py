@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.source is None or arguments.destination is None:
         parser.error("--from and --to are needed (or --list)")
-    from megakd.checkpoints.conversion import Options, convert, format_of
+    from megakd.converters.convert import Options, convert, format_of
 
     target_format = arguments.format or DEFAULT_FORMAT[format_of(arguments.source)]
     options = Options(
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def format_families() -> str:
-    from megakd.checkpoints.families import FAMILIES
+    from megakd.converters.families import FAMILIES
 
     lines = ["model_type     architecture              written without a Hugging Face origin; refused"]
     for name, family in sorted(FAMILIES.items()):

@@ -22,9 +22,9 @@ def main(argv: list[str]) -> None:
                 hint="megakd evaluate CONFIG.yaml data.validation=PREFIX",
             )
         install(ranks.device.type)
+        from megakd.assembly.setup import build_setup
         from megakd.checkpoints.folder import whole_checkpoints
         from megakd.training.evaluation import Evaluation
-        from megakd.training.setup import build_setup
 
         found = whole_checkpoints(config.run.dir)
         if found:

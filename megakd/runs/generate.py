@@ -13,12 +13,12 @@ def main(argv: list[str]) -> None:
 
     with Ranks(arguments.device) as ranks:
         install(ranks.device.type)
-        from megakd.checkpoints.folder import read_checkpoint
-        from megakd.checkpoints.torch_dist import load_weights
+        from megakd.assembly.models import build_model
         from megakd.config import Parallel, Train
-        from megakd.data.tokenizers import load_tokenizer
+        from megakd.converters.direct import open_checkpoint
+        from megakd.data.tokenizers.load import load_tokenizer
         from megakd.models.generation import complete
-        from megakd.models.gpt import build_gpt, padded_vocab_size
+        from megakd.models.gpt import padded_vocab_size
         from megakd.models.groups import build_groups
 
         if ranks.world_size != arguments.tp * arguments.pp:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
                 f"{ranks.world_size} were started",
                 hint=f"torchrun --nproc-per-node {arguments.tp * arguments.pp} -m megakd generate ...",
             )
-        checkpoint = read_checkpoint(arguments.checkpoint)
+        checkpoint = open_checkpoint(arguments.checkpoint)
         if checkpoint.tokenizer_path is None:
             raise ConfigError(f"{checkpoint.path} carries no tokenizer", hint="use a checkpoint that megakd has saved")
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
@@ -43,12 +43,11 @@ def main(argv: list[str]) -> None:
                 hint=f"at most --max-new-tokens {max(model.max_sequence_length - len(ids), 0)}, or a shorter prompt",
             )
         groups = build_groups(arguments.tp, arguments.pp, seed=0)
-        gpt = build_gpt(
-            model, Parallel(tp=arguments.tp, pp=arguments.pp), Train(steps=1, global_batch_size=1,
-            precision=arguments.precision), groups, vocab_size=tokenizer.vocab_size,
-            padded_size=padded_vocab_size(model.vocab_size), device=ranks.device, seed=None,
+        gpt = build_model(
+            model, checkpoint, Parallel(tp=arguments.tp, pp=arguments.pp),
+            Train(steps=1, global_batch_size=1, precision=arguments.precision), groups,
+            vocab_size=tokenizer.vocab_size, padded_size=padded_vocab_size(model.vocab_size), device=ranks.device,
         )  # fmt: skip
-        load_weights(gpt, checkpoint, groups)
         new = complete(gpt, ids, arguments.max_new_tokens, tokenizer.eos_id, groups, ranks.device)
         if ranks.is_main:
             print(arguments.prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :], flush=True)

@@ -112,7 +112,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 def prepare_tokenizer(arguments: argparse.Namespace) -> int:
     """Train a tokenizer on the texts of the input, whatever its format, and write it."""
-    from megakd.data.sentencepiece_tokenizer import train_sentencepiece
+    from megakd.data.tokenizers.sentencepiece import train_sentencepiece
 
     if arguments.vocab_size < 1:
         raise DataError(f"--vocab-size must be positive, got {arguments.vocab_size}")
@@ -159,7 +159,7 @@ def prepare_samples(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace, choose_format) -> int:
     from megakd.data.tokenization import write_token_file
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     files = find_files(arguments.input, arguments.suffix.split(","))
@@ -174,7 +174,7 @@ def _write(arguments: argparse.Namespace, choose_format) -> int:
 def prepare_adopt(arguments: argparse.Namespace) -> int:
     """Check every token of .bin/.idx files written elsewhere against a tokenizer, and describe them."""
     from megakd.data.indexed import describe
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     info = describe(arguments.prefix, load_tokenizer(arguments.tokenizer))
     print(f"{arguments.prefix}: {info.documents:,} documents, {info.tokens:,} tokens, all below {info.vocab_size}")
@@ -187,7 +187,7 @@ def prepare_inspect(arguments: argparse.Namespace) -> int:
 
     from megakd.data.inspection import describe_dataset, draw_lengths
     from megakd.data.sources import open_data
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     data = _data(arguments, arguments.data, arguments.sequence_length, packing=arguments.packing)

@@ -53,14 +53,16 @@ class Saver:
         student: whose weights, optimizer, scheduler and random states are saved.
         model: the student's model section, written into the folder.
         tokenizer: travels along.
+        origin: the checkpoint that the student started from; what it kept of its origin travels along too.
     """
 
-    def __init__(self, config: Config, student: StudentStep, model: Model, tokenizer):
+    def __init__(
+        self, config: Config, student: StudentStep, model: Model, tokenizer, origin: pathlib.Path | None = None
+    ):
         self.config, self.student, self.model, self.tokenizer = config, student, model, tokenizer
         self.queue = AsyncCallsQueue() if config.checkpoint.asynchronous else None
         self.saved_step = None
-        start = config.student.checkpoint
-        self.origin = folder.find_checkpoint(start) if start else None
+        self.origin = origin
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Write a checkpoint of this step, unless it was just written.

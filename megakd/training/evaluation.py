@@ -18,7 +18,7 @@ from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
-from megakd.models.teacher import Lesson, TeacherSource, no_lesson
+from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
 from megakd.training.step import compare, reduce_sums
 
 BINS = 15

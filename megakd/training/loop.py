@@ -5,6 +5,7 @@ import logging
 
 import torch.distributed as dist
 
+from megakd.assembly.setup import Setup, build_setup, check_teacher_knows
 from megakd.config import Config
 from megakd.models.groups import is_last_stage
 from megakd.ranks import Ranks
@@ -13,7 +14,6 @@ from megakd.training.evaluation import Evaluation
 from megakd.training.metrics import MetricsLog, Stopwatch, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.run_folder import open_run_folder, write_run_files
-from megakd.training.setup import Setup, build_setup, check_teacher_knows
 from megakd.training.step import StudentStep, check_finite, describe_head
 
 LOG = logging.getLogger("megakd")
@@ -53,7 +53,7 @@ def train(config: Config, ranks: Ranks) -> None:
             log.write("data", progress.step, setup.train_data.counts)
         else:
             LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
-        saver = Saver(config, student, setup.model, setup.tokenizer)
+        saver = Saver(config, student, setup.model, setup.tokenizer, setup.origin)
         Loop(setup, student, saver, log, progress, ranks).run()
         saver.finish()
         write_stop_file(config.run.dir, progress.step, finished=progress.step >= setup.steps)

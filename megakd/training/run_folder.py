@@ -6,19 +6,16 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Callable
-from typing import IO, TypeVar
-
-import torch.distributed as dist
+from typing import IO
 
 from megakd import __version__
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint, whole_checkpoints
 from megakd.config import Config
-from megakd.errors import ConfigError, MegakdError
+from megakd.errors import ConfigError
+from megakd.ranks import from_rank_0
 
 LOG = logging.getLogger("megakd")
 CONFIG_FILE, OWNER_FILE, STOP_FILE = "config.yaml", "owner.lock", "stopped.json"
-Result = TypeVar("Result")
 # What may differ between launches of one run: where and how fast it runs, never what it computes.
 FREE = (
     "run.dir",
@@ -54,25 +51,6 @@ def open_run_folder(config: Config, held: contextlib.ExitStack) -> Checkpoint | 
     Collectives: one broadcast; rank 0 alone touches the folder.
     """
     return from_rank_0(lambda: _open(config, held))
-
-
-def from_rank_0(function: Callable[[], Result]) -> Result:
-    """What a function returns on rank 0, on every rank; so that all see one state of a folder that may change.
-
-    Raises:
-        MegakdError: that of rank 0, on every rank.
-    Collectives: one broadcast of the pickled result.
-    """
-    result = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [function()]
-        except MegakdError as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], MegakdError):
-        raise result[0]
-    return result[0]
 
 
 def take(run_dir: pathlib.Path) -> IO:

@@ -21,7 +21,7 @@ from megakd.models.features import FeatureLoss
 from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
-from megakd.models.teacher import Lesson, TeacherSource, no_lesson
+from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 import base64
 import json
 
-from megakd.data.tokenizers import load_tokenizer
+from megakd.data.tokenizers.load import load_tokenizer
 
 START, END, BOS, EOS = 256, 257, 258, 259
 SPECIAL = {"<|im_start|>": START, "<|im_end|>": END, "<bos>": BOS, "<eos>": EOS}

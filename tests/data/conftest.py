@@ -2,7 +2,7 @@
 
 import pytest
 
-from megakd.data.sentencepiece_tokenizer import train_sentencepiece
+from megakd.data.tokenizers.sentencepiece import train_sentencepiece
 
 CODE = '''def greet(name):
     """Say hello."""

@@ -181,7 +181,7 @@ def test_messages_where_nothing_ends_a_turn(letters):
 
 def test_the_tokenizers_own_template_and_tools(letters, tmp_path):
     tokenizer = hf_tokenizers.byte_level(tmp_path)
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer)
     ids, mask = encode({"messages": CONVERSATION}, tokenizer)
@@ -207,7 +207,7 @@ def test_the_clock_is_out_of_reach(letters):
 
 def test_dummy_prefix_is_put_once(tmp_path, monkeypatch):
     """A tokenizer that writes a space before every text writes none between prompt and answer."""
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(hf_tokenizers.metaspace(tmp_path))
     ids, mask = encode({"input": "hello", "output": "name"}, tokenizer)
@@ -321,7 +321,7 @@ def test_choices_that_cannot_work(letters, choices, complaint):
 
 
 def test_missing_special_tokens_are_an_error(tmp_path):
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(hf_tokenizers.byte_level(tmp_path))  # has no bos
     check_format(SampleFormat("text"), tokenizer)
@@ -346,7 +346,7 @@ def test_formats_are_told_by_their_keys(record, expected):
 @pytest.mark.parametrize("kind", [hf_tokenizers.byte_level, None])
 def test_long_texts_have_the_tokens_of_short_ones(tmp_path, tokenizer, monkeypatch, kind):
     """Cut every 80 characters or less, before spaces between words, the tokens are those of the whole text."""
-    from megakd.data.tokenizers import load_tokenizer
+    from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(kind(tmp_path)) if kind else tokenizer
     text = ("def greet(name):\n    return  'hello, ' + name\n\n\n" * 9) + "x" * 90 + " end"

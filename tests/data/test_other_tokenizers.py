@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.data.tokenizers import load_tokenizer
+from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import DataError
 from tests.data import hf_tokenizers
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.data.sentencepiece_tokenizer import train_sentencepiece
-from megakd.data.tokenizers import fingerprint_of, load_tokenizer
+from megakd.data.tokenizers.load import load_tokenizer
+from megakd.data.tokenizers.sentencepiece import train_sentencepiece
+from megakd.data.tokenizers.tokenizer import fingerprint_of
 from megakd.errors import DataError
 from tests.data.conftest import CODE
 

@@ -22,12 +22,12 @@ from megakd.kernels import (
     selection,
     selection_rows,
     terms,
-    triton_rows,
-    triton_selection,
-    triton_tiles,
 )
 from megakd.kernels.divergences import TAILS, mixes
 from megakd.kernels.predictions import predict
+from megakd.kernels.triton import rows as triton_rows
+from megakd.kernels.triton import selection_rows as triton_selection
+from megakd.kernels.triton import tiles as triton_tiles
 from megakd.targets import TeacherTargets
 from tests.kernels.dense import dense_targets
 

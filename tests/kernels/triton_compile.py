@@ -14,9 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megakd.kernels import divergences, triton_chunks, triton_rows, triton_selection, triton_terms
+from megakd.kernels import divergences
 from megakd.kernels.rows import Statistics
 from megakd.kernels.terms import Saved
+from megakd.kernels.triton import chunks as triton_chunks
+from megakd.kernels.triton import rows as triton_rows
+from megakd.kernels.triton import selection_rows as triton_selection
+from megakd.kernels.triton import terms as triton_terms
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 

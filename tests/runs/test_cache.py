@@ -67,7 +67,7 @@ def record(rank, ranks, config, groups=10**9):
 
     install("cpu")
     from megakd.models.groups import destroy_groups
-    from megakd.training.recording import record
+    from megakd.recording.record import record
 
     try:
         record(Config.from_dict(config), StopsAfter(rank, groups), "a test")
@@ -245,7 +245,7 @@ def record_a_broken_teacher(rank, ranks, config):
     install("cpu")
     import unittest.mock
 
-    from megakd.training import recording
+    from megakd.recording import record as recording
 
     def load_and_break(gpt, *others):
         load(gpt, *others)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megakd.checkpoints import folder
-from megakd.checkpoints.safetensors_files import make_header
 from megakd.cli import main
-from tests.checkpoints import hf_models, nemo_models
+from megakd.converters.huggingface.safetensors_files import make_header
+from tests.converters import hf_models, nemo_models
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_not_verifying_must_be_asked_for_and_is_recorded(convert, tmp_path):
 
 
 def test_a_conversion_that_computes_something_else_is_thrown_away(convert, tmp_path, monkeypatch):
-    from megakd.checkpoints import conversion
+    from megakd.converters import convert as conversion
 
     source = hf_models.build("llama2", tmp_path / "hf")
     open_rightly = conversion.open_hf
@@ -117,7 +117,7 @@ def test_killed_conversion_leaves_nothing_that_looks_whole(convert, tmp_path):
 HIDDEN, INNER, LAYERS = 1024, 4096, 8
 MEASURE = """
 import pathlib, resource, sys
-from megakd.checkpoints.conversion import Options, convert
+from megakd.converters.convert import Options, convert
 from transformers import AutoConfig
 AutoConfig.for_model("llama")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

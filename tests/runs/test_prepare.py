@@ -8,7 +8,7 @@ import pytest
 from megakd.data import tokenization
 from megakd.data.indexed import TokenFile
 from megakd.data.records import read_blocks
-from megakd.data.tokenizers import load_tokenizer
+from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import DataError
 from megakd.runs.prepare import main
 

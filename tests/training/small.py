@@ -77,10 +77,10 @@ def build(section, config, groups, seed):
 
 def student_step(config, groups, teacher=True, **student_changes):
     """A StudentStep with optimizer; its teacher has other weights and another width."""
+    from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
-    from megakd.models.teacher import OnlineTeacher
+    from megakd.teachers.online import OnlineTeacher
     from megakd.training.optimizer import build_optimizer, wrap_data_parallel
-    from megakd.training.setup import CE_ONLY
     from megakd.training.step import StudentStep
 
     gpt = build(student_section(**student_changes), config, groups, seed=1)

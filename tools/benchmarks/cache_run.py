@@ -91,9 +91,9 @@ class Benchmark:
     def run(self) -> dict:
         """All figures: seconds a token of each way to run the teacher, seconds a step of each way to train."""
         from megakd.cache import CacheReader
-        from megakd.models.cached_teacher import CachedTeacher
         from megakd.models.forward_only import forward_only
-        from megakd.models.teacher import OnlineTeacher
+        from megakd.teachers.cached import CachedTeacher
+        from megakd.teachers.online import OnlineTeacher
 
         tokens = self.size["steps"] * self.size["batch"] * self.size["sequence"]
         online = OnlineTeacher(self.teacher, top_k=TOP_K, temperature=1.0, groups=self.groups)
@@ -144,10 +144,10 @@ class Benchmark:
     def record(self) -> float:
         """Seconds of recording all micro-batches: forward, selection, encoding, and a shard on disk; best of three."""
         from megakd.cache import finish, writing
-        from megakd.models.entries import Recipe
-        from megakd.models.recording import Recorder
-        from megakd.training.part_writer import PartWriter
-        from megakd.training.recording import make_contents
+        from megakd.recording.part_writer import PartWriter
+        from megakd.recording.record import make_contents
+        from megakd.recording.recorder import Recorder
+        from megakd.teachers.entries import Recipe
 
         recipe = Recipe("top_k", TOP_K, (1.0,))
         contents = make_contents(recipe, "q8", self.size["vocab"])

@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from megakd.kernels import VocabShard, kd_loss, paths, select_top_k, selection
 from megakd.kernels.predictions import predict
 
-CHOOSE = paths._choose
+CHOOSE = paths.choose
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = {"kd_loss forward and backward, in place": 1.25, "select_top_k": 3.0}  # times the floor; see docs/loss.md
 
@@ -183,7 +183,11 @@ def passes(options: argparse.Namespace, path: str, tokens: int, vocab: int, top_
     x, teacher = (random_logits(tokens, vocab, DTYPES[dtype], options.device, seed) for seed in (1, 2))
     fresh, size = x.clone(), x.element_size()
     labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3)).to(x.device)
-    shard, row_passes, selection_passes = VocabShard(0, vocab, vocab), paths.row_passes(x), paths.selection_passes(x)
+    shard, row_passes, selection_passes = (
+        VocabShard(0, vocab, vocab),
+        paths.row_passes(x),
+        selection.selection_passes(x),
+    )
     targets = select_top_k(teacher, top_k, shard, temperature)
     supervised = torch.ones_like(labels, dtype=torch.bool)
     given = targets.ids_TK, labels, supervised, vocab, temperature
@@ -228,8 +232,7 @@ def random_logits(tokens: int, vocab: int, dtype: torch.dtype, device: str, seed
 
 def use_path(path: str) -> None:
     """Makes megakd.kernels take this implementation from now on."""
-    plain = {name: importlib.import_module(f"megakd.kernels.{name}") for name in ("rows", "selection_rows")}
-    paths._choose = CHOOSE if path == "triton" else lambda _, name: plain[name]
+    paths.choose = CHOOSE if path == "triton" else lambda _, plain, triton: importlib.import_module(plain)
 
 
 def profile(run) -> list[dict]:

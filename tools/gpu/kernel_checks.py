@@ -10,9 +10,11 @@ import warnings
 
 import torch
 
-from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, rows, select_top_k, triton_rows, triton_selection
+from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, rows, select_top_k
 from megakd.kernels.divergences import TAILS
 from megakd.kernels.predictions import predict
+from megakd.kernels.triton import rows as triton_rows
+from megakd.kernels.triton import selection_rows as triton_selection
 
 INF = float("inf")
 # One rounding to the output's dtype. Triton's interpreter cuts bits off instead of rounding, when it stores bf16.

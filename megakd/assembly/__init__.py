@@ -1,0 +1,1 @@
+"""From a config to live objects: what training, recording, evaluation and generation stand on."""

@@ -1,0 +1,38 @@
+"""A model with weights."""
+
+import torch
+
+from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.torch_dist import load_weights
+from megakd.config import Model, Parallel, Train
+from megakd.models.gpt import GPT, build_gpt
+
+
+def build_model(
+    model: Model,
+    checkpoint: Checkpoint | None,
+    parallel: Parallel,
+    train: Train,
+    groups,
+    *,
+    vocab_size: int,
+    padded_size: int,
+    device: torch.device,
+    seed: int | None = None,
+) -> GPT:
+    """This rank's part of a model, with the weights of a checkpoint, or random ones drawn from `seed`.
+
+    Args:
+        model: its section.
+        vocab_size, padded_size: real ids that count in the loss; columns that are there, over all ranks.
+    Raises:
+        CheckpointError: the weights cannot be read.
+    Collectives: those of loading.
+    """
+    gpt = build_gpt(
+        model, parallel, train, groups,
+        vocab_size=vocab_size, padded_size=padded_size, device=device, seed=None if checkpoint else seed,
+    )  # fmt: skip
+    if checkpoint:
+        load_weights(gpt, checkpoint, groups)
+    return gpt

@@ -1,0 +1,160 @@
+"""From a config to live objects: tokenizer, architectures that fit each other, models with weights, data."""
+
+import dataclasses
+import math
+import pathlib
+
+import torch
+
+from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
+from megakd.assembly.cached import open_cache
+from megakd.assembly.data import describe_data, open_both, run_steps
+from megakd.assembly.models import build_model
+from megakd.checkpoints.folder import Checkpoint
+from megakd.config import Config, Loss, Model, check_features, check_model, check_vocab
+from megakd.data.dataset import batch_length, load_batch
+from megakd.data.order import batch_indices, split_batch, validation_indices
+from megakd.errors import TrainingError
+from megakd.models.features import FeatureLoss
+from megakd.models.gpt import GPT, padded_vocab_size
+from megakd.models.groups import build_groups
+from megakd.models.micro_batch import MicroBatch, build_micro_batch
+from megakd.ranks import from_rank_0
+from megakd.teachers.cached import CachedTeacher
+from megakd.teachers.lesson import TeacherSource
+from megakd.teachers.online import OnlineTeacher
+
+CE_ONLY = Loss(kd_weight=0.0, ce_weight=1.0)
+
+
+@dataclasses.dataclass
+class Setup:
+    """What a run works with.
+
+    Attributes:
+        config: the run's.
+        device: of models and batches.
+        groups: process groups.
+        tokenizer: of the data and both models.
+        model: the student's section with its real vocabulary filled in.
+        teacher_model: the section of a teacher that runs, None without one.
+        origin: the checkpoint that the student started from; None where its weights were drawn.
+        student: this rank's part of the student, with weights.
+        teacher: None for plain training.
+        features: distances between hidden states, attached to the student; None without a features section.
+        loss: the loss section that applies: CE alone without a teacher.
+        train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
+        ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
+    """
+
+    config: Config
+    device: torch.device
+    groups: object
+    tokenizer: object
+    model: Model
+    teacher_model: Model | None
+    origin: pathlib.Path | None
+    student: GPT
+    teacher: TeacherSource | None
+    features: FeatureLoss | None
+    loss: Loss
+    train_data: object
+    validation_data: object | None
+    ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return run_steps(self.config, self.train_data)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches of a step; the first step is 0."""
+        train, seed = self.config.train, self.config.run.seed
+
+        def load(step: int) -> list[MicroBatch]:
+            indices = batch_indices(seed, step, train.global_batch_size, len(self.train_data))
+            return self._load(self.train_data, indices, packed=self.config.data.packing)
+
+        micro_batches = self.ahead.pop(step, None) or load(step)
+        if isinstance(self.teacher, CachedTeacher) and step + 1 < self.steps:
+            self.ahead = {step + 1: load(step + 1)}
+            self.teacher.prefetch(self.ahead[step + 1])
+        return micro_batches
+
+    def validation_batches(self):
+        """This rank's micro-batches of the validation set, batch by batch."""
+        size, data = self.config.train.global_batch_size, self.validation_data
+        samples = min(self.config.eval.samples or len(data), len(data))
+        for step in range(math.ceil(samples / size)):
+            yield self._load(data, validation_indices(step, size, samples), packed=False)
+
+    def _load(self, data, indices: list, *, packed: bool) -> list[MicroBatch]:
+        dp, parallel = self.groups.dp, self.config.parallel
+        length = batch_length(data, indices, parallel.tp if parallel.sp else 1)
+        parts = split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
+        return [build_micro_batch(load_batch(data, part, length), packed=packed).to(self.device) for part in parts]
+
+
+def build_setup(config: Config, device: torch.device) -> Setup:
+    """Read, check and build everything but the optimizer, cheapest checks first.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something is missing or does not fit together; before any weight
+            is read.
+    """
+    student_from, teacher_from = from_rank_0(lambda: read_both(config))
+    tokenizer = choose_tokenizer(config, student_from)
+    model = with_vocab(student_from.model if student_from else config.student.model, tokenizer, "the student")
+    check_model(config, model, "the student", trained=True)
+    check_vocab(config, tokenizer.vocab_size)
+    vocab_size, padded_size = model.vocab_size, padded_vocab_size(model.vocab_size)
+    cache = open_cache(config, tokenizer, model, teacher_from) if config.teacher and config.teacher.cache else None
+    if cache:
+        vocab_size, teacher_from = cache.header.contents.vocab_size, None  # it need not run
+    if teacher_from:
+        check_teacher(config, teacher_from, tokenizer)
+        check_features(config, model, teacher_from.model)
+        vocab_size = min(vocab_size, teacher_from.model.vocab_size)
+        padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
+    check_padding(padded_size, config.parallel.tp)
+    train_data, validation_data = open_both(config, tokenizer)
+    groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
+
+    def build(section: Model, checkpoint: Checkpoint | None) -> GPT:
+        return build_model(
+            section, checkpoint, config.parallel, config.train, groups,
+            vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
+        )  # fmt: skip
+
+    student = build(model, student_from)
+    teacher, features, loss = None, None, config.loss if config.teacher else CE_ONLY
+    if cache:
+        teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
+    elif teacher_from:
+        gpt = build(teacher_from.model, teacher_from)
+        teacher = OnlineTeacher(
+            gpt,
+            top_k=loss.top_k,
+            temperature=loss.temperature,
+            groups=groups,
+            budget_bytes=loss.logits_memory_budget_bytes,
+        )
+        if config.features:
+            features = FeatureLoss(student, gpt, config.features, config.run.seed)
+    return Setup(
+        config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
+        student_from.path if student_from else None, student, teacher, features, loss, train_data, validation_data,
+    )  # fmt: skip
+
+
+def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:
+    """A teacher whose CE is that of a guess was not loaded, or belongs to other data: refuse to learn from it."""
+    if setup.teacher is None or setup.config.teacher.allow_weak or "teacher_ce" not in metrics:
+        return
+    chance, source = math.log(setup.tokenizer.vocab_size), setup.config.teacher.cache or setup.config.teacher.checkpoint
+    if not metrics["teacher_ce"] < chance - 0.1:
+        raise TrainingError(
+            f"the teacher's cross-entropy on the first batch is {metrics['teacher_ce']:.3f} nats, guessing gives "
+            f"{chance:.3f}: {source} knows nothing about this data",
+            hint="check that the teacher is trained; set teacher.allow_weak=true to learn from it all the same",
+        )

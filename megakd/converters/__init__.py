@@ -1,0 +1,1 @@
+"""Other formats of models, to Megatron's and back."""

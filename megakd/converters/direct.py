@@ -1,0 +1,87 @@
+"""Paths that a user gives where a checkpoint is wanted: a checkpoint, a run folder or a Hugging Face folder.
+
+The last is converted once, into a folder beside it that is named by its content.
+"""
+
+import fcntl
+import hashlib
+import logging
+import pathlib
+
+from megakd.checkpoints import folder
+from megakd.converters.convert import Options, convert
+from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, is_hf_folder
+from megakd.converters.huggingface.safetensors_files import SafetensorsReader
+from megakd.errors import CheckpointError
+
+LOG = logging.getLogger("megakd")
+SAMPLE_BYTES = 4096
+
+
+def open_checkpoint(path) -> folder.Checkpoint:
+    """What the checkpoint says of itself that a path stands for.
+
+    Raises:
+        CheckpointError: as `find_checkpoint` and `megakd.checkpoints.folder.read_checkpoint`.
+    """
+    return folder.read_checkpoint(find_checkpoint(path))
+
+
+def find_checkpoint(path) -> pathlib.Path:
+    """A checkpoint folder as it is; of a run folder, its last whole one; of a Hugging Face folder, its conversion.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = pathlib.Path(path)
+    known = (path / folder.RECORD).is_file() or (path / "checkpoints").is_dir()
+    return converted(path) if is_hf_folder(path) and not known else folder.last_checkpoint(path)
+
+
+def converted(path: pathlib.Path) -> pathlib.Path:
+    """The megakd checkpoint of a Hugging Face folder, made (and verified) if it is not there.
+
+    Any number of processes may call it at once; one converts, the others wait for it.
+
+    Raises:
+        CheckpointError: the folder cannot be converted, or nothing can be written beside it.
+    """
+    target = path.with_name(f"{path.name}.megakd-{content_key(path)}")
+    try:
+        lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115 closed below
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is a Hugging Face folder, and its conversion cannot be written beside it: {error.strerror}",
+            hint=f"convert it yourself: `megakd convert --from {path} --to CHECKPOINT`, and use CHECKPOINT",
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / folder.RECORD).is_file():
+            LOG.warning("%s is a Hugging Face folder: converting it once, to %s", path, target)
+            convert(path, target, "megatron", Options())
+        else:
+            LOG.info("%s was converted before: using %s", path, target)
+    return target
+
+
+def content_key(path: pathlib.Path) -> str:
+    """Twelve hexadecimal digits that change with config, tokenizer, tensor names, shapes and types, or any tensor's
+    first, middle or last 4 KiB. Reading all of a large checkpoint on every start would take minutes.
+    """
+    source = HuggingFaceFolder(path)
+    digest = hashlib.sha256()
+    for file in [path / CONFIG, *source.tokenizer_files(), *source.other_files()]:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
+    for reader in source.readers:
+        digest.update(reader.path.name.encode())
+        if not isinstance(reader, SafetensorsReader):
+            digest.update(hashlib.file_digest(open(reader.path, "rb"), "sha256").digest())  # noqa: SIM115
+            continue
+        digest.update(reader.header.encode())
+        with open(reader.path, "rb") as file:
+            for entry in reader.entries.values():
+                low, high = (reader.start + offset for offset in entry["data_offsets"])
+                for start in (low, (low + high) // 2, max(low, high - SAMPLE_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(min(SAMPLE_BYTES, high - start)))
+    return digest.hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""Hugging Face folders: read, written, and what transformers computes from them."""

@@ -1,0 +1,1 @@
+"""The parity gate: the same prompts through both models, layer by layer."""

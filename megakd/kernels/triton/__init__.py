@@ -1,0 +1,1 @@
+"""The passes over rows and the small steps around them, in Triton."""

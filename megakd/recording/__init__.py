@@ -1,0 +1,1 @@
+"""A teacher into a logit cache."""

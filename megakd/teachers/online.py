@@ -1,0 +1,52 @@
+"""A teacher that runs beside the student.
+
+Legend: T supervised tokens of a micro-batch, S sequence, B micro-batch, H hidden, W vocabulary columns of this rank.
+"""
+
+from torch import Tensor
+
+from megakd.errors import TrainingError
+from megakd.kernels import select_top_k
+from megakd.kernels.predictions import predict
+from megakd.models.forward_only import forward_only
+from megakd.models.gpt import GPT
+from megakd.models.micro_batch import MicroBatch
+from megakd.teachers.lesson import Lesson, join
+
+
+class OnlineTeacher:
+    """A frozen model in the student's own layout, run forward-only over all micro-batches before the student starts.
+
+    Its logits are reduced to top-K targets micro-batch by micro-batch (about 8 * K bytes a token), so pipelines and
+    their overlap are the student's alone and carry nothing of the teacher.
+
+    Args:
+        gpt: the teacher; its parameters are frozen here.
+        top_k, temperature: what `select_top_k` keeps.
+        groups: the process groups both models share.
+        budget_bytes: of logits that may exist at one time.
+    """
+
+    def __init__(self, gpt: GPT, *, top_k: int, temperature: float, groups, budget_bytes: int = 4 << 30):
+        self.gpt, self.budget_bytes = gpt.requires_grad_(False).eval(), budget_bytes
+        self.top_k, self.temperature, self.groups = top_k, temperature, groups
+
+    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
+        """Raises TrainingError, on all ranks of this model alike, where its logits are not finite."""
+        try:
+            return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
+        except ValueError as error:
+            raise TrainingError(
+                f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision"
+            ) from error
+
+    def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Lesson:
+        block = self.gpt.block_tokens(self.budget_bytes)
+        rows, labels = micro_batch.rows_T.split(block), micro_batch.labels_T.split(block)
+        return join([self._lesson(hidden_SBH, *part) for part in zip(rows, labels, strict=True)])
+
+    def _lesson(self, hidden_SBH: Tensor, rows_T: Tensor, labels_T: Tensor) -> Lesson:
+        logits_TW = self.gpt.logits(hidden_SBH, rows_T)
+        said = predict(logits_TW, labels_T, self.gpt.shard)
+        targets = select_top_k(logits_TW, self.top_k, self.gpt.shard, self.temperature)
+        return Lesson(targets, said.label_logprob_T, said.id_T)
