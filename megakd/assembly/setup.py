@@ -38,12 +38,12 @@ class Setup:
         tokenizer: of the data and both models.
         model: the student's section with its real vocabulary filled in.
         teacher_model: the section of a teacher that runs, None without one.
-        origin: the checkpoint that the student started from; None where its weights were drawn.
         student: this rank's part of the student, with weights.
         teacher: None for plain training.
         features: distances between hidden states, attached to the student; None without a features section.
         loss: the loss section that applies: CE alone without a teacher.
         train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
+        origin: the checkpoint that the student started from; None where its weights were drawn.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -53,13 +53,13 @@ class Setup:
     tokenizer: object
     model: Model
     teacher_model: Model | None
-    origin: pathlib.Path | None
     student: GPT
     teacher: TeacherSource | None
     features: FeatureLoss | None
     loss: Loss
     train_data: object
     validation_data: object | None
+    origin: pathlib.Path | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -143,7 +143,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
-        student_from.path if student_from else None, student, teacher, features, loss, train_data, validation_data,
+        student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
     )  # fmt: skip
 
 
