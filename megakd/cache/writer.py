@@ -16,9 +16,10 @@ import socket
 
 from megakd.cache.header import HEADER_FILE, Header, ShardRecord, load_record, read_header, write_header, write_json
 from megakd.cache.index import write_index
-from megakd.cache.publish import INCOMPLETE, unwritable
+from megakd.cache.publish import unwritable
 from megakd.cache.shard import ShardWriter, check_head, open_shard_file
 from megakd.errors import CacheError
+from megakd.publish import INCOMPLETE
 
 LOCK_FILE = "writer.lock"
 

@@ -15,6 +15,8 @@ import shutil
 from megakd import __version__
 from megakd.config import Model
 from megakd.errors import CheckpointError, ConfigError
+from megakd.publish import INCOMPLETE, REPLACED, make_folder, publish_text, publish_written, settled, sync_folder
+from megakd.publish import settle as settle_folder
 
 LOG = logging.getLogger("megakd")
 RECORD = "megakd.json"
@@ -56,13 +58,20 @@ def step_folder(run_dir, step: int) -> pathlib.Path:
 
 
 def incomplete(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(path.name + ".incomplete")
+    return path.with_name(path.name + INCOMPLETE)
 
 
 def whole_checkpoints(run_dir) -> list[pathlib.Path]:
-    """The published checkpoints of a run folder, oldest first."""
-    folders = (pathlib.Path(run_dir) / "checkpoints").glob("step_*")
-    return sorted(f for f in folders if STEP_FOLDER.match(f.name) and (f / RECORD).is_file())
+    """The published checkpoints of a run folder, oldest first; one whose replacement was cut short is among them."""
+    found = (pathlib.Path(run_dir) / "checkpoints").glob("step_*")
+    names = {f.with_name(f.name.removesuffix(REPLACED)) for f in found}
+    return [settled(f) for f in sorted(names) if STEP_FOLDER.match(f.name) and (settled(f) / RECORD).is_file()]
+
+
+def settle(run_dir) -> None:
+    """Put right what a kill has left half replaced among a run's checkpoints; for the owner of the run folder."""
+    for old in (pathlib.Path(run_dir) / "checkpoints").glob(f"step_*{REPLACED}"):
+        settle_folder(old.with_name(old.name.removesuffix(REPLACED)))
 
 
 def last_checkpoint(path) -> pathlib.Path:
@@ -71,7 +80,7 @@ def last_checkpoint(path) -> pathlib.Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = pathlib.Path(path)
+    path = settled(pathlib.Path(path))
     if (path / RECORD).is_file():
         return path
     if not path.is_dir():
@@ -134,7 +143,7 @@ def begin(path: pathlib.Path) -> pathlib.Path:
     """Make the empty folder that a save writes into, over the remains of an interrupted one. One rank calls it."""
     target = incomplete(path)
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    make_folder(target)
     return target
 
 
@@ -179,12 +188,8 @@ def publish(
         "data": data,
         "files": {str(f.relative_to(source)): f.stat().st_size for f in sorted(source.rglob("*")) if f.is_file()},
     }
-    with open(source / RECORD, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(path, ignore_errors=True)  # a run that went back to an older checkpoint saves this step anew
-    os.rename(source, path)
+    (source / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    publish_written(source, path)  # over one that is there: a run that went back to an older one saves this step anew
 
 
 def discard(path: pathlib.Path) -> None:
@@ -211,6 +216,7 @@ def remove(folder: pathlib.Path) -> None:
     try:
         shutil.rmtree(trash, ignore_errors=True)
         os.rename(folder, trash)
+        sync_folder(folder.parent)
         shutil.rmtree(trash)
     except OSError as error:
         LOG.warning("old checkpoint %s could not be removed: %s", folder, error)
@@ -219,6 +225,4 @@ def remove(folder: pathlib.Path) -> None:
 def record_metrics(path: pathlib.Path, metrics: dict) -> None:
     """Add metrics that were measured after a checkpoint was published to its record. One rank calls it."""
     record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    new = path / f"{RECORD}.tmp"
-    new.write_text(json.dumps(record | {"metrics": metrics}, indent=1), encoding="utf-8")
-    os.replace(new, path / RECORD)
+    publish_text(path / RECORD, json.dumps(record | {"metrics": metrics}, indent=1))

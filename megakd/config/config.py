@@ -17,6 +17,7 @@ from megakd.config.overrides import apply_overrides
 from megakd.config.problems import explain, nearest_key, problems_error
 from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
+from megakd.publish import publish_text
 
 
 class Config(sections.Section):
@@ -79,16 +80,9 @@ class Config(sections.Section):
         Raises:
             ConfigError: the file cannot be written.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(format_yaml(self.model_dump(mode="json")))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            publish_text(path, format_yaml(self.model_dump(mode="json")))
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise ConfigError(
                 f"{path}: the configuration cannot be written: {error.strerror}",
                 hint="check that the folder exists, is writable, and has space left",

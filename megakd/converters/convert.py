@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
 import tempfile
 
 from megakd.checkpoints import folder
@@ -16,6 +14,7 @@ from megakd.converters.nemo.convert import check_equal, export_nemo, import_nemo
 from megakd.converters.parity.gate import run_gate
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import CheckpointError, DataError
+from megakd.publish import publish_written
 
 NOT_VERIFIED = "not verified (--no-verify)"
 HF_RECORD = "megakd_conversion.json"
@@ -139,7 +138,7 @@ def megatron_to_nemo(source: pathlib.Path, destination: pathlib.Path, options: O
         if options.verify:
             with unpacked(target, destination.parent) as files:
                 record["verified"] = f"{check_equal(open_nemo(files, target), checkpoint)} tensors equal to the bit"
-        os.replace(target, destination)
+        publish_written(target, destination)
     finally:
         target.unlink(missing_ok=True)
     return record
@@ -169,8 +168,7 @@ def megatron_to_hf(source: pathlib.Path, destination: pathlib.Path, options: Opt
             target, checkpoint.path, checkpoint.model, tp=options.tp, progress=options.progress
         )
     (target / HF_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(destination, ignore_errors=True)
-    os.rename(target, destination)
+    publish_written(target, destination)
     return record
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megakd.errors import DataError
+from megakd.publish import publishing
 
 SHOWN = 10
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz")
@@ -222,11 +223,9 @@ def records_of(block: Block, problems: Problems) -> Iterator[tuple[str, dict]]:
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
-    """Write JSON lines under another name and rename them, so that a file of that name is whole."""
-    incomplete = path.with_name(f"{path.name}.incomplete")
-    with incomplete.open("w", encoding="utf-8") as lines:
+    """Write JSON lines; a file of that name is whole (megakd.publish)."""
+    with publishing(path) as incomplete, incomplete.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    incomplete.replace(path)
 
 
 def _decode(content: bytes, where: str, line: int, problems: Problems) -> str | None:

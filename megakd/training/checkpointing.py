@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megakd.checkpoints import folder, torch_dist
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
+from megakd.publish import publish_text
 from megakd.training.run_folder import STOP_FILE, check_owner
 from megakd.training.step import StudentStep
 
@@ -180,8 +181,6 @@ def write_stop_file(run_dir: str, step: int, *, finished: bool) -> None:
     Collectives: one barrier, after the file is there.
     """
     if dist.get_rank() == 0:
-        path = pathlib.Path(run_dir) / STOP_FILE
-        new = path.with_suffix(".tmp")
-        new.write_text(f'{{"step": {step}, "finished": {str(finished).lower()}}}\n', encoding="utf-8")
-        new.replace(path)
+        text = f'{{"step": {step}, "finished": {str(finished).lower()}}}\n'
+        publish_text(pathlib.Path(run_dir) / STOP_FILE, text)
     dist.barrier()

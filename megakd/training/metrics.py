@@ -1,7 +1,6 @@
 """Where numbers go: metrics.jsonl always; progress bar, TensorBoard and Weights & Biases when asked for."""
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from megakd.config import Config, Model
 from megakd.errors import ConfigError, TrainingError
+from megakd.publish import publish_text
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {"loss": "loss", "kd": "kd", "ce": "ce", "agreement": "agree", "tokens_per_second": "tok/s"}
@@ -101,7 +101,7 @@ def start_wandb(config: Config):
     run_dir = pathlib.Path(config.run.dir)
     kept = run_dir / "wandb_id.txt"  # the run's own: folders of other experiments may have the same name
     if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        publish_text(kept, uuid.uuid4().hex[:12])
     identity = kept.read_text(encoding="utf-8")
     return wandb.init(
         project=config.log.wandb_project, name=run_dir.name, id=identity, resume="allow", config=config.model_dump()
@@ -119,9 +119,7 @@ def drop_lines_after(path: pathlib.Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    new = path.with_suffix(".tmp")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
+    publish_text(path, "".join(kept))
 
 
 def model_flops_per_token(model: Model, vocab_size: int, sequence_length: int, *, backward: bool) -> float | None:

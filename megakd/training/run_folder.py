@@ -9,9 +9,11 @@ import socket
 from typing import IO
 
 from megakd import __version__
+from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint, whole_checkpoints
 from megakd.config import Config
 from megakd.errors import ConfigError
+from megakd.publish import make_folder, publish_text, sweep, sync_folder
 from megakd.ranks import from_rank_0
 
 LOG = logging.getLogger("megakd")
@@ -97,7 +99,7 @@ def write_run_files(config: Config) -> None:
         run_dir = pathlib.Path(config.run.dir)
         config.save(run_dir / CONFIG_FILE)
         try:
-            (run_dir / "versions.txt").write_text("".join(f"{line}\n" for line in versions()), encoding="utf-8")
+            publish_text(run_dir / "versions.txt", "".join(f"{line}\n" for line in versions()))
         except OSError as error:
             raise ConfigError(f"{run_dir} cannot be written: {error}", hint="free space on that disk") from error
 
@@ -107,12 +109,14 @@ def write_run_files(config: Config) -> None:
 def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     run_dir = pathlib.Path(config.run.dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
     except OSError as error:
         raise ConfigError(
             f"run.dir {run_dir} cannot be made: {error.strerror}", hint="choose a folder that can be written"
         ) from error
     held.enter_context(take(run_dir))
+    sweep(run_dir)
+    folder.settle(run_dir)
     found = whole_checkpoints(run_dir)
     if not found and config.run.resume == "required":
         raise ConfigError(
@@ -128,6 +132,7 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     if checkpoint:
         check_same_run(Config.load(run_dir / CONFIG_FILE), config)
     (run_dir / STOP_FILE).unlink(missing_ok=True)  # it speaks of an earlier launch
+    sync_folder(run_dir)
     return checkpoint
 
 

@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_at_any_file_is_named_and_leaves_nothing_half(tmp_pa
     cut.mkdir()
     (cut / f"{name}.x.incomplete").symlink_to("/dev/full")
     with monkeypatch.context() as patch:
-        patch.setattr("megakd.cache.publish.secrets.token_hex", lambda _: "x")
+        patch.setattr("megakd.publish.secrets.token_hex", lambda _: "x")
         with pytest.raises(CacheError, match=rf"{name} could not be written: the disk is full .*\nhint: free space"):
             make_cache(cut, range(2))
     assert not (cut / name).exists() and not list(cut.glob("*.incomplete"))

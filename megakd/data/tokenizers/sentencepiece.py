@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megakd.data.tokenizers.tokenizer import encode_continuation, fingerprint_of, puts_space_first
 from megakd.errors import DataError, MegakdError
+from megakd.publish import publishing
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
@@ -132,10 +133,8 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise (failures[0] if failures else _explain(error, vocab_size)) from error
-    output = Path(output)
-    incomplete = output.with_name(output.name + ".incomplete")
-    incomplete.write_bytes(model.getvalue())
-    incomplete.replace(output)
+    with publishing(output) as incomplete:
+        incomplete.write_bytes(model.getvalue())
     return SentencePieceTokenizer(output)
 
 
