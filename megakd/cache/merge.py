@@ -11,7 +11,7 @@ from megakd.cache.header import Header, ShardRecord, read_header
 from megakd.cache.index import Index
 from megakd.cache.publish import publishing
 from megakd.cache.reader import check_finished
-from megakd.cache.shard import check_head, open_shard_file
+from megakd.cache.shard import check_head
 from megakd.cache.writer import finish, shard_file, write_record, writing
 from megakd.errors import CacheError
 
@@ -72,7 +72,7 @@ def check_mergeable(first, first_header: Header, other, other_header: Header) ->
 
 def add_shard(output: pathlib.Path, part: int, source: pathlib.Path, record: ShardRecord) -> None:
     """Publish a copy or a link of a shard as a part, after a check of its head."""
-    check_head(source, record, open_shard_file(source, record))
+    check_head(source, record)
     target = output / shard_file(part)
     with publishing(target) as partial:
         try:

@@ -17,7 +17,7 @@ import socket
 from megakd.cache.header import HEADER_FILE, Header, ShardRecord, load_record, read_header, write_header, write_json
 from megakd.cache.index import write_index
 from megakd.cache.publish import INCOMPLETE, unwritable
-from megakd.cache.shard import ShardWriter, check_head, open_shard_file
+from megakd.cache.shard import ShardWriter, check_head
 from megakd.errors import CacheError
 
 LOCK_FILE = "writer.lock"
@@ -123,7 +123,7 @@ def whole_parts(folder, header: Header) -> dict[int, ShardRecord]:
     for record in records:
         path = folder / record.file
         with contextlib.suppress(CacheError):
-            check_head(path, record, open_shard_file(path, record))
+            check_head(path, record)
             whole[record.part] = record
     return whole
 
