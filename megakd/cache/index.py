@@ -49,6 +49,15 @@ def write_index(folder, shards) -> IndexRecord:
     return IndexRecord(rows=len(order), digest=digest_of([content]))
 
 
+def has_index(folder, header: Header) -> bool:
+    """Whether the index of a finished cache is there, as it was written."""
+    try:
+        Index(folder, header)
+    except CacheError:
+        return False
+    return True
+
+
 class Index:
     """The index of a finished cache, opened for look-ups.
 
@@ -104,5 +113,6 @@ class Column:
 def _damaged(path, reason: str) -> CacheError:
     return CacheError(
         f"the key index {path} is missing or damaged: {reason}",
-        hint="copy it again, or rebuild it: `megakd cache merge --output NEW OLD`",
+        hint="copy it again, or rebuild it: the command that made the cache does, and so does `megakd cache merge "
+        "--output NEW OLD`",
     )

@@ -3,7 +3,7 @@
 The last is converted once, into a folder beside it that is named by its content.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import logging
 import pathlib
@@ -13,6 +13,7 @@ from megakd.converters.convert import Options, convert
 from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, is_hf_folder
 from megakd.converters.huggingface.safetensors_files import SafetensorsReader
 from megakd.errors import CheckpointError
+from megakd.ownership import owning
 
 LOG = logging.getLogger("megakd")
 SAMPLE_BYTES = 4096
@@ -47,21 +48,29 @@ def converted(path: pathlib.Path) -> pathlib.Path:
         CheckpointError: the folder cannot be converted, or nothing can be written beside it.
     """
     target = path.with_name(f"{path.name}.megakd-{content_key(path)}")
-    try:
-        lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115 closed below
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} is a Hugging Face folder, and its conversion cannot be written beside it: {error.strerror}",
-            hint=f"convert it yourself: `megakd convert --from {path} --to CHECKPOINT`, and use CHECKPOINT",
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / folder.RECORD).is_file():
-            LOG.warning("%s is a Hugging Face folder: converting it once, to %s", path, target)
-            convert(path, target, "megatron", Options())
-        else:
-            LOG.info("%s was converted before: using %s", path, target)
+    if is_whole(target):
+        LOG.debug("%s was converted before: using %s", path, target)
+        return target
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owning(target.with_name(target.name + ".lock"), wait=True, remove=True))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} is a Hugging Face folder, and its conversion cannot be written beside it: {error.strerror}",
+                hint=f"convert it yourself: `megakd convert --from {path} --to CHECKPOINT`, and use CHECKPOINT",
+            ) from error
+        if not is_whole(target):  # another process may have made it meanwhile
+            LOG.info(
+                "%s is a Hugging Face folder: converting it once, to %s (large models are better converted before the "
+                "launch: `megakd convert --from %s --to CHECKPOINT`, and CHECKPOINT instead of the folder)",
+                path, target, path,
+            )  # fmt: skip
+            convert(path, target, "megatron", Options(progress=True))
     return target
+
+
+def is_whole(target: pathlib.Path) -> bool:
+    return (target / folder.RECORD).is_file()
 
 
 def content_key(path: pathlib.Path) -> str:

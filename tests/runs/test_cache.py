@@ -130,6 +130,9 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
     before = (tmp_path / "cache.json").stat().st_mtime_ns
     assert run_ranks(1, record, config) == [None]
     assert (tmp_path / "cache.json").stat().st_mtime_ns == before
+    (tmp_path / "index.bin").unlink()
+    assert run_ranks(1, record, config) == [None]
+    assert len(CacheReader(tmp_path)) == 48, "a lost index is made again"
 
 
 @pytest.mark.parametrize(
