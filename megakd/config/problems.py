@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megakd.config.keys import expected, iter_keys, section_of
-from megakd.config.section import BrokenRules, Section
+from megakd.config.section import BrokenRules, Section, WrongValue
 from megakd.errors import ConfigError
 
 HINT = "`megakd train --help` lists every key with its type, default and meaning"
@@ -28,7 +28,8 @@ def explain(error: ValidationError, root: type[Section], where: str, overridden:
         for key, text in _problems_of(entry, root):
             by_hand = any(one == key or one.startswith(f"{key}.") for one in overridden)
             origin = " (set on the command line)" if by_hand else ""
-            problems.setdefault(key, f"{key}: {text}{origin}")  # a value that may be of several types fails for each
+            if key not in problems or isinstance(_raised(entry), WrongValue):  # one that may be of several types fails
+                problems[key] = f"{key}: {text}{origin}"  # for each, and the first says enough unless one knows why
     return problems_error(where, list(problems.values()))
 
 
@@ -66,9 +67,11 @@ def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, 
     kind = entry["type"]
     location = entry["loc"] if kind == "extra_forbidden" else _known_part(entry["loc"], root)
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    broken = entry.get("ctx", {}).get("error")
+    broken = _raised(entry)
     if isinstance(broken, BrokenRules):
         return [(f"{key}.{inner}" if key else inner, text) for inner, text in broken.problems]
+    if isinstance(broken, WrongValue):
+        return [(key, str(broken))]
     if kind == "extra_forbidden":
         meant = nearest_key(key, root)
         return [(key, f"unknown key; did you mean {meant}?" if meant else "unknown key")]
@@ -78,6 +81,11 @@ def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, 
     return [
         (key, f"missing, expected {wanted}" if kind == "missing" else f"{shown(entry['input'])}, expected {wanted}")
     ]
+
+
+def _raised(entry: dict[str, Any]) -> Exception | None:
+    """What a validator of ours raised."""
+    return entry.get("ctx", {}).get("error")
 
 
 def _known_part(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:

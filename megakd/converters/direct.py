@@ -19,16 +19,18 @@ LOG = logging.getLogger("megakd")
 SAMPLE_BYTES = 4096
 
 
-def open_checkpoint(path) -> folder.Checkpoint:
+def open_checkpoint(path, *, progress: bool = False) -> folder.Checkpoint:
     """What the checkpoint says of itself that a path stands for.
 
+    Args:
+        progress: bars of a conversion.
     Raises:
         CheckpointError: as `find_checkpoint` and `megakd.checkpoints.folder.read_checkpoint`.
     """
-    return folder.read_checkpoint(find_checkpoint(path))
+    return folder.read_checkpoint(find_checkpoint(path, progress=progress))
 
 
-def find_checkpoint(path) -> pathlib.Path:
+def find_checkpoint(path, *, progress: bool = False) -> pathlib.Path:
     """A checkpoint folder as it is; of a run folder, its last whole one; of a Hugging Face folder, its conversion.
 
     Raises:
@@ -36,10 +38,12 @@ def find_checkpoint(path) -> pathlib.Path:
     """
     path = pathlib.Path(path)
     known = (path / folder.RECORD).is_file() or (path / "checkpoints").is_dir()
-    return converted(path) if is_hf_folder(path) and not known else folder.last_checkpoint(path)
+    if is_hf_folder(path) and not known:
+        return converted(path, progress=progress)
+    return folder.last_checkpoint(path)
 
 
-def converted(path: pathlib.Path) -> pathlib.Path:
+def converted(path: pathlib.Path, *, progress: bool = False) -> pathlib.Path:
     """The megakd checkpoint of a Hugging Face folder, made (and verified) if it is not there.
 
     Any number of processes may call it at once; one converts, the others wait for it.
@@ -65,7 +69,7 @@ def converted(path: pathlib.Path) -> pathlib.Path:
                 "launch: `megakd convert --from %s --to CHECKPOINT`, and CHECKPOINT instead of the folder)",
                 path, target, path,
             )  # fmt: skip
-            convert(path, target, "megatron", Options(progress=True))
+            convert(path, target, "megatron", Options(progress=progress))
     return target
 
 

@@ -297,3 +297,22 @@ def test_what_megatron_does_not_train_is_refused():
     model = Model(**base, max_sequence_length=64, mla=MLA(**ranks))
     for tp, wrong in ((1, []), (2, ["mla.kv_lora_rank", "mla.q_lora_rank"])):
         assert [name for name, _ in model_problems(model, Parallel(tp=tp), 64, trained=True)] == wrong
+
+
+@pytest.mark.parametrize("key", ["run.dir", "student.checkpoint", "teacher.cache", "data.train", "data.validation"])
+def test_paths_are_of_this_file_system_with_the_home_folder_written_out(build, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    section, name = key.split(".")
+    extra = {"student.model": DROP} if section == "student" else {}
+
+    def built(value):
+        config = build({key: value, **extra})
+        return getattr(getattr(config, section), name)
+
+    assert built("~/a") == "/home/somebody/a" and built("a/~b") == "a/~b"
+    with pytest.raises(ConfigError, match=rf"{key}: s3://bucket/a is an address; expected a path in the file system"):
+        built("s3://bucket/a")
+    if section == "data":
+        assert built([0.5, "~/a", 0.5, "~/b"]) == [0.5, "/home/somebody/a", 0.5, "/home/somebody/b"]
+        with pytest.raises(ConfigError, match=rf"{key}: gs://a is an address"):
+            built(["~/a", "gs://a"])

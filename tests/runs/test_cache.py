@@ -250,14 +250,14 @@ def record_a_broken_teacher(rank, ranks, config):
     install("cpu")
     import unittest.mock
 
-    from megakd.recording import record as recording
+    from megakd.assembly import models
 
     def load_and_break(gpt, *others):
         load(gpt, *others)
         next(gpt.parameters()).data[5] = float("nan")
 
-    load = recording.load_weights
-    with unittest.mock.patch.object(recording, "load_weights", load_and_break):
+    load = models.load_weights
+    with unittest.mock.patch.object(models, "load_weights", load_and_break):
         return record(rank, ranks, config)
 
 
