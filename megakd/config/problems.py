@@ -12,6 +12,56 @@ from megakd.errors import ConfigError
 
 HINT = "`megakd train --help` lists every key with its type, default and meaning"
 LONGEST_VALUE = 60
+# What transformers, TRL, NeMo and Megatron call what is another word here.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "betas": "optimizer.beta1",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "max_grad_norm": "optimizer.clip_grad",
+    "gradient_clip_val": "optimizer.clip_grad",
+    "lr_scheduler_type": "schedule.kind",
+    "warmup": "schedule.warmup_steps",
+    "max_steps": "train.steps",
+    "train_iters": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_checkpointing": "train.recompute",
+    "activations_checkpoint_granularity": "train.recompute",
+    "dtype": "train.precision",
+    "bf16": "train.precision",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "sequence_parallel": "parallel.sp",
+    "seq_length": "data.sequence_length",
+    "seq_len": "data.sequence_length",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "model_name_or_path": "student.checkpoint",
+    "teacher_model_name_or_path": "teacher.checkpoint",
+    "kd_loss": "loss.divergence",
+    "alpha": "loss.kd_weight",
+    "kd_loss_weight": "loss.kd_weight",
+    "sft_loss_weight": "loss.ce_weight",
+    "tau": "loss.temperature",
+    "topk": "loss.top_k",
+    "eval_steps": "eval.every_steps",
+    "val_check_interval": "eval.every_steps",
+    "limit_val_batches": "eval.samples",
+    "save_steps": "checkpoint.every_steps",
+    "save_interval": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "save_top_k": "checkpoint.keep_last",
+    "output_dir": "run.dir",
+    "explicit_log_dir": "run.dir",
+    "logging_steps": "log.every_steps",
+}
 
 
 def explain(error: ValidationError, root: type[Section], where: str, overridden: Collection[str] = ()) -> ConfigError:
@@ -55,6 +105,8 @@ def nearest_key(key: str, root: type[Section]) -> str | None:
     names = [known.name for known in iter_keys(root)]
     sections = {name.rpartition(".")[0] for name in names} - {""}
     parent, _, last = key.rpartition(".")
+    if last in ELSEWHERE:
+        return ELSEWHERE[last]
     siblings = [name for name in [*names, *sections] if name.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], n=1)
     if close:

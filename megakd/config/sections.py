@@ -70,7 +70,7 @@ class Student(Section):
 
 
 class Teacher(Section):
-    """The model that is learnt from; without this section the student trains on the data alone"""
+    """The model that is learnt from; null: the student learns from the data alone"""
 
     checkpoint: LocalPath | None = None
     """Folder of a megakd checkpoint, a run folder (its last checkpoint), or a Hugging Face model's folder, which is
@@ -256,4 +256,15 @@ class Log(Section):
     tensorboard: bool = False
     """TensorBoard files in the run folder."""
     wandb_project: Text | None = None
-    """Weights & Biases project; null: not used. Needs the package wandb."""
+    """Weights & Biases project; null: not used. Needs `pip install "megakd[wandb]"`."""
+    wandb_entity: Text | None = None
+    """User or team that the project belongs to; null: the account's own."""
+    wandb_group: Text | None = None
+    """Group that the run is shown in, such as a sweep; null: none."""
+    wandb_tags: list[Text] = Field([])
+    """Tags of the run."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("wandb_entity", "wandb_group", "wandb_tags"):
+            if getattr(self, key) and self.wandb_project is None:
+                yield key, f"{getattr(self, key)} has no effect without wandb_project"
