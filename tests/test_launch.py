@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from megakd.ranks import Ranks
 
 def environment(**more):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    inherited = {name: value for name, value in os.environ.items() if name not in names}  # conftest drops Slurm's
     return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
@@ -214,6 +215,8 @@ def test_what_the_environment_says():
     assert not read_launch(full | {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store
     assert read_launch(full | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
     assert read_launch({}).world_size == 1 and read_launch({"WORLD_SIZE": "1"}).world_size == 1
+    with pytest.raises(ConfigError, match=r"RANK 3 is outside 0\.\.0 \(WORLD_SIZE is missing\)\nhint: .*torchrun"):
+        read_launch({"RANK": "3"})
     for wrong, said in (
         ({"RANK": "4"}, r"RANK 4 is outside 0..3"),
         ({"RANK": "x"}, r"RANK is 'x', expected a number"),
@@ -236,3 +239,56 @@ def test_devices(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"rank 1 is local rank 1, but torch sees 1 GPU"):
         Ranks("auto")
+
+
+def test_srun_without_torchrun_is_refused_with_the_command_that_works(script, tmp_path):
+    path = script("""
+        with Ranks("cpu") as ranks:
+            print(f"rank {ranks.rank} of {ranks.world_size} was told {sys.argv[1]}", flush=True)
+    """)
+    tasks = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "1"}
+    command = [sys.executable, path, "a word"]
+    alone = subprocess.run(command, env=environment(**tasks), capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 1 and "was told" not in alone.stdout
+    assert "SLURM_STEP_NUM_TASKS is 2, but WORLD_SIZE and RANK are missing" in alone.stderr
+    hint = alone.stderr.splitlines()[-1].strip()
+    assert hint.startswith("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 torchrun ")
+    srun = tmp_path / "srun"  # one task, as the options say, on this machine
+    srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_STEP_NUM_TASKS=1 exec "$@"\n')
+    srun.chmod(0o755)
+    paths = os.pathsep.join([str(tmp_path), os.path.dirname(sys.executable), os.environ["PATH"]])
+    started = subprocess.run(
+        ["bash", "-c", hint], env=environment(**tasks) | {"PATH": paths}, capture_output=True, text=True, timeout=120
+    )
+    said = sorted(line for line in started.stdout.splitlines() if "was told" in line)
+    assert said == ["rank 0 of 2 was told a word", "rank 1 of 2 was told a word"], started.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"SLURM_NTASKS": "16", "SLURM_NNODES": "2"},
+            "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d "
+            '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)"'
+            ":29500 -m megakd train run.yaml 'data.train=[a, b]'",
+        ),
+        ({"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}, "--nnodes=2 --nproc-per-node=4 "),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4"),
+        ({"PMI_SIZE": "4"}, "torchrun --nnodes=NODES --nproc-per-node=GPUS .* -m megakd train"),
+    ],
+)
+def test_tasks_that_nobody_numbered_are_refused(monkeypatch, variables, words):
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/megakd", "train", "run.yaml", "data.train=[a, b]"])
+    with pytest.raises(ConfigError) as caught:
+        read_launch(variables)
+    assert words in str(caught.value) or re.search(words, str(caught.value)), caught.value
+    for numbered in ({"WORLD_SIZE": "1"}, {"RANK": "0"}):
+        assert read_launch(variables | numbered).world_size == 1
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_NTASKS": "1"}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, {"SLURM_JOB_ID": "7"}]
+)
+def test_one_task_of_slurm_is_one_rank(variables):
+    assert read_launch(variables).world_size == 1

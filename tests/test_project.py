@@ -19,8 +19,6 @@ else:
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-# Used when it is installed and asked for; the error that says it is missing names it.
-OPTIONAL = {"wandb"}
 MODULES = {"pyyaml": "yaml", "megatron-core": "megatron", "transformer-engine": "transformer_engine"}
 DOCKER_INSTRUCTIONS = {"ARG", "FROM", "LABEL", "WORKDIR", "COPY", "RUN", "ENV"}
 
@@ -35,6 +33,18 @@ def logical_lines(path):
     return "\n".join(lines).replace("\\\n", " ").splitlines()
 
 
+def imports(folder):
+    """What is imported below a folder beside Python's own: name of the package -> a file that does."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
+                found.setdefault(top, str(path.relative_to(ROOT)))
+    return found
+
+
 def test_the_version_stands_in_one_place():
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "megakd.__version__"}
@@ -45,7 +55,11 @@ def test_the_version_stands_in_one_place():
 
 
 def test_extras():
-    assert {"dev", "cuda", "hub", "eval"} <= set(EXTRAS)
+    assert {"dev", "cuda", "plots", "wandb"} == set(EXTRAS)
+    imported = set(imports(ROOT / "megakd")) | {"transformer_engine"}  # which megatron-core imports
+    for requirement in EXTRAS["cuda"] + EXTRAS["plots"] + EXTRAS["wandb"]:
+        name = package(requirement)
+        assert MODULES.get(name, name) in imported, f"an extra that nothing uses: {name}"
     everything = PROJECT["project"]["dependencies"] + [r for requirements in EXTRAS.values() for r in requirements]
     assert "apex" not in map(package, everything)
     assert "transformer-engine[pytorch]>=2.9.0a0,<2.12" in EXTRAS["cuda"]
@@ -62,15 +76,8 @@ def test_every_dependency_has_a_lower_bound_and_megatron_an_upper_one():
 def test_what_the_package_imports_is_declared():
     core = {package(requirement) for requirement in PROJECT["project"]["dependencies"]}
     extras = {package(requirement) for requirements in EXTRAS.values() for requirement in requirements}
-    known = {MODULES.get(name, name.replace("-", "_")) for name in core | extras} | OPTIONAL | {"megakd"}
-    undeclared = {}
-    for path in sorted((ROOT / "megakd").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for top in {name.partition(".")[0] for name in names} - known - sys.stdlib_module_names:
-                undeclared.setdefault(top, str(path.relative_to(ROOT)))
-    assert not undeclared
+    known = {MODULES.get(name, name.replace("-", "_")) for name in core | extras} | {"megakd"}
+    assert not {top: path for top, path in imports(ROOT / "megakd").items() if top not in known}
 
 
 def test_constraints_pin_every_dependency_of_development():

@@ -33,7 +33,7 @@ say "3. The student distilled from it: both tensor parallel over 2 ranks (the te
 on_2_ranks train $here/student.yaml run.seed="$seed"
 
 say "4. The same student, seed and batches, from the data alone"
-on_2_ranks train $here/student.yaml run.seed="$seed" run.dir=$out/student_ce teacher=null loss={}
+on_2_ranks train $here/student.yaml run.seed="$seed" run.dir=$out/student_ce teacher=null
 
 say "5. Both against the teacher on held-out files (K = the whole vocabulary: the exact KL)"
 for student in student_kd student_ce; do

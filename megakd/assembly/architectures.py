@@ -10,7 +10,7 @@ from megakd.errors import CheckpointError, ConfigError
 def read_both(config: Config) -> tuple[Checkpoint | None, Checkpoint | None]:
     """What student and teacher start from; of a run folder, its last checkpoint at this moment."""
     paths = (config.student.checkpoint, config.teacher.checkpoint if config.teacher else None)
-    return tuple(open_checkpoint(path) if path else None for path in paths)
+    return tuple(open_checkpoint(path, progress=config.log.progress) if path else None for path in paths)
 
 
 def choose_tokenizer(config: Config, student_from: Checkpoint | None):

@@ -1,6 +1,7 @@
 """From a config to live objects: tokenizer, architectures that fit each other, models with weights, data."""
 
 import dataclasses
+import logging
 import math
 import pathlib
 
@@ -24,6 +25,7 @@ from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import TeacherSource
 from megakd.teachers.online import OnlineTeacher
 
+LOG = logging.getLogger("megakd")
 CE_ONLY = Loss(kd_weight=0.0, ce_weight=1.0)
 
 
@@ -118,6 +120,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
     check_padding(padded_size, config.parallel.tp)
     train_data, validation_data = open_both(config, tokenizer)
+    config.check_schedule(run_steps(config, train_data))
     groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
 
     def build(section: Model, checkpoint: Checkpoint | None) -> GPT:
@@ -127,7 +130,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         )  # fmt: skip
 
     student = build(model, student_from)
-    teacher, features, loss = None, None, config.loss if config.teacher else CE_ONLY
+    teacher, features, loss = None, None, loss_of(config)
     if cache:
         teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
@@ -145,6 +148,15 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
     )  # fmt: skip
+
+
+def loss_of(config: Config) -> Loss:
+    """The loss section that applies; without a teacher cross-entropy alone, whatever the section says about one."""
+    if config.teacher is not None:
+        return config.loss
+    if idle := config.idle_keys():
+        LOG.info("there is no teacher: the loss is cross-entropy alone, without effect: %s", ", ".join(idle))
+    return CE_ONLY.model_copy(update={"logits_memory_budget_bytes": config.loss.logits_memory_budget_bytes})
 
 
 def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import typing
+from collections.abc import Iterable
 
 from megakd import __version__
 from megakd.cache.publish import publishing
@@ -113,7 +114,7 @@ class Header:
         return sum(shard.rows for shard in self.shards)
 
 
-def digest_of(*pieces) -> str:
+def digest_of(pieces: Iterable) -> str:
     """BLAKE2b, 128 bits, of buffers one after the other, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     for piece in pieces:
@@ -124,7 +125,7 @@ def digest_of(*pieces) -> str:
 def write_header(folder, header: Header) -> None:
     """Publish `cache.json` by rename; the last field is the digest of the others."""
     record = {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(header)
-    record["digest"] = digest_of(_canonical(record))
+    record["digest"] = digest_of([_canonical(record)])
     write_json(pathlib.Path(folder) / HEADER_FILE, record)
 
 
@@ -155,8 +156,8 @@ def read_header(folder) -> Header:
             hint=f"use the megakd that wrote it ({writer}) or a later one",
         )
     seen = record.pop("digest", None)
-    if seen != digest_of(_canonical(record)):
-        raise _unreadable(path, ValueError(f"its digest is {seen}, its content has {digest_of(_canonical(record))}"))
+    if seen != digest_of([_canonical(record)]):
+        raise _unreadable(path, ValueError(f"its digest is {seen}, its content has {digest_of([_canonical(record)])}"))
     del record["format"], record["format_version"]
     return load_record(Header, record, path)
 

@@ -1,4 +1,4 @@
-"""`index.bin`: which shard and row each content key is in; four sorted columns, mapped and searched by halving.
+"""`index.bin`: which shard and row each content key is in; four sorted columns, searched by halving.
 
     key_high <u8 [n], key_low <u8 [n]   the 16 bytes of a key, as two big-endian numbers
     shard    <u4 [n], row     <u4 [n]   place in the header's list of shards, and in that shard
@@ -7,11 +7,12 @@ Sorted by (key_high, key_low, shard, row). A key may stand there more than once:
 mask or another last label, or twice.
 """
 
-import itertools
+import bisect
 import pathlib
 
 import numpy as np
 
+from megakd.cache.file import File
 from megakd.cache.header import Header, IndexRecord, digest_of
 from megakd.cache.publish import publishing
 from megakd.cache.shard import Shard
@@ -45,7 +46,16 @@ def write_index(folder, shards) -> IndexRecord:
     content = b"".join(column[order].tobytes() for column in columns)
     with publishing(pathlib.Path(folder) / INDEX_FILE) as partial:
         partial.write_bytes(content)
-    return IndexRecord(rows=len(order), digest=digest_of(content))
+    return IndexRecord(rows=len(order), digest=digest_of([content]))
+
+
+def has_index(folder, header: Header) -> bool:
+    """Whether the index of a finished cache is there, as it was written."""
+    try:
+        Index(folder, header)
+    except CacheError:
+        return False
+    return True
 
 
 class Index:
@@ -56,17 +66,12 @@ class Index:
     """
 
     def __init__(self, folder, header: Header):
-        path, rows = pathlib.Path(folder) / INDEX_FILE, header.index.rows
-        try:
-            content = np.memmap(path, np.uint8, mode="r") if rows else np.empty(0, np.uint8)
-        except (OSError, ValueError) as error:
-            raise _damaged(path, str(error)) from error
-        if content.size != _ROW_BYTES * rows or digest_of(content) != header.index.digest:
-            raise _damaged(path, f"its {content.size:,} bytes are not those that were written for {rows:,} rows")
-        ends = np.array([0, 8, 16, 20, 24]) * rows
-        pieces = [content[a:b] for a, b in itertools.pairwise(ends)]
-        self.high, self.low = pieces[0].view("<u8"), pieces[1].view("<u8")
-        self.shard, self.row = pieces[2].view("<u4"), pieces[3].view("<u4")
+        rows = header.index.rows
+        file = File(pathlib.Path(folder) / INDEX_FILE, _ROW_BYTES * rows, _damaged)
+        if digest_of(file.blocks()) != header.index.digest:
+            raise _damaged(file.path, f"its bytes are not those that were written for {rows:,} rows")
+        self.high, self.low = Column(file, 0, 8, rows), Column(file, 8 * rows, 8, rows)
+        self.shard, self.row = Column(file, 16 * rows, 4, rows), Column(file, 20 * rows, 4, rows)
 
     def __len__(self) -> int:
         return len(self.high)
@@ -74,21 +79,40 @@ class Index:
     def find(self, key: bytes) -> list[tuple[int, int]]:
         """(shard, row) of every row with this key; [] when there is none."""
         high, low = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
-        at = int(np.searchsorted(self.high, np.uint64(high)))
         found = []
-        while at < len(self.high) and self.high[at] == high:
+        for at in range(bisect.bisect_left(self.high, high), len(self)):
+            if self.high[at] != high:
+                break
             if self.low[at] == low:
-                found.append((int(self.shard[at]), int(self.row[at])))
-            at += 1
+                found.append((self.shard[at], self.row[at]))
         return found
 
     def duplicates(self) -> int:
         """Rows whose key another row has too, beyond the first."""
-        return int(((self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])).sum())
+        high, low = self.high.read(), self.low.read()
+        return int(((high[1:] == high[:-1]) & (low[1:] == low[:-1])).sum())
+
+
+class Column:
+    """One column of the file: numbers of `width` bytes, each read when it is asked for."""
+
+    def __init__(self, file: File, start: int, width: int, rows: int):
+        self.file, self.start, self.width, self.rows = file, start, width, rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, at: int) -> int:
+        return int.from_bytes(self.file.read(self.start + self.width * at, self.width), "little")
+
+    def read(self) -> np.ndarray:
+        """All of it."""
+        return np.frombuffer(self.file.read(self.start, self.width * self.rows), f"<u{self.width}")
 
 
 def _damaged(path, reason: str) -> CacheError:
     return CacheError(
         f"the key index {path} is missing or damaged: {reason}",
-        hint="copy it again, or rebuild it: `megakd cache merge --output NEW OLD`",
+        hint="copy it again, or rebuild it: the command that made the cache does, and so does `megakd cache merge "
+        "--output NEW OLD`",
     )

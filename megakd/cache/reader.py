@@ -12,12 +12,12 @@ import numpy as np
 
 from megakd.cache.header import Header, read_header
 from megakd.cache.index import Index
-from megakd.cache.row import NO_LABEL, Row, decode_mask, decode_row
-from megakd.cache.shard import Shard
+from megakd.cache.row import NO_LABEL, EncodedRow, Row, decode_mask, decode_row
+from megakd.cache.shard import Shard, damaged
 from megakd.cache.tables import Table, build_table
 from megakd.errors import CacheError
 
-OPEN_SHARDS = 256  # mapped at a time; each holds a file descriptor
+OPEN_SHARDS = 256  # at a time; each holds a file descriptor and its rows' keys and masks
 CHECK_EVERY = 16  # rows between checksums when they are sampled
 
 
@@ -52,11 +52,7 @@ class CacheReader:
     def row(self, shard: int, row: int) -> Row:
         """A row by its place, decoded at the reader's temperature."""
         opened = self.shard(shard)
-        check = next(self._count) % self._check_every == 0
-        try:
-            return decode_row(opened.row(row), self.header.contents, self.temperature, check=check)
-        except CacheError as error:
-            raise CacheError(f"{opened.path}, row {row}: {error.args[0]}", hint=error.hint) from error
+        return self._decode(opened, row, opened.row(row))
 
     def table(self, key: bytes, mask_S: np.ndarray, last_label: int) -> Table | None:
         """What the teacher said at the supervised positions of a sample, in their order.
@@ -80,10 +76,13 @@ class CacheReader:
         """The row of a sample, with all its recorded positions; otherwise as `table`."""
         found = self.index.find(key)
         for shard, number in found:
-            encoded = self.shard(shard).row(number)
+            opened = self.shard(shard)
+            encoded = opened.row(number)
+            if encoded.key != key:
+                raise damaged(opened.path, f"row {number} is of another sample than the key index says")
             recorded_S = decode_mask(encoded.mask, encoded.length)
             if last_label in (NO_LABEL, encoded.last_label) and not (mask_S & ~recorded_S).any():
-                return self.row(shard, number)
+                return self._decode(opened, number, encoded)
         if found:
             self._refuse(found, mask_S, last_label)
         return None
@@ -101,6 +100,13 @@ class CacheReader:
             while len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return shard
+
+    def _decode(self, opened: Shard, number: int, encoded: EncodedRow) -> Row:
+        check = next(self._count) % self._check_every == 0
+        try:
+            return decode_row(encoded, self.header.contents, self.temperature, check=check)
+        except CacheError as error:
+            raise CacheError(f"{opened.path}, row {number}: {error.args[0]}", hint=error.hint) from error
 
     def _refuse(self, found: list[tuple[int, int]], mask_S: np.ndarray, last_label: int) -> None:
         """Raises CacheError with what the recorded row that comes nearest lacks."""

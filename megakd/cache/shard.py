@@ -13,6 +13,7 @@ import pathlib
 import numpy as np
 import pyarrow as pa
 
+from megakd.cache.file import File
 from megakd.cache.header import ShardRecord, digest_of
 from megakd.cache.publish import publishing
 from megakd.cache.row import EncodedRow
@@ -73,7 +74,7 @@ class ShardWriter:
                 head, size = data.address - pa.py_buffer(content).address, len(self.payload)
             foot = len(content) - head - size
             whole = hashlib.blake2b(content, digest_size=16).hexdigest()
-            head_digest = digest_of(content[:head], content[len(content) - foot :])
+            head_digest = digest_of([content[:head], content[len(content) - foot :]])
             total = len(content)
             del data
         return ShardRecord(
@@ -84,7 +85,9 @@ class ShardWriter:
 
 
 class Shard:
-    """A shard opened for reading through a memory map.
+    """A shard opened for reading.
+
+    Keys, sizes, checksums and masks are held in memory; a payload is read when its row is asked for.
 
     Args:
         folder: of the cache.
@@ -95,61 +98,70 @@ class Shard:
     """
 
     def __init__(self, folder, record: ShardRecord, *, check: bool = True):
-        self.path = pathlib.Path(folder) / record.file
-        self.record = record
-        self.content = np.frombuffer(open_shard_file(self.path, record), np.uint8)
-        if check:
-            check_head(self.path, record, self.content)
+        self.path, self.record = pathlib.Path(folder) / record.file, record
+        self.file = open_shard_file(self.path, record)
+        head, foot = check_ends(self.file, record) if check else read_ends(self.file, record)
+        content = np.zeros(record.bytes, np.uint8)  # without the payloads, whose pages nobody touches
+        content[: len(head)] = np.frombuffer(head, np.uint8)
+        content[record.bytes - len(foot) :] = np.frombuffer(foot, np.uint8)
         try:
-            batch = pa.ipc.open_file(pa.py_buffer(self.content)).get_batch(0)
+            batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
         except pa.ArrowException as error:
             raise damaged(self.path, f"Arrow cannot read it: {error}") from error
         small = ("length", "tokens", "entries", "last_label", "checksum")
-        self.numbers = [batch.column(name).to_numpy() for name in small]
-        self.keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8)[: 16 * record.rows].reshape(-1, 16)
-        self.mask_ends, self.masks = _binary(batch.column("mask"))
-        self.payload_ends, self.payloads = _binary(batch.column("payload"))
+        self.numbers = [batch.column(name).to_numpy().copy() for name in small]
+        self.keys = np.frombuffer(batch.column("key").buffers()[1], np.uint8)[: 16 * record.rows].reshape(-1, 16).copy()
+        self.mask_ends, masks = _binary(batch.column("mask"))
+        self.masks = masks.tobytes()
+        self.payload_ends, _ = _binary(batch.column("payload"))
 
     def __len__(self) -> int:
         return self.record.rows
 
     def row(self, number: int) -> EncodedRow:
-        """A row; its payload is a view of the file."""
+        """A row.
+
+        Raises:
+            CacheError: its payload cannot be read, or is no longer there.
+        """
         length, tokens, entries, last_label, checksum = (int(column[number]) for column in self.numbers)
-        mask = bytes(self.masks[self.mask_ends[number] : self.mask_ends[number + 1]])
-        payload = self.payloads[self.payload_ends[number] : self.payload_ends[number + 1]]
+        mask = self.masks[self.mask_ends[number] : self.mask_ends[number + 1]]
+        start, stop = (int(end) for end in self.payload_ends[number : number + 2])
+        payload = memoryview(self.file.read(self.record.head_bytes + start, stop - start))
         key = self.keys[number].tobytes()
         return EncodedRow(key, length, tokens, entries, last_label, mask, checksum, payload)
 
 
-def open_shard_file(path: pathlib.Path, record: ShardRecord) -> memoryview:
-    """The file as a memory map, of the size the header says."""
-    try:
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise damaged(path, f"it has {size:,} bytes, {record.bytes:,} were written")
-        with open(path, "rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except FileNotFoundError as error:
-        raise damaged(path, "it is missing") from error
-    except (OSError, ValueError) as error:
-        raise damaged(path, f"it cannot be read: {error}") from error
+def open_shard_file(path: pathlib.Path, record: ShardRecord) -> File:
+    """Raises CacheError unless the file is there and of the size the header says."""
+    return File(path, record.bytes, damaged)
 
 
-def check_head(path: pathlib.Path, record: ShardRecord, content) -> None:
-    """Raises CacheError unless head and foot are what was written."""
-    seen = digest_of(content[: record.head_bytes], content[record.bytes - record.foot_bytes :])
+def read_ends(file: File, record: ShardRecord) -> tuple[bytes, bytes]:
+    """What comes before and after the payloads."""
+    return file.read(0, record.head_bytes), file.read(record.bytes - record.foot_bytes, record.foot_bytes)
+
+
+def check_ends(file: File, record: ShardRecord) -> tuple[bytes, bytes]:
+    """As `read_ends`; raises CacheError unless both are what was written."""
+    ends = read_ends(file, record)
+    seen = digest_of(ends)
     if seen != record.head_digest:
-        raise damaged(path, f"the digest of its metadata is {seen}, {record.head_digest} was written")
+        raise damaged(file.path, f"the digest of its metadata is {seen}, {record.head_digest} was written")
+    return ends
+
+
+def check_head(path: pathlib.Path, record: ShardRecord) -> None:
+    """Raises CacheError unless the file is there, of its size, and its metadata are what was written."""
+    check_ends(open_shard_file(path, record), record)
 
 
 def check_file(folder, record: ShardRecord) -> None:
     """Raises CacheError unless every byte of the file is what was written; reads all of it."""
-    path = pathlib.Path(folder) / record.file
-    content = open_shard_file(path, record)
-    check_head(path, record, content)
-    if digest_of(content) != record.file_digest:
-        raise damaged(path, "the digest of the file differs: one or more rows are damaged")
+    file = open_shard_file(pathlib.Path(folder) / record.file, record)
+    check_ends(file, record)
+    if digest_of(file.blocks()) != record.file_digest:
+        raise damaged(file.path, "the digest of the file differs: one or more rows are damaged")
 
 
 def damaged(path, reason: str) -> CacheError:
@@ -170,7 +182,7 @@ def _payload_buffer(batch: pa.RecordBatch):
 
 
 def _binary(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, bytes) of a large_binary column."""
+    """(a copy of the offsets, a view of the bytes) of a large_binary column."""
     _, offsets, data = column.buffers()
     content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8)
-    return np.frombuffer(offsets, np.int64)[: len(column) + 1], content
+    return np.frombuffer(offsets, np.int64)[: len(column) + 1].copy(), content

@@ -8,17 +8,15 @@ finished `cache.json`.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
-import socket
 
 from megakd.cache.header import HEADER_FILE, Header, ShardRecord, load_record, read_header, write_header, write_json
-from megakd.cache.index import write_index
+from megakd.cache.index import has_index, write_index
 from megakd.cache.publish import unwritable
-from megakd.cache.shard import ShardWriter, check_head, open_shard_file
+from megakd.cache.shard import ShardWriter, check_head
 from megakd.errors import CacheError
+from megakd.ownership import Taken, owning
 from megakd.publish import INCOMPLETE
 
 LOCK_FILE = "writer.lock"
@@ -37,7 +35,8 @@ def write_record(folder: pathlib.Path, record: ShardRecord) -> None:
 def writing(folder, header: Header):
     """Own a folder for writing. One rank enters it; the others write parts between two barriers inside.
 
-    Makes the folder or checks that the recording in it is this one, and marks it unfinished.
+    Makes the folder or checks that the recording in it is this one, and marks it unfinished. Two that own one folder,
+    where the file system has no locks, write the same parts: the worst is that one stops at a file that is gone.
 
     Yields:
         The records of the parts that are whole already, by part.
@@ -45,35 +44,21 @@ def writing(folder, header: Header):
         CacheError: another process writes into it, or it holds another recording; nothing has been changed then.
     """
     folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  held until the end
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            _take(lock, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        try:
+            stack.enter_context(owning(folder / LOCK_FILE))
+        except Taken as holder:
+            raise CacheError(
+                f"{folder} is being written by another `megakd cache` ({holder})",
+                hint="wait for it, or record into another folder and `megakd cache merge` the two",
+            ) from None
         except OSError as error:
             raise unwritable(folder / LOCK_FILE, error) from error
-        try:
-            yield _open(folder, header)
-        finally:
-            lock.truncate(0)
-
-
-def _take(lock, folder: pathlib.Path) -> None:
-    """An advisory lock, which the system drops when the process dies however it dies."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        raise CacheError(
-            f"{folder} is being written by another `megakd cache` ({lock.read().strip() or 'no name yet'})",
-            hint="wait for it, or record into another folder and `megakd cache merge` the two",
-        ) from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+        yield _open(folder, header)
 
 
 def _open(folder: pathlib.Path, header: Header) -> dict[int, ShardRecord]:
@@ -90,7 +75,7 @@ def _open(folder: pathlib.Path, header: Header) -> dict[int, ShardRecord]:
     for stray in folder.glob(f"*{INCOMPLETE}"):  # of a writer that was killed
         stray.unlink(missing_ok=True)
     whole = whole_parts(folder, old)
-    if not (old.finished and len(whole) == header.parts):
+    if not (old.finished and len(whole) == header.parts and has_index(folder, old)):
         for record in whole.values():
             write_record(folder, record)
         write_header(folder, dataclasses.replace(header, created=old.created))
@@ -124,7 +109,7 @@ def whole_parts(folder, header: Header) -> dict[int, ShardRecord]:
     for record in records:
         path = folder / record.file
         with contextlib.suppress(CacheError):
-            check_head(path, record, open_shard_file(path, record))
+            check_head(path, record)
             whole[record.part] = record
     return whole
 

@@ -15,7 +15,8 @@ class Cache(Section):
     """Which entries of the teacher's distribution are kept per token: the top_k most likely; the most likely that
     together reach top_p; draws from the whole distribution; or the top_k most likely and draws from the rest."""
     top_k: Count | None = None
-    """Most entries kept per token (sampled has only draws); null: loss.top_k. Training may use fewer."""
+    """Most entries kept per token (not of mode sampled, which has draws only); null: loss.top_k. Training may use
+    fewer."""
     top_p: Share | None = None
     """Mass that the entries reach, with top_k as their limit (top_p only, and needed there)."""
     draws: Annotated[int, Field(ge=1, lt=2**16)] | None = None
@@ -41,6 +42,8 @@ class Cache(Section):
         if (self.draws is not None) != drawn:
             seen = "missing" if self.draws is None else self.draws
             yield "draws", f"{seen}; only the modes sampled and hybrid have it, and need it"
+        if self.mode == "sampled" and self.top_k is not None:
+            yield "top_k", f"{self.top_k} has no effect with mode sampled, which has draws only; expected null"
         if drawn and len(self.temperatures) > 1:
             yield "temperatures", f"{self.temperatures}; draws are made at one temperature"
         if len(set(self.temperatures)) < len(self.temperatures):

@@ -19,6 +19,8 @@ from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
 from megakd.publish import publish_text
 
+LOGITS_BUDGET = "loss.logits_memory_budget_bytes"  # the one key of its section that needs no teacher
+
 
 class Config(sections.Section):
     """Everything a run needs to know, frozen; sections are attributes, `config.train.global_batch_size`."""
@@ -92,6 +94,14 @@ class Config(sections.Section):
         """Every dotted key with its value; a section that is null is one key with value None."""
         return _flat(self, "")
 
+    def idle_keys(self) -> list[str]:
+        """The keys that say something about a teacher, where there is none: a run on the data alone ignores them."""
+        if self.teacher is not None:
+            return []
+        given, default = _flat(self.loss, "loss."), _flat(Loss(), "loss.")
+        names = [name for name, value in given.items() if value != default.get(name) and name != LOGITS_BUDGET]
+        return names + ([] if self.features is None else ["features"])
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yields (dotted key, what is wrong) for every rule between sections that is broken."""
         if self.parallel.sp and self.parallel.tp == 1:
@@ -107,20 +117,10 @@ class Config(sections.Section):
         if self.parallel.sp and self.data.sequence_length % self.parallel.tp:
             length, tp = self.data.sequence_length, self.parallel.tp
             yield "data.sequence_length", f"{length} is not divisible by parallel.tp = {tp}, and parallel.sp is true"
-        if self.teacher is None and self.loss != Loss():
-            yield (
-                "loss",
-                "given without a teacher; the loss is then cross-entropy alone, and this section has no effect",
-            )
         if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
-        if self.features is not None and (
-            self.teacher is None or self.teacher.checkpoint is None or self.teacher.cache
-        ):
-            yield (
-                "features",
-                "given without a live teacher; hidden states are not recorded, expected teacher.checkpoint",
-            )
+        if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
+            yield "features", "given with teacher.cache; hidden states are not recorded, expected a live teacher"
         if self.eval.every_steps is not None and self.data.validation is None:
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
         yield from self._schedule_problems(self.train.steps)
@@ -137,17 +137,17 @@ class Config(sections.Section):
             raise problems_error(f"the run has {steps} steps", lines, hint="shorten the schedule, or train for longer")
 
     def _schedule_problems(self, steps: int | None) -> Iterator[tuple[str, str]]:
-        warmup, wsd = self.schedule.warmup_steps, self.schedule.wsd_decay_steps
-        name = "the run's steps" if self.train.steps is None else "train.steps"
-        if self.schedule.decay_steps is not None:
-            name, steps = "schedule.decay_steps", self.schedule.decay_steps
-        last = steps
-        if last is None:
+        warmup, wsd, decay = self.schedule.warmup_steps, self.schedule.wsd_decay_steps, self.schedule.decay_steps
+        named = {"the run's steps" if self.train.steps is None else "train.steps": steps, "schedule.decay_steps": decay}
+        ends = {name: end for name, end in named.items() if end is not None}
+        if not ends:
             return
-        if warmup >= last:
-            yield "schedule.warmup_steps", f"{warmup} must be below {name} = {last}"
-        elif wsd is not None and warmup + wsd > last:
-            yield "schedule.wsd_decay_steps", f"{wsd} and schedule.warmup_steps = {warmup} exceed {name} = {last}"
+        first = min(ends, key=ends.get)
+        last = first if decay is None else "schedule.decay_steps"
+        if warmup >= ends[first]:
+            yield "schedule.warmup_steps", f"{warmup} must be below {first} = {ends[first]}"
+        elif wsd is not None and warmup + wsd > ends[last]:
+            yield "schedule.wsd_decay_steps", f"{wsd} and schedule.warmup_steps = {warmup} exceed {last} = {ends[last]}"
 
     def _allow_change_problems(self) -> Iterator[tuple[str, str]]:
         names = [key.name for key in iter_keys(Config)]

@@ -7,11 +7,61 @@ from typing import Any
 from pydantic import ValidationError
 
 from megakd.config.keys import expected, iter_keys, section_of
-from megakd.config.section import BrokenRules, Section
+from megakd.config.section import BrokenRules, Section, WrongValue
 from megakd.errors import ConfigError
 
 HINT = "`megakd train --help` lists every key with its type, default and meaning"
 LONGEST_VALUE = 60
+# What transformers, TRL, NeMo and Megatron call what is another word here.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "betas": "optimizer.beta1",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "max_grad_norm": "optimizer.clip_grad",
+    "gradient_clip_val": "optimizer.clip_grad",
+    "lr_scheduler_type": "schedule.kind",
+    "warmup": "schedule.warmup_steps",
+    "max_steps": "train.steps",
+    "train_iters": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_checkpointing": "train.recompute",
+    "activations_checkpoint_granularity": "train.recompute",
+    "dtype": "train.precision",
+    "bf16": "train.precision",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "sequence_parallel": "parallel.sp",
+    "seq_length": "data.sequence_length",
+    "seq_len": "data.sequence_length",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "model_name_or_path": "student.checkpoint",
+    "teacher_model_name_or_path": "teacher.checkpoint",
+    "kd_loss": "loss.divergence",
+    "alpha": "loss.kd_weight",
+    "kd_loss_weight": "loss.kd_weight",
+    "sft_loss_weight": "loss.ce_weight",
+    "tau": "loss.temperature",
+    "topk": "loss.top_k",
+    "eval_steps": "eval.every_steps",
+    "val_check_interval": "eval.every_steps",
+    "limit_val_batches": "eval.samples",
+    "save_steps": "checkpoint.every_steps",
+    "save_interval": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "save_top_k": "checkpoint.keep_last",
+    "output_dir": "run.dir",
+    "explicit_log_dir": "run.dir",
+    "logging_steps": "log.every_steps",
+}
 
 
 def explain(error: ValidationError, root: type[Section], where: str, overridden: Collection[str] = ()) -> ConfigError:
@@ -28,7 +78,8 @@ def explain(error: ValidationError, root: type[Section], where: str, overridden:
         for key, text in _problems_of(entry, root):
             by_hand = any(one == key or one.startswith(f"{key}.") for one in overridden)
             origin = " (set on the command line)" if by_hand else ""
-            problems.setdefault(key, f"{key}: {text}{origin}")  # a value that may be of several types fails for each
+            if key not in problems or isinstance(_raised(entry), WrongValue):  # one that may be of several types fails
+                problems[key] = f"{key}: {text}{origin}"  # for each, and the first says enough unless one knows why
     return problems_error(where, list(problems.values()))
 
 
@@ -54,6 +105,8 @@ def nearest_key(key: str, root: type[Section]) -> str | None:
     names = [known.name for known in iter_keys(root)]
     sections = {name.rpartition(".")[0] for name in names} - {""}
     parent, _, last = key.rpartition(".")
+    if last in ELSEWHERE:
+        return ELSEWHERE[last]
     siblings = [name for name in [*names, *sections] if name.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], n=1)
     if close:
@@ -66,9 +119,11 @@ def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, 
     kind = entry["type"]
     location = entry["loc"] if kind == "extra_forbidden" else _known_part(entry["loc"], root)
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    broken = entry.get("ctx", {}).get("error")
+    broken = _raised(entry)
     if isinstance(broken, BrokenRules):
         return [(f"{key}.{inner}" if key else inner, text) for inner, text in broken.problems]
+    if isinstance(broken, WrongValue):
+        return [(key, str(broken))]
     if kind == "extra_forbidden":
         meant = nearest_key(key, root)
         return [(key, f"unknown key; did you mean {meant}?" if meant else "unknown key")]
@@ -78,6 +133,11 @@ def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, 
     return [
         (key, f"missing, expected {wanted}" if kind == "missing" else f"{shown(entry['input'])}, expected {wanted}")
     ]
+
+
+def _raised(entry: dict[str, Any]) -> Exception | None:
+    """What a validator of ours raised."""
+    return entry.get("ctx", {}).get("error")
 
 
 def _known_part(location: tuple[str | int, ...], root: type[Section]) -> tuple[str | int, ...]:

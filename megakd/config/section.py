@@ -15,6 +15,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+class WrongValue(ValueError):
+    """A value of the right type that cannot be meant; the text says why and what was expected."""
+
+
 class BrokenRules(ValueError):
     """Rules between fields that do not hold.
 

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from megakd.config.model import Model
+from megakd.config.paths import LocalPath
 from megakd.config.section import (
     BelowOne,
     Count,
@@ -25,7 +26,7 @@ from megakd.config.section import (
 class Run(Section):
     """Where the run lives, and how it starts and stops"""
 
-    dir: Text
+    dir: LocalPath
     """Folder of the run: resolved config, metrics and checkpoints. It is made when it does not exist."""
     seed: Seed = 1234
     """Seed of initial weights, dropout and the order of samples."""
@@ -56,8 +57,9 @@ class Parallel(Section):
 class Student(Section):
     """The model that learns: from a checkpoint, or new from a `model` section"""
 
-    checkpoint: Text | None = None
-    """Folder of a megakd checkpoint to start from; it brings architecture and tokenizer."""
+    checkpoint: LocalPath | None = None
+    """Folder to start from: a megakd checkpoint, a run folder (its last checkpoint), or a Hugging Face model's folder,
+    which is converted once; it brings architecture and tokenizer."""
     model: Model | None = None
     """Architecture to start from random weights."""
 
@@ -68,12 +70,12 @@ class Student(Section):
 
 
 class Teacher(Section):
-    """The model that is learnt from; without this section the student trains on the data alone"""
+    """The model that is learnt from; null: the student learns from the data alone"""
 
-    checkpoint: Text | None = None
-    """Folder of a megakd checkpoint; it brings architecture and tokenizer. Without a cache the teacher runs live beside
-    the student."""
-    cache: Text | None = None
+    checkpoint: LocalPath | None = None
+    """Folder of a megakd checkpoint, a run folder (its last checkpoint), or a Hugging Face model's folder, which is
+    converted once. Without a cache the teacher runs live beside the student."""
+    cache: LocalPath | None = None
     """Folder of a logit cache: `megakd cache` records the checkpoint into it; training reads it, and the teacher does
     not run. With a checkpoint as well, training checks that the cache was recorded from it."""
     cache_checks: Literal["always", "sampled"] = "always"
@@ -104,13 +106,13 @@ class NemoChatTokens(Section):
 class Data(Section):
     """What is read. A raw file is tokenized once, into a folder beside it"""
 
-    train: Text | list[Text | Positive]
+    train: LocalPath | list[LocalPath | Positive]
     """Training data: a JSONL, Parquet, Arrow or text file, a folder of them, a folder saved by Hugging Face datasets,
     or the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx). Several: `[path, path]`, or a blend
     `[0.7, path, 0.3, path]`."""
-    validation: Text | list[Text | Positive] | None = None
+    validation: LocalPath | list[LocalPath | Positive] | None = None
     """Held-out data, in the same forms (each part is read once, whatever its weight); null: no validation."""
-    tokenizer: Text | None = None
+    tokenizer: LocalPath | None = None
     """Tokenizer: a SentencePiece model, a tokenizer.json or its folder, a tiktoken file; null: the student
     checkpoint's."""
     sequence_length: Count
@@ -136,7 +138,7 @@ class Data(Section):
     """Several samples in one sequence of training data, without attention between them. Running text is not packed."""
     on_error: Literal["raise", "skip"] = "raise"
     """Records that cannot be used: name them and stop, or leave them out and count them."""
-    index_dir: Text | None = None
+    index_dir: LocalPath | None = None
     """Folder for the tokens of raw files; null: `PATH.megakd` beside each."""
     workers: Count | None = None
     """Processes that tokenize; null: one for each processor."""
@@ -254,4 +256,15 @@ class Log(Section):
     tensorboard: bool = False
     """TensorBoard files in the run folder."""
     wandb_project: Text | None = None
-    """Weights & Biases project; null: not used. Needs the package wandb."""
+    """Weights & Biases project; null: not used. Needs `pip install "megakd[wandb]"`."""
+    wandb_entity: Text | None = None
+    """User or team that the project belongs to; null: the account's own."""
+    wandb_group: Text | None = None
+    """Group that the run is shown in, such as a sweep; null: none."""
+    wandb_tags: list[Text] = Field([])
+    """Tags of the run."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("wandb_entity", "wandb_group", "wandb_tags"):
+            if getattr(self, key) and self.wandb_project is None:
+                yield key, f"{getattr(self, key)} has no effect without wandb_project"

@@ -3,7 +3,7 @@
 The last is converted once, into a folder beside it that is named by its content.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import logging
 import pathlib
@@ -13,21 +13,24 @@ from megakd.converters.convert import Options, convert
 from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, is_hf_folder
 from megakd.converters.huggingface.safetensors_files import SafetensorsReader
 from megakd.errors import CheckpointError
+from megakd.ownership import owning
 
 LOG = logging.getLogger("megakd")
 SAMPLE_BYTES = 4096
 
 
-def open_checkpoint(path) -> folder.Checkpoint:
+def open_checkpoint(path, *, progress: bool = False) -> folder.Checkpoint:
     """What the checkpoint says of itself that a path stands for.
 
+    Args:
+        progress: bars of a conversion.
     Raises:
         CheckpointError: as `find_checkpoint` and `megakd.checkpoints.folder.read_checkpoint`.
     """
-    return folder.read_checkpoint(find_checkpoint(path))
+    return folder.read_checkpoint(find_checkpoint(path, progress=progress))
 
 
-def find_checkpoint(path) -> pathlib.Path:
+def find_checkpoint(path, *, progress: bool = False) -> pathlib.Path:
     """A checkpoint folder as it is; of a run folder, its last whole one; of a Hugging Face folder, its conversion.
 
     Raises:
@@ -35,10 +38,12 @@ def find_checkpoint(path) -> pathlib.Path:
     """
     path = pathlib.Path(path)
     known = (path / folder.RECORD).is_file() or (path / "checkpoints").is_dir()
-    return converted(path) if is_hf_folder(path) and not known else folder.last_checkpoint(path)
+    if is_hf_folder(path) and not known:
+        return converted(path, progress=progress)
+    return folder.last_checkpoint(path)
 
 
-def converted(path: pathlib.Path) -> pathlib.Path:
+def converted(path: pathlib.Path, *, progress: bool = False) -> pathlib.Path:
     """The megakd checkpoint of a Hugging Face folder, made (and verified) if it is not there.
 
     Any number of processes may call it at once; one converts, the others wait for it.
@@ -47,21 +52,29 @@ def converted(path: pathlib.Path) -> pathlib.Path:
         CheckpointError: the folder cannot be converted, or nothing can be written beside it.
     """
     target = path.with_name(f"{path.name}.megakd-{content_key(path)}")
-    try:
-        lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115 closed below
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} is a Hugging Face folder, and its conversion cannot be written beside it: {error.strerror}",
-            hint=f"convert it yourself: `megakd convert --from {path} --to CHECKPOINT`, and use CHECKPOINT",
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / folder.RECORD).is_file():
-            LOG.warning("%s is a Hugging Face folder: converting it once, to %s", path, target)
-            convert(path, target, "megatron", Options())
-        else:
-            LOG.info("%s was converted before: using %s", path, target)
+    if is_whole(target):
+        LOG.debug("%s was converted before: using %s", path, target)
+        return target
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owning(target.with_name(target.name + ".lock"), wait=True, remove=True))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} is a Hugging Face folder, and its conversion cannot be written beside it: {error.strerror}",
+                hint=f"convert it yourself: `megakd convert --from {path} --to CHECKPOINT`, and use CHECKPOINT",
+            ) from error
+        if not is_whole(target):  # another process may have made it meanwhile
+            LOG.info(
+                "%s is a Hugging Face folder: converting it once, to %s (large models are better converted before the "
+                "launch: `megakd convert --from %s --to CHECKPOINT`, and CHECKPOINT instead of the folder)",
+                path, target, path,
+            )  # fmt: skip
+            convert(path, target, "megatron", Options(progress=progress))
     return target
+
+
+def is_whole(target: pathlib.Path) -> bool:
+    return (target / folder.RECORD).is_file()
 
 
 def content_key(path: pathlib.Path) -> str:

@@ -1,15 +1,22 @@
 """How this process was launched, and the store through which its ranks find each other."""
 
 import datetime
+import pathlib
+import shlex
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megakd.errors import ConfigError, MegakdError
+
+# Where Slurm (of the step, else of the job), Open MPI and MPICH say how many tasks they have started.
+SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+TASKS = (SLURM_TASKS, ("OMPI_COMM_WORLD_SIZE",), ("PMI_SIZE",))
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,11 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """Reads torchrun's variables; one rank alone needs neither address nor port.
+    """Reads torchrun's variables; one rank alone needs none of them.
 
     Raises:
-        ConfigError: WORLD_SIZE is above 1 and another variable is missing, or one is not a number.
+        ConfigError: WORLD_SIZE is above 1 and another variable is missing, one is not a number, or srun or mpirun
+            has started several processes that nobody numbered: each would be a launch of one rank.
     """
 
     def number(name: str, default: str | None = None) -> int:
@@ -58,12 +66,18 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
                 "LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
             ) from None
 
+    if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        check_alone(environ, sys.argv)
     world_size = number("WORLD_SIZE", "1")
+    rank = number("RANK", "0" if world_size == 1 else None)
+    if not 0 <= rank < world_size:
+        seen = "missing" if "WORLD_SIZE" not in environ else world_size
+        raise ConfigError(
+            f"environment: RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE is {seen})",
+            hint="start ranks with `torchrun --nproc-per-node N -m megakd ...`, which sets both",
+        )
     if world_size == 1:
         return Launch(local_rank=number("LOCAL_RANK", "0"))
-    rank = number("RANK")
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"environment: RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE is {world_size})")
     return Launch(
         rank=rank,
         world_size=world_size,
@@ -74,6 +88,46 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         attempt=number("TORCHELASTIC_RESTART_COUNT", "0"),
     )
+
+
+def check_alone(environ: Mapping[str, str], command: Sequence[str]) -> None:
+    """Raises ConfigError, with the command to start instead, where this is one of several tasks of srun or mpirun.
+
+    Args:
+        environ: without WORLD_SIZE and RANK.
+        command: what this process was started with, as sys.argv has it.
+    """
+    for names in TASKS:
+        name = next((name for name in names if environ.get(name, "").isdecimal()), None)
+        if name is not None and int(environ[name]) > 1:
+            raise ConfigError(
+                f"environment: {name} is {environ[name]}, but WORLD_SIZE and RANK are missing: each of these tasks "
+                "would run alone, as rank 0 of 1, and all of them in one folder",
+                hint="start one torchrun on each node, which starts the ranks there (or `srun --ntasks=1` for one "
+                f"rank):\n  {torchrun_command(environ, command)}",
+            )
+
+
+def torchrun_command(environ: Mapping[str, str], command: Sequence[str]) -> str:
+    """The command line that starts the ranks of a Slurm job, or of any nodes where there is none."""
+    program, *arguments = command
+    named = "-m megakd" if pathlib.Path(program).name in ("megakd", "__main__.py") else shlex.quote(program)
+    rest = " ".join([named, *map(shlex.quote, arguments)])
+    if not any(name.startswith("SLURM_") for name in environ):
+        return f"torchrun --nnodes=NODES --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 {rest}"
+
+    def first(*names: str) -> int:
+        return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), 1)
+
+    nodes = first("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+    tasks = -(-first(*SLURM_TASKS) // nodes)
+    ranks = tasks if tasks > 1 else first("SLURM_GPUS_ON_NODE")
+    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 torchrun"
+    if nodes == 1:
+        return f"{srun} --standalone --nproc-per-node={ranks} {rest}"
+    head = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)":29500'
+    meeting = f'--rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint={head}'
+    return f"{srun} --nnodes={nodes} --nproc-per-node={ranks} {meeting} {rest}"
 
 
 def resolve_device(name: str) -> str:

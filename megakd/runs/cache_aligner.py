@@ -140,7 +140,6 @@ def check_ids(sample: Sample, vocab_size: int, where: str) -> None:
 def run_export(arguments: argparse.Namespace) -> int:
     """Export every sample of the token file that the cache holds."""
     from megakd.cache import CacheReader
-    from megakd.cache.samples import read_sample
     from megakd.data.indexed import TokenFile
 
     header = read_header(arguments.cache)
@@ -159,19 +158,37 @@ def run_export(arguments: argparse.Namespace) -> int:
             f"{arguments.cache} holds none of the samples of {arguments.data}, read as sequences of {length} tokens",
             hint="--data takes the token file that was recorded, --sequence-length the data.sequence_length of then",
         )
-    size = -(-len(places) // arguments.chunks)
-    for chunk in range(arguments.chunks):
-        with (
-            publishing(arguments.output.replace(CHUNK, str(chunk))) as partial,
-            open(partial, "w", encoding="utf-8") as out,
-        ):
-            for data, epoch, index in places[chunk * size : (chunk + 1) * size]:
-                sample = data.sample(epoch, index)
-                known = read_sample(sample["ids"], sample["labels"])
-                labels_S = np.append(sample["ids"][1:], max(known.last_label, 0))
-                out.write(format_line(sample["ids"], labels_S, reader.find(*known), header.contents) + "\n")
-    print(f"{arguments.output}: {len(places):,} of {header.rows:,} samples in {arguments.chunks} chunks")
+    size, rest = divmod(len(places), arguments.chunks)
+    if size == 0:
+        raise CacheError(
+            f"--chunks {arguments.chunks}, but there are {len(places)} samples", hint="at most one chunk for each"
+        )
+    for chunk in range(arguments.chunks + bool(rest)):
+        last = (chunk + 1) * size if chunk < arguments.chunks else None
+        path = arguments.output.replace(CHUNK, str(chunk))
+        write_chunk(path, places[chunk * size : last], reader)
+    print(
+        f"{arguments.output}: {len(places):,} of {header.rows:,} samples: n_chunks={arguments.chunks} "
+        f"n_examples_per_chunk={size}"
+    )
+    if rest:
+        print(
+            f"{arguments.output.replace(CHUNK, str(arguments.chunks))}: the remaining {rest}, which NeMo-Aligner does "
+            "not read: its chunks are of one size"
+        )
     return 0
+
+
+def write_chunk(path: str, places: list[tuple], reader) -> None:
+    """Publish one file of samples, each given as (data set, epoch, index)."""
+    from megakd.cache.samples import read_sample
+
+    with publishing(path) as partial, open(partial, "w", encoding="utf-8") as out:
+        for data, epoch, index in places:
+            sample = data.sample(epoch, index)
+            known = read_sample(sample["ids"], sample["labels"])
+            labels_S = np.append(sample["ids"][1:], max(known.last_label, 0))
+            out.write(format_line(sample["ids"], labels_S, reader.find(*known), reader.header.contents) + "\n")
 
 
 def find_samples(reader, prefix: pathlib.Path, sequence_length: int) -> list[tuple]:

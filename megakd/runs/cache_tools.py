@@ -9,8 +9,8 @@ megakd cache import / export (see their --help)    NeMo-Aligner's JSONL chunks
 
 import argparse
 import collections
-import pathlib
 
+from megakd.config.paths import path_argument, path_text
 from megakd.errors import CacheError
 
 
@@ -27,16 +27,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tools = parser.add_subparsers(required=True, metavar="TOOL")
     stat = tools.add_parser("stat", help="what a cache holds")
-    stat.add_argument("cache", type=pathlib.Path)
-    stat.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="write the mass kept as a picture")
+    stat.add_argument("cache", type=path_argument)
+    stat.add_argument("--plot", type=path_argument, metavar="FILE.png", help="write the mass kept as a picture")
     stat.add_argument("--rows", type=int, default=2000, help="samples to decode for the mass (default: %(default)s)")
     stat.set_defaults(run=run_stat)
     verify = tools.add_parser("verify", help="check every digest, checksum and row")
-    verify.add_argument("cache", type=pathlib.Path)
+    verify.add_argument("cache", type=path_argument)
     verify.set_defaults(run=run_verify)
     merge = tools.add_parser("merge", help="join recordings of one teacher; the inputs stay as they are")
-    merge.add_argument("--output", required=True, type=pathlib.Path, metavar="CACHE", help="folder to make")
-    merge.add_argument("caches", nargs="+", type=pathlib.Path, metavar="CACHE")
+    merge.add_argument("--output", required=True, type=path_argument, metavar="CACHE", help="folder to make")
+    merge.add_argument(
+        "--same-teacher", action="store_true", help="imported caches, which do not know their teacher, have one"
+    )
+    merge.add_argument("caches", nargs="+", type=path_argument, metavar="CACHE")
     merge.set_defaults(run=run_merge)
     add_import(tools)
     add_export(tools)
@@ -50,12 +53,12 @@ def add_import(tools) -> None:
     """The flags of `megakd cache import`."""
     parser = tools.add_parser("import", help="NeMo-Aligner's JSONL chunks into a cache and a token file")
     parser.add_argument(
-        "--input", required=True, metavar="PATH_CHUNK_ID.jsonl", help="CHUNK_ID stands for 0, 1, 2, ..."
+        "--input", required=True, type=path_text, metavar="PATH_CHUNK_ID.jsonl", help="CHUNK_ID stands for 0, 1, 2, ..."
     )
-    parser.add_argument("--tokenizer", required=True, type=pathlib.Path, help="the tokenizer of the ids")
+    parser.add_argument("--tokenizer", required=True, type=path_argument, help="the tokenizer of the ids")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="real vocabulary (default: the tokenizer's)")
-    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="CACHE", help="folder to make")
-    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="PREFIX", help="token file to write")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="CACHE", help="folder to make")
+    parser.add_argument("--data", required=True, type=path_argument, metavar="PREFIX", help="token file to write")
     parser.add_argument("--codec", choices=("fp32", "fp16", "q8"), default="fp16", help="default: %(default)s")
     parser.add_argument("--shard-samples", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.set_defaults(run=run_import)
@@ -64,10 +67,10 @@ def add_import(tools) -> None:
 def add_export(tools) -> None:
     """The flags of `megakd cache export`."""
     parser = tools.add_parser("export", help="a cache and its token file into NeMo-Aligner's JSONL chunks")
-    parser.add_argument("cache", type=pathlib.Path)
-    parser.add_argument("--data", required=True, type=pathlib.Path, metavar="PREFIX", help="token file of the samples")
+    parser.add_argument("cache", type=path_argument)
+    parser.add_argument("--data", required=True, type=path_argument, metavar="PREFIX", help="token file of the samples")
     parser.add_argument("--sequence-length", type=int, metavar="S", help="as recorded (default: the cache's)")
-    parser.add_argument("--output", required=True, metavar="PATH_CHUNK_ID.jsonl")
+    parser.add_argument("--output", required=True, type=path_text, metavar="PATH_CHUNK_ID.jsonl")
     parser.add_argument("--chunks", type=int, default=1, metavar="N", help="files to write (default: %(default)s)")
     parser.set_defaults(run=run_export)
 
@@ -121,7 +124,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
         raise CacheError(f"{twice[0]} is given more than once", hint="name every cache once")
     inputs = [str(path) for path in arguments.caches]
     command = " ".join(["megakd cache merge --output", str(arguments.output), *inputs])
-    header, duplicates = merge(arguments.output, arguments.caches, command)
+    header, duplicates = merge(arguments.output, arguments.caches, command, same_teacher=arguments.same_teacher)
     twice = f", {duplicates} of them recorded more than once" if duplicates else ""
     print(f"{arguments.output}: {header.rows:,} samples and {header.tokens:,} tokens from {len(inputs)} caches{twice}")
     return 0

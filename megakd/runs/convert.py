@@ -16,6 +16,8 @@ import pathlib
 import sys
 import time
 
+from megakd.config.paths import path_argument
+
 DEFAULT_FORMAT = {"hf": "megatron", "nemo": "megatron", "megatron": "hf"}
 
 
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megakd convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    path = pathlib.Path
+    path = path_argument
     parser.add_argument("--from", dest="source", type=path, metavar="SRC", help="a folder; what it is, is seen from it")
     parser.add_argument("--to", dest="destination", type=path, metavar="DST", help="what to write; must not exist")
     parser.add_argument(

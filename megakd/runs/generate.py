@@ -1,7 +1,9 @@
 """`megakd generate --checkpoint PATH --prompt TEXT`: complete a prompt greedily with a checkpoint, at any TP x PP."""
 
 import argparse
+import sys
 
+from megakd.config.paths import path_argument
 from megakd.errors import ConfigError
 
 
@@ -20,6 +22,7 @@ def main(argv: list[str]) -> None:
         from megakd.models.generation import complete
         from megakd.models.gpt import padded_vocab_size
         from megakd.models.groups import build_groups
+        from megakd.ranks import from_rank_0
 
         if ranks.world_size != arguments.tp * arguments.pp:
             raise ConfigError(
@@ -27,7 +30,7 @@ def main(argv: list[str]) -> None:
                 f"{ranks.world_size} were started",
                 hint=f"torchrun --nproc-per-node {arguments.tp * arguments.pp} -m megakd generate ...",
             )
-        checkpoint = open_checkpoint(arguments.checkpoint)
+        checkpoint = from_rank_0(lambda: open_checkpoint(arguments.checkpoint, progress=sys.stderr.isatty()))
         if checkpoint.tokenizer_path is None:
             raise ConfigError(f"{checkpoint.path} carries no tokenizer", hint="use a checkpoint that megakd has saved")
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
@@ -55,7 +58,9 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megakd generate", description="complete a prompt greedily")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint or run folder")
+    parser.add_argument(
+        "--checkpoint", required=True, type=path_argument, help="checkpoint, run or Hugging Face folder"
+    )
     parser.add_argument("--prompt", required=True, help="text to go on from")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size (default: %(default)s)")

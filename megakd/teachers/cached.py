@@ -11,6 +11,7 @@ import torch
 from megakd.cache import CacheReader, Header, Table
 from megakd.cache.samples import Sample, read_sample
 from megakd.errors import CacheError
+from megakd.kernels.vocab import MASKED
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.targets import TeacherTargets
@@ -61,11 +62,12 @@ class CachedTeacher:
         ids_BS, labels_BS = micro_batch.ids_BS.cpu().numpy(), micro_batch.labels_BS.cpu().numpy()
         batch, places, tables = len(ids_BS), [], []
         for b, start, stop in micro_batch.parts():
-            ids_S = ids_BS[b, start:stop]
-            sample = read_sample(ids_S, labels_BS[b, start:stop])
-            if sample.mask_S.any():
-                tables.append(self.table(sample, ids_S))
-                places.append((start + np.flatnonzero(sample.mask_S)) * batch + b)
+            ids_S, labels_S = ids_BS[b, start:stop], labels_BS[b, start:stop]
+            if (labels_S == MASKED).all():  # what fills up a batch, without a single id, too
+                continue
+            sample = read_sample(ids_S, labels_S)
+            tables.append(self.table(sample, ids_S))
+            places.append((start + np.flatnonzero(sample.mask_S)) * batch + b)
         if not tables:
             tables, places = [empty_table(self.reader.header.contents.sampled)], [np.empty(0, np.int64)]
         order_T = np.argsort(np.concatenate(places))

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from megakd.assembly.setup import Setup, build_setup, check_teacher_knows
 from megakd.config import Config
 from megakd.models.groups import is_last_stage
-from megakd.ranks import Ranks
+from megakd.ranks import Ranks, from_rank_0
 from megakd.training.checkpointing import Progress, Saver, resume, write_stop_file
 from megakd.training.evaluation import Evaluation
-from megakd.training.metrics import MetricsLog, Stopwatch, model_flops_per_token
+from megakd.training.metrics import MetricsLog, Stopwatch, check_sinks, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.run_folder import open_run_folder, write_run_files
 from megakd.training.step import StudentStep, check_finite, describe_head
@@ -30,8 +30,8 @@ def train(config: Config, ranks: Ranks) -> None:
     """
     with contextlib.ExitStack() as held:
         checkpoint = open_run_folder(config, held)
+        from_rank_0(lambda: check_sinks(config))
         setup = build_setup(config, ranks.device)
-        config.check_schedule(setup.steps)
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
         student = StudentStep(

@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always; progress bar, TensorBoard and Weights & Biases when asked for."""
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -90,22 +91,33 @@ def show(metrics: dict[str, float]) -> str:
     return " ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
 
 
-def start_wandb(config: Config):
-    try:
-        import wandb
-    except ImportError as error:
+def check_sinks(config: Config) -> None:
+    """Raises ConfigError where metrics are to go to a package that is not installed; before anything is built."""
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"log.wandb_project = {config.log.wandb_project!r}, but the package wandb is not installed",
-            hint="pip install wandb, or leave log.wandb_project out",
-        ) from error
-    run_dir = pathlib.Path(config.run.dir)
+            hint='pip install "megakd[wandb]", or leave log.wandb_project out',
+        )
+
+
+def start_wandb(config: Config):
+    import wandb
+
+    run_dir, log = pathlib.Path(config.run.dir), config.log
     kept = run_dir / "wandb_id.txt"  # the run's own: folders of other experiments may have the same name
     if not kept.exists():
         publish_text(kept, uuid.uuid4().hex[:12])
     identity = kept.read_text(encoding="utf-8")
-    return wandb.init(
-        project=config.log.wandb_project, name=run_dir.name, id=identity, resume="allow", config=config.model_dump()
-    )
+    try:
+        return wandb.init(
+            project=log.wandb_project, entity=log.wandb_entity, group=log.wandb_group, tags=log.wandb_tags or None,
+            name=run_dir.name, id=identity, resume="allow", config=config.model_dump(),
+        )  # fmt: skip
+    except wandb.Error as error:
+        raise ConfigError(
+            f"log.wandb_project = {log.wandb_project!r}, but Weights & Biases refuses: {error}",
+            hint="`wandb login`, or WANDB_MODE=offline in the environment",
+        ) from error
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:

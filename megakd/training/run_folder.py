@@ -1,22 +1,18 @@
 """The run folder: its config, whether a run continues in it, and from where."""
 
 import contextlib
-import fcntl
-import logging
-import os
 import pathlib
-import socket
-from typing import IO
+from collections.abc import Iterator
 
-from megakd import __version__
+from megakd import __version__, ownership
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint, whole_checkpoints
 from megakd.config import Config
 from megakd.errors import ConfigError
+from megakd.ownership import Taken, owning
 from megakd.publish import make_folder, publish_text, sweep, sync_folder
 from megakd.ranks import from_rank_0
 
-LOG = logging.getLogger("megakd")
 CONFIG_FILE, OWNER_FILE, STOP_FILE = "config.yaml", "owner.lock", "stopped.json"
 # What may differ between launches of one run: where and how fast it runs, never what it computes.
 FREE = (
@@ -55,37 +51,27 @@ def open_run_folder(config: Config, held: contextlib.ExitStack) -> Checkpoint | 
     return from_rank_0(lambda: _open(config, held))
 
 
-def take(run_dir: pathlib.Path) -> IO:
-    """Make this process the owner of a run folder, until the returned file is closed."""
-    file = open(run_dir / OWNER_FILE, "a+", encoding="utf-8")  # noqa: SIM115  stays open
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise ConfigError(
-            f"run.dir {run_dir} is in use by another launch ({holder})",
-            hint="wait for it to end, or choose another run.dir",
-        ) from error
-    except OSError:
-        LOG.warning("%s: this file system has no locks; see to it that only one launch uses the folder", run_dir)
-    file.truncate(0)
-    file.write(owner())
-    file.flush()
-    return file
-
-
-def owner() -> str:
-    return f"{socket.gethostname()} pid {os.getpid()} job {os.environ.get('SLURM_JOB_ID', '-')}"
+@contextlib.contextmanager
+def take(run_dir: pathlib.Path) -> Iterator[None]:
+    """Make this process the owner of a run folder, until the block ends."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owning(run_dir / OWNER_FILE))
+        except Taken as holder:
+            raise ConfigError(
+                f"run.dir {run_dir} is in use by another launch ({holder})",
+                hint="wait for it to end, or choose another run.dir",
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir {run_dir} cannot be written: {error.strerror}", hint="choose a folder that can be written"
+            ) from error
+        yield
 
 
 def check_owner(run_dir: str) -> None:
     """Raises OSError when another launch has taken the folder meanwhile. Rank 0 calls it."""
-    path = pathlib.Path(run_dir) / OWNER_FILE
-    seen = path.read_text(encoding="utf-8") if path.exists() else owner()
-    if seen != owner():
-        raise OSError(f"{run_dir} was taken by another launch ({seen}); this one writes to it no more")
+    ownership.check_owner(pathlib.Path(run_dir) / OWNER_FILE)
 
 
 def write_run_files(config: Config) -> None:

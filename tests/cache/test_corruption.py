@@ -1,19 +1,26 @@
 """No byte of a cache can change unnoticed, and nothing but a CacheError comes of it."""
 
+import dataclasses
 import json
+import pathlib
 import random
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from megakd.cache import CacheReader, read_header
+from megakd.cache.header import digest_of, write_header
 from megakd.cache.shard import check_file
 from megakd.errors import CacheError
 from megakd.targets import sample_key
 from tests.cache.made import make_cache, make_sample
 
 SAMPLES = range(4)
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +131,43 @@ def test_an_edited_header_is_refused(whole, tmp_path):
 def test_no_cache_there(tmp_path):
     with pytest.raises(CacheError, match=r"is no logit cache: it has no cache\.json\nhint: record one"):
         CacheReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard-00000000.arrow", "index.bin"])
+def test_a_file_that_shrinks_under_an_open_reader_is_an_error(whole, tmp_path, name):
+    """In a process of its own: what is mapped and gone ends one with SIGBUS."""
+    shutil.copytree(whole, tmp_path / "copy")
+    program = f"""
+import os, sys
+from megakd.cache import CacheReader
+from megakd.errors import CacheError
+from megakd.targets import sample_key
+from tests.cache.made import make_sample
+ids, mask_S, last_label = make_sample(0)
+reader = CacheReader({str(tmp_path / "copy")!r})
+assert reader.table(sample_key(ids), mask_S, last_label) is not None
+os.truncate({str(tmp_path / "copy" / name)!r}, 0)
+try:
+    reader.table(sample_key(ids), mask_S, last_label)
+except CacheError as error:
+    sys.exit(f"CacheError: {{error}}")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and re.search(rf"CacheError: .*{name}.* it has 0 bytes now, ", done.stderr), done
+    assert "hint: copy " in done.stderr
+
+
+def test_a_row_of_another_sample_is_not_what_was_asked_for(whole, tmp_path):
+    """An index that leads elsewhere, with a header that vouches for it."""
+    shutil.copytree(whole, tmp_path / "copy")
+    content = (whole / "index.bin").read_bytes()
+    rows = len(content) // 24
+    shard = np.frombuffer(content[16 * rows : 20 * rows], "<u4")
+    (tmp_path / "copy" / "index.bin").write_bytes(
+        content[: 16 * rows] + (1 - shard).astype("<u4").tobytes() + content[20 * rows :]
+    )
+    header, changed = read_header(whole), (tmp_path / "copy" / "index.bin").read_bytes()
+    index = dataclasses.replace(header.index, digest=digest_of([changed]))
+    write_header(tmp_path / "copy", dataclasses.replace(header, index=index))
+    with pytest.raises(CacheError, match=r"shard-\d+\.arrow is damaged: row \d is of another sample than the "):
+        read_everything(tmp_path / "copy")

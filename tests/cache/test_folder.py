@@ -103,6 +103,21 @@ def test_a_lost_shard_of_a_finished_cache_is_recorded_again(tmp_path):
     assert len(CacheReader(tmp_path)) == 12
 
 
+@pytest.mark.parametrize("content", [None, b"", b"half"])
+def test_a_lost_index_of_a_finished_cache_is_made_again(tmp_path, content):
+    want = make_cache(tmp_path, range(12), per_part=5)
+    before = (tmp_path / "index.bin").read_bytes()
+    (tmp_path / "index.bin").unlink()
+    if content is not None:
+        (tmp_path / "index.bin").write_bytes(content)
+    with pytest.raises(CacheError, match=r"the key index .*index\.bin is missing or damaged: .*\nhint: .*the command"):
+        CacheReader(tmp_path)
+    with writing(tmp_path, make_header(parts=3)) as whole:
+        assert len(whole) == 3 and not read_header(tmp_path).finished, "as if a kill had come before the index"
+    assert make_cache(tmp_path, range(12), per_part=5) == want
+    assert (tmp_path / "index.bin").read_bytes() == before and len(CacheReader(tmp_path)) == 12
+
+
 def test_another_recording_is_refused_with_both_values(tmp_path):
     make_cache(tmp_path)
     contents = dataclasses.replace(CONTENTS, top_k=9)
@@ -114,7 +129,7 @@ def test_another_recording_is_refused_with_both_values(tmp_path):
 
 
 def test_two_writers_on_one_folder_are_one_too_many(tmp_path):
-    header, words = make_header(), rf"written by another `megakd cache` \(process {os.getpid()} on "
+    header, words = make_header(), rf"written by another `megakd cache` \(\S+ pid {os.getpid()} "
     with writing(tmp_path, header), pytest.raises(CacheError, match=words), writing(tmp_path, header):
         pass
     with writing(tmp_path, make_header()) as whole:

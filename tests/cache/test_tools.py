@@ -107,6 +107,18 @@ def test_recordings_of_another_kind_do_not_merge(tmp_path, change, word):
     assert not (tmp_path / "c").exists()
 
 
+def test_imported_caches_are_merged_only_where_their_teacher_is_said_to_be_one(tmp_path, capsys):
+    for name, samples in (("a", range(3)), ("b", range(3, 5))):
+        make_cache(tmp_path / name, samples, teacher_fingerprint="")
+    command = ["merge", "--output", str(tmp_path / "ab"), str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(CacheError, match=r"do not say from which teacher their logits are\nhint: .*--same-teacher"):
+        main(command)
+    assert not (tmp_path / "ab").exists()
+    main([*command, "--same-teacher"])
+    assert "5 samples" in capsys.readouterr().out
+    main(["merge", "--output", str(tmp_path / "again"), str(tmp_path / "a")])  # one alone is no question
+
+
 def test_a_damaged_or_unfinished_input_is_not_merged(tmp_path):
     make_cache(tmp_path / "a", range(2))
     with writing(tmp_path / "b", make_header(parts=2)):

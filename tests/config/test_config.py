@@ -6,6 +6,9 @@ import re
 import pytest
 
 from megakd.config import Config, Loss, check_model, check_ranks, check_vocab
+from megakd.config.config import LOGITS_BUDGET
+from megakd.config.keys import iter_keys
+from megakd.config.problems import ELSEWHERE
 from megakd.errors import ConfigError
 from tests.config.conftest import DROP
 
@@ -115,10 +118,29 @@ def test_every_problem_is_listed_with_key_value_and_expectation(build):
         ("optimiser", "optimizer"),
         ("student.model.hiddensize", "student.model.hidden_size"),
         ("data.model", "student.model"),
+        ("learning_rate", "optimizer.lr"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("train.batch_size", "train.global_batch_size"),
+        ("parallel.tensor_model_parallel_size", "parallel.tp"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(build, key, meant):
     assert message(build, {key: 1}).startswith(f"here.yaml: {key}: unknown key; did you mean {meant}?\n")
+
+
+def test_words_of_other_projects_lead_to_keys_and_are_none():
+    known = {key.name for key in iter_keys(Config)}
+    assert set(ELSEWHERE.values()) <= known
+    assert not ELSEWHERE.keys() & {name.rpartition(".")[2] for name in known}
+
+
+def test_without_a_teacher_what_speaks_of_one_is_idle_and_named(build):
+    changes = {"loss.top_k": 8, "loss.logits_memory_budget_bytes": 9, "loss.ramps.ce_weight": {"to": 0.0, "steps": 5}}
+    features = {"features": {"student_layers": [1], "teacher_layers": [1]}}
+    assert build(changes).idle_keys()[0] == "loss.top_k" and "features" not in build(changes).idle_keys()
+    assert {"loss.top_k", "features"} <= set(build(changes | features).idle_keys())
+    assert LOGITS_BUDGET == "loss.logits_memory_budget_bytes" not in build(changes).idle_keys()
+    assert build({"teacher.checkpoint": "t", **changes}).idle_keys() == [] == build().idle_keys()
 
 
 def test_an_unknown_key_far_from_all_is_still_named(build):
@@ -190,11 +212,18 @@ MODEL = "student.model."
         ),
         ({"data.tokenizer": None}, "data.tokenizer: null, and a student.model has no tokenizer"),
         ({"train.micro_batch_size": 5}, "train.global_batch_size: 12 is not divisible by micro_batch_size = 5"),
-        ({"loss.top_k": 8}, "loss: given without a teacher"),
+        (
+            {"features": {"student_layers": [1], "teacher_layers": [1]}, "teacher.cache": "c"},
+            "features: given with tea",
+        ),
         ({"optimizer.min_lr": 0.002}, "optimizer.min_lr: 0.002 is above lr = 0.001"),
         ({"schedule.kind": "wsd"}, "schedule.wsd_decay_steps: missing; kind wsd needs it"),
         ({"schedule.wsd_decay_steps": 3}, "schedule.wsd_decay_steps: 3 has no effect with kind cosine"),
         ({"schedule.warmup_steps": 20}, "schedule.warmup_steps: 20 must be below train.steps = 20"),
+        (
+            {"schedule.warmup_steps": 25, "schedule.decay_steps": 30},
+            "schedule.warmup_steps: 25 must be below train.steps",
+        ),
         (
             {"schedule.warmup_steps": 9, "schedule.decay_steps": 9},
             "schedule.warmup_steps: 9 must be below schedule.decay_steps = 9",
@@ -203,6 +232,7 @@ MODEL = "student.model."
             {"schedule.kind": "wsd", "schedule.wsd_decay_steps": 16, "schedule.warmup_steps": 5},
             "schedule.wsd_decay_steps: 16 and schedule.warmup_steps = 5 exceed train.steps = 20",
         ),
+        ({"log.wandb_tags": ["a"]}, "log.wandb_tags: ['a'] has no effect without wandb_project"),
         ({"eval.every_steps": 5}, "eval.every_steps: 5, but data.validation is null"),
         ({"run.allow_change": ["train.step"]}, "run.allow_change: 'train.step' is no key; did you mean train.steps?"),
     ],
@@ -221,6 +251,8 @@ def test_rules_between_fields(build, changes, problem):
         {MODEL + "kv_channels": 7, MODEL + "position_embedding": "learned_absolute"},
         {"parallel.tp": 2, "parallel.sp": True, "parallel.pp": 2},
         {"teacher.checkpoint": "t", "loss.top_k": 8},
+        {"loss.top_k": 8, "features": {"student_layers": [1], "teacher_layers": [1]}},
+        {"log.wandb_project": "p", "log.wandb_entity": "e", "log.wandb_group": "g", "log.wandb_tags": ["a", "b"]},
         {"schedule.kind": "wsd", "schedule.wsd_decay_steps": 15, "schedule.warmup_steps": 5},
         {"schedule.warmup_steps": 99, "train.steps": None, "train.epochs": 2.0},
         {"eval.every_steps": 5, "data.validation": "v"},
@@ -297,3 +329,22 @@ def test_what_megatron_does_not_train_is_refused():
     model = Model(**base, max_sequence_length=64, mla=MLA(**ranks))
     for tp, wrong in ((1, []), (2, ["mla.kv_lora_rank", "mla.q_lora_rank"])):
         assert [name for name, _ in model_problems(model, Parallel(tp=tp), 64, trained=True)] == wrong
+
+
+@pytest.mark.parametrize("key", ["run.dir", "student.checkpoint", "teacher.cache", "data.train", "data.validation"])
+def test_paths_are_of_this_file_system_with_the_home_folder_written_out(build, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    section, name = key.split(".")
+    extra = {"student.model": DROP} if section == "student" else {}
+
+    def built(value):
+        config = build({key: value, **extra})
+        return getattr(getattr(config, section), name)
+
+    assert built("~/a") == "/home/somebody/a" and built("a/~b") == "a/~b"
+    with pytest.raises(ConfigError, match=rf"{key}: s3://bucket/a is an address; expected a path in the file system"):
+        built("s3://bucket/a")
+    if section == "data":
+        assert built([0.5, "~/a", 0.5, "~/b"]) == [0.5, "/home/somebody/a", 0.5, "/home/somebody/b"]
+        with pytest.raises(ConfigError, match=rf"{key}: gs://a is an address"):
+            built(["~/a", "gs://a"])

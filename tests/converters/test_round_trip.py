@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megakd.checkpoints import folder
 from megakd.config import Model
 from megakd.converters.convert import Options, convert
-from megakd.converters.direct import content_key, converted
+from megakd.converters.direct import content_key, converted, find_checkpoint, open_checkpoint
 from megakd.converters.families import FAMILIES, config_of, model_section
 from megakd.converters.huggingface.importing import open_hf
 from megakd.errors import CheckpointError
@@ -193,9 +193,10 @@ def test_direct_use_converts_once_and_notices_a_change(tmp_path):
     source = hf_models.build("llama2", tmp_path / "hf")
     made = converted(source)
     assert made.parent == tmp_path and made.name == f"hf.megakd-{content_key(source)}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", made.name], "no lock stays"
     stamp = (made / "megakd.json").stat().st_mtime_ns
-    assert "bound" in folder.read_checkpoint(source).conversion["verified"]
-    assert folder.find_checkpoint(source) == made
+    assert "bound" in open_checkpoint(source).conversion["verified"]
+    assert find_checkpoint(source) == made
     assert (made / "megakd.json").stat().st_mtime_ns == stamp
     key = content_key(source)
     weights = load_file(source / "model.safetensors")

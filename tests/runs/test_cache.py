@@ -130,6 +130,9 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
     before = (tmp_path / "cache.json").stat().st_mtime_ns
     assert run_ranks(1, record, config) == [None]
     assert (tmp_path / "cache.json").stat().st_mtime_ns == before
+    (tmp_path / "index.bin").unlink()
+    assert run_ranks(1, record, config) == [None]
+    assert len(CacheReader(tmp_path)) == 48, "a lost index is made again"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,8 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
         (2, 1, {"train__micro_batch_size": 4}),
         (2, 1, {"parallel__pp": 2}),
         (1, 1, {"loss": {"top_k": 13, "ce_weight": 0.2}}),
+        (1, 1, {"eval__samples": 5}),  # no multiple of the batch, which is filled up
+        (2, 1, {"eval__samples": 3}),  # the second rank has nothing but that
     ],
 )
 def test_training_from_the_cache_is_training_online(folder, teacher, cache, tmp_path, ranks, tp, changes):
@@ -245,14 +250,14 @@ def record_a_broken_teacher(rank, ranks, config):
     install("cpu")
     import unittest.mock
 
-    from megakd.recording import record as recording
+    from megakd.assembly import models
 
     def load_and_break(gpt, *others):
         load(gpt, *others)
         next(gpt.parameters()).data[5] = float("nan")
 
-    load = recording.load_weights
-    with unittest.mock.patch.object(recording, "load_weights", load_and_break):
+    load = models.load_weights
+    with unittest.mock.patch.object(models, "load_weights", load_and_break):
         return record(rank, ranks, config)
 
 

@@ -131,8 +131,9 @@ def test_export_gives_back_what_was_imported(folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     out = str(tmp_path / "out" / "logits_CHUNK_ID.jsonl")
     main(["export", str(tmp_path / "cache"), "--data", str(tmp_path / "data"), "--output", out, "--chunks", "2"])
-    assert "7 of 7 samples in 2 chunks" in capsys.readouterr().out
-    paths = [pathlib.Path(out.replace("CHUNK_ID", str(chunk))) for chunk in (0, 1)]
+    said = capsys.readouterr().out
+    assert "7 of 7 samples: n_chunks=2 n_examples_per_chunk=3" in said and "_2.jsonl: the remaining 1, which" in said
+    paths = [pathlib.Path(out.replace("CHUNK_ID", str(chunk))) for chunk in (0, 1, 2)]
     got = [json.loads(text) for path in paths for text in path.read_text().splitlines()]
     for record, want in zip(got, lines, strict=True):
         length = len(record["tokens"])
@@ -144,7 +145,26 @@ def test_export_gives_back_what_was_imported(folder, tmp_path, capsys):
             np.testing.assert_allclose(np.array(record[key])[mask], np.array(want[key][:length])[mask], atol=2e-6)
     import_chunks(folder, tmp_path / "again", out, "--codec", "fp32")
     a, b = (CacheReader(tmp_path / name / "cache").index for name in ("", "again"))
-    assert a.high.tolist() == b.high.tolist() and len(a) == 7
+    assert a.high.read().tolist() == b.high.read().tolist() and len(a) == 7
+
+
+@pytest.mark.parametrize(
+    ("samples", "chunks", "sizes"), [(11, 4, [2, 2, 2, 2, 3]), (12, 4, [3] * 4), (7, 4, [1] * 4 + [3])]
+)
+def test_exported_chunks_are_of_one_size_and_nothing_is_lost(folder, tmp_path, capsys, samples, chunks, sizes):
+    """NeMo-Aligner finds sample i in chunk i // n_examples_per_chunk."""
+    import_chunks(folder, tmp_path, write_chunks(tmp_path, [line(number) for number in range(samples)]))
+    flags = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out_CHUNK_ID.jsonl"), "--chunks"]
+    main(["export", str(tmp_path / "cache"), *flags, str(chunks)])
+    said = capsys.readouterr().out
+    assert f"n_chunks={chunks} n_examples_per_chunk={sizes[0]}\n" in said
+    assert (f"out_{chunks}.jsonl: the remaining {sizes[-1]}, " in said) == (len(sizes) > chunks)
+    files = [(tmp_path / f"out_{chunk}.jsonl").read_text().splitlines() for chunk in range(len(sizes))]
+    assert [len(texts) for texts in files] == sizes and len(list(tmp_path.glob("out_*"))) == len(sizes)
+    ids = [sample_key(json.loads(text)["tokens"]) for texts in files for text in texts]
+    assert ids == [sample_key(SampleDataset(tmp_path / "data", 64).sample(0, n)["ids"]) for n in range(samples)]
+    with pytest.raises(CacheError, match=rf"--chunks {samples + 1}, but there are {samples} samples"):
+        main(["export", str(tmp_path / "cache"), *flags, str(samples + 1)])
 
 
 def test_export_finds_the_windows_of_running_text_that_training_and_validation_read(folder, tmp_path, capsys):

@@ -26,22 +26,23 @@ def teacher(folder, pp=(0, 1), **options):
 
 
 def micro_batch(*numbers, padding=0) -> MicroBatch:
-    """Made-up samples in rows, filled up; None is a row without a supervised position."""
+    """Made-up samples in rows, filled up; None is a row that fills up the batch, "masked" one that learns nothing."""
     ids_BS = torch.zeros(len(numbers), S + padding, dtype=torch.int64)
     labels_BS = torch.full_like(ids_BS, -100)
     for b, number in enumerate(numbers):
-        if number is not None:
+        if isinstance(number, int):
             ids, mask_S, last_label = make_sample(number)
             labels = np.where(mask_S, np.append(ids[1:], last_label), -100)
             ids_BS[b, :S], labels_BS[b, :S] = torch.from_numpy(ids), torch.from_numpy(labels)
-    return MicroBatch(ids_BS, labels_BS, None, tuple((b, 0, S) for b in range(len(numbers))))
+    samples = tuple((b, 0, 0 if number is None else S) for b, number in enumerate(numbers))  # as `load_batch` has it
+    return MicroBatch(ids_BS, labels_BS, None, samples)
 
 
 def expected(*numbers):
     """(label, table row) of every supervised token, in the order of MicroBatch.rows_T: position first, then row."""
     tokens = []
     for b, number in enumerate(numbers):
-        if number is not None:
+        if isinstance(number, int):
             table, (_, mask_S, _) = build_table(make_row(number)), make_sample(number)
             tokens += [(position, b, table, t) for t, position in enumerate(np.flatnonzero(mask_S))]
     return [(table, t) for _, _, table, t in sorted(tokens, key=lambda token: token[:2])]
@@ -50,8 +51,8 @@ def expected(*numbers):
 def lessons_are_the_rows_of_the_samples_in_the_order_of_the_loss(folder, ahead):
     make_cache(folder, range(8), per_part=3)
     source = teacher(folder)
-    steps = [[micro_batch(3, 0), micro_batch(7, None, 3, padding=4)], [micro_batch(5, 5)]]
-    numbers = [[(3, 0), (7, None, 3)], [(5, 5)]]
+    steps = [[micro_batch(3, 0), micro_batch(7, None, 3, "masked", padding=4)], [micro_batch(5, 5)]]
+    numbers = [[(3, 0), (7, None, 3, "masked")], [(5, 5)]]
     for step, (micro_batches, wanted) in enumerate(zip(steps, numbers, strict=True)):
         if ahead:
             source.prefetch(micro_batches)
@@ -66,9 +67,9 @@ def lessons_are_the_rows_of_the_samples_in_the_order_of_the_loss(folder, ahead):
 
 def a_step_without_supervised_tokens_is_an_empty_lesson(folder):
     make_cache(folder, range(2))
-    (lesson,) = teacher(folder).lessons([micro_batch(None, None)])
-    lesson.targets.check()
-    assert lesson.targets.tokens == len(lesson.label_logprob_T) == len(lesson.id_T) == 0
+    for lesson in teacher(folder).lessons([micro_batch(None, None), micro_batch("masked", None)]):
+        lesson.targets.check()
+        assert lesson.targets.tokens == len(lesson.label_logprob_T) == len(lesson.id_T) == 0
 
 
 def only_the_last_pipeline_stage_reads(folder):

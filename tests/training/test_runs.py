@@ -304,3 +304,34 @@ def test_the_last_line_cut_off_by_a_kill_is_dropped(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     drop_lines_after(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def losses_that_apply(rank, ranks, config):
+    """The loss section that a run without a teacher goes by, and what it says about it."""
+    import logging.handlers
+
+    from megakd.config import Config
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
+    from megakd.assembly.setup import LOG, loss_of
+
+    said = logging.handlers.BufferingHandler(9)
+    LOG.addHandler(said)
+    try:
+        return loss_of(Config.from_dict(config)).model_dump(), [record.getMessage() for record in said.buffer]
+    finally:
+        LOG.removeHandler(said)
+
+
+def test_teacher_null_alone_is_the_baseline_on_the_data(folder, tmp_path):
+    """The comparison everyone makes: the same config, with `teacher=null` and nothing else."""
+    section = {"top_k": 5, "kd_weight": 3.0, "ce_weight": 0.2, "logits_memory_budget_bytes": 4321}
+    with_loss = runs.values(folder, tmp_path / "a", train__steps=3, loss=section, teacher=None)
+    ((applied, said),) = run_ranks(1, losses_that_apply, with_loss)
+    assert (applied["kd_weight"], applied["ce_weight"], applied["logits_memory_budget_bytes"]) == (0.0, 1.0, 4321)
+    without = "without effect: loss.top_k, loss.kd_weight, loss.ce_weight"
+    assert said == [f"there is no teacher: the loss is cross-entropy alone, {without}"]
+    for config in (with_loss, runs.values(folder, tmp_path / "b", train__steps=3)):
+        assert run_ranks(1, runs.train, config) == [None]
+    assert runs.lines(tmp_path / "a") == pytest.approx(runs.lines(tmp_path / "b"))
