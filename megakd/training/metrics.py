@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always; progress bar, TensorBoard and Weights & Biases when asked for."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -106,6 +107,16 @@ def start_wandb(config: Config):
     return wandb.init(
         project=config.log.wandb_project, name=run_dir.name, id=identity, resume="allow", config=config.model_dump()
     )
+
+
+def has_line(path: pathlib.Path, kind: str, step: int) -> bool:
+    """Whether the metrics file has a whole line of this kind and step."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if (entry["kind"], entry["step"]) == (kind, step):
+                return True
+    return False
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -24,6 +24,7 @@ FREE = (
     "run.allow_change",
     "run.stop_after",
     "run.timeout_seconds",
+    "run.watchdog_seconds",
     "parallel",
     "train.micro_batch_size",
     "train.recompute",
@@ -71,6 +72,7 @@ def take(run_dir: pathlib.Path) -> IO:
     file.truncate(0)
     file.write(owner())
     file.flush()
+    os.register_at_fork(after_in_child=file.close)  # a child that outlives this process must not hold the folder
     return file
 
 
