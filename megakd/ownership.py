@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import socket
+import weakref
 from collections.abc import Iterator
 from typing import IO
 
@@ -76,6 +77,7 @@ def _open_locked(path: pathlib.Path, wait: bool) -> IO:
             )  # fmt: skip
             return file
         if _has_name(file, path):
+            _forget_in_children(file)
             return file
         file.close()  # its owner has removed it while this process waited
 
@@ -84,3 +86,9 @@ def _has_name(file: IO, path: pathlib.Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
+
+
+def _forget_in_children(file: IO) -> None:
+    """A child that is forked, and outlives this process, must not hold the lock on."""
+    mine = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (kept := mine()) and kept.close())
