@@ -19,7 +19,7 @@ LAYERS = [
     "checkpoints",
     "converters teachers",
     "assembly",
-    "training recording",
+    "training recording reporting",
     "runs",
     "cli",
     "__main__",

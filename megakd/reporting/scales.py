@@ -1,0 +1,146 @@
+"""Where numbers come to stand: axes of a run's lines, ranges, and ticks that are round."""
+
+import bisect
+import dataclasses
+import math
+
+from megakd.reporting.quantities import Quantity, time_unit
+from megakd.reporting.runs import Run
+
+AXES = {"step": "steps", "tokens": "supervised tokens", "seconds": "time of training"}
+LEAST_SPAN = 0.01  # of the values, on a linear axis
+WIDE = 100.0  # a logarithmic axis is drawn where values span at least this factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticks:
+    """Round numbers of an axis: where (0 to 1), what is written, and the unit of all of them."""
+
+    places: list[tuple[float, str]]
+    unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """An axis from `low` to `high`; logarithmic ones take positive numbers."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """0 at the low end, 1 at the high end."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self, most: int = 6, unit: str = "") -> Ticks:
+        values = log_steps(self.low, self.high, most) if self.log else even_steps(self.low, self.high, most)
+        return Ticks([(self.place(value), text) for value, text in zip(values, labels(values), strict=True)], unit)
+
+
+def value_scale(values: list[float], known: Quantity) -> Scale:
+    """The vertical axis for all values of a chart, in the unit in which they are shown."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if known.log and low > 0 and high >= WIDE * low:
+        return Scale(low / 1.2, high * 1.2, log=True)
+    if known.from_zero and low >= 0:
+        return Scale(0.0, high * 1.06 or 1.0)
+    middle, least = (low + high) / 2, max(abs(low), abs(high)) * LEAST_SPAN or 1.0
+    if high - low < least:  # rounding, seen from too near, would look like a difference
+        low, high = middle - least / 2, middle + least / 2
+    margin = (high - low) * 0.06
+    return Scale(low - margin, high + margin)
+
+
+def axis_ticks(axis: str, end: float) -> Ticks:
+    """Ticks from 0 to `end` of a horizontal axis; a time has the unit that suits it."""
+    if axis != "seconds":
+        return Scale(0.0, end).ticks(unit=axis if axis == "tokens" else "steps")
+    unit, size = time_unit(end)
+    return Scale(0.0, end / size).ticks(unit=unit)
+
+
+def even_steps(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten; fewer than `most` of them."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+def log_steps(low: float, high: float, most: int) -> list[float]:
+    """Powers of ten, thinned out where there are too many; with 2 and 5 times them where there are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    every = max(1, -(-(last - first) // most)) if len(factors) == 1 else 1
+    values = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
+    return [value for value in values if low <= value <= high]
+
+
+def labels(values: list[float]) -> list[str]:
+    """Texts of ticks: as many digits as tell neighbours apart, thousands and more by letter."""
+    largest = max(map(abs, values), default=0.0)
+    for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if largest >= power:
+            size = 1e3 if letter == "k" else power
+            return [f"{value / size:.6g}{letter}" if value else "0" for value in values]
+    if largest < 1e-3:
+        return [f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0" for value in values]
+    return [f"{value:.6g}" for value in values]
+
+
+def positions(run: Run, kind: str) -> dict[str, list[float]]:
+    """Axis to where every line of a kind stands on it; an axis that was not measured is left out.
+
+    Seconds are those of training steps, without validation and what is between launches; where not every step has a
+    line, the steps before a line count as long as its own. Lines of other kinds stand between the training lines around
+    them.
+    """
+    steps = [line["step"] for line in run.lines.get(kind, ())]
+    found: dict[str, list[float]] = {"step": steps}
+    trained = [line["step"] for line in run.lines.get("train", ())]
+    for axis, places in (("tokens", tokens_so_far(run)), ("seconds", seconds_so_far(run, trained))):
+        if places:
+            found[axis] = places if kind == "train" else between(trained, places, steps)
+    return found
+
+
+def tokens_so_far(run: Run) -> list[float]:
+    """Tokens at every training line; empty where none has them."""
+    return filled(run.column("train", "tokens"))
+
+
+def seconds_so_far(run: Run, steps: list[int]) -> list[float]:
+    each = filled(run.column("train", "seconds"))
+    total, places = 0.0, []
+    for step, before, seconds in zip(steps, [0, *steps], each, strict=False):
+        total += seconds * (step - before)
+        places.append(total)
+    return places
+
+
+def filled(values: list[float | None]) -> list[float]:
+    """Gaps take the value before them, or at the beginning the first one; empty where there is none at all."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return []
+    last, all_of_them = known[0], []
+    for value in values:
+        last = value if value is not None and math.isfinite(value) else last
+        all_of_them.append(last)
+    return all_of_them
+
+
+def between(trained: list[int], places: list[float], steps: list[int]) -> list[float]:
+    """Places of steps, linear between the training lines around them; 0 at step 0, the last one's after it."""
+    trained, places, found = [0, *trained], [0.0, *places], []
+    for step in steps:
+        after = bisect.bisect_left(trained, step)
+        if after == len(trained) or trained[after] == step:
+            found.append(places[min(after, len(places) - 1)])
+            continue
+        share = (step - trained[after - 1]) / (trained[after] - trained[after - 1])
+        found.append(places[after - 1] + share * (places[after] - places[after - 1]))
+    return found

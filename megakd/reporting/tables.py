@@ -1,0 +1,196 @@
+"""Tables of a report: what the runs are, final and best values, speed and phases, settings that differ."""
+
+import math
+import statistics
+
+from megakd.reporting.curves import color
+from megakd.reporting.markup import Markup, join, table, tag
+from megakd.reporting.quantities import duration, number, phase, quantity, shown, words
+from megakd.reporting.runs import Run, number_of
+from megakd.reporting.scales import positions
+from megakd.reporting.settings import care, differing, setting_texts, value_at
+
+KINDS = {"validation": "held out", "train": "training"}
+AXIS_KEYS = ("step", "tokens")
+
+
+def name_of(run: Run, number: int) -> Markup:
+    return tag("span", tag("i"), run.name, class_=f"name {color(number)}")
+
+
+def heading(runs: list[Run]) -> list[str]:
+    return ["", *(name_of(run, i) for i, run in enumerate(runs))]
+
+
+def facts(runs: list[Run]) -> Markup:
+    """One column for each run: where it is, how far it is, how long it took, and other lines of its metrics."""
+    rows: dict[str, list[str]] = {
+        "folder": [],
+        "state": [],
+        "steps": [],
+        "supervised tokens": [],
+        "time of training": [],
+    }
+    for run in runs:
+        last = {axis: places[-1] for axis, places in positions(run, "train").items() if places}
+        steps = max((rows[-1]["step"] for rows in run.lines.values()), default=0)
+        rows["folder"].append(str(run.folder).encode("utf-8", "backslashreplace").decode())
+        rows["state"].append(state(run))
+        rows["steps"].append(f"{steps:,} of {run.config['train.steps']}" if planned(run) else f"{steps:,}")
+        rows["supervised tokens"].append(number(last["tokens"]) if "tokens" in last else "not measured")
+        rows["time of training"].append(duration(last["seconds"]) if "seconds" in last else "not measured")
+    others = dict.fromkeys(
+        (kind, key) for run in runs for kind in run.lines if kind not in KINDS for key in run.keys(kind)
+    )
+    for kind, key in others:
+        values = [run.lines[kind][-1].get(key) if run.lines.get(kind) else None for run in runs]
+        rows[f"{words(kind)}: {quantity(key).title}"] = [shown(key, number_of(value)) for value in values]
+    return table(heading(runs), [[name, *cells] for name, cells in rows.items()], class_="facts")
+
+
+def planned(run: Run) -> bool:
+    return run.config.get("train.steps", "null") != "null"
+
+
+def state(run: Run) -> str:
+    if run.stopped is None:
+        return "running, or ended without a last word"
+    step, finished = run.stopped
+    return "finished" if finished else f"stopped at step {step:,}"
+
+
+def finals(runs: list[Run]) -> Markup:
+    """Final and best values of every metric that has a good end, and what `megakd evaluate` said last."""
+    different, rows = differing(runs), []
+    for kind, title in KINDS.items():
+        keys = dict.fromkeys(key for run in runs for key in run.keys(kind))
+        for key in (key for key in keys if quantity(key).better):
+            pairs = [final_and_best(run, kind, key) for run in runs]
+            won = winners([pair and pair[0] for pair in pairs], key) if kind == "validation" else set()
+            won = set() if care(kind, key, different) else won
+            cells = [value_cell(key, pair, i in won) for i, pair in enumerate(pairs)]
+            rows.append([join(quantity(key).title, tag("small", f" {title}")), *cells])
+    keys = dict.fromkeys(key for run in runs for line in run.evaluations[-1:] for key in line)
+    for key in (key for key in keys if quantity(key).better):
+        values = [number_of(run.evaluations[-1].get(key)) if run.evaluations else None for run in runs]
+        if any(value is not None for value in values):
+            cells = [value_cell(key, None if value is None else (value, None, None)) for value in values]
+            rows.append([join(quantity(key).title, tag("small", " megakd evaluate")), *cells])
+    return table(heading(runs), rows, class_="values") if rows else tag("p", "Nothing is measured yet.")
+
+
+def final_and_best(run: Run, kind: str, key: str) -> tuple[float, float | None, int | None] | None:
+    """(last value, best value, its step); None where the metric has no finite value."""
+    found = [
+        (value, line["step"])
+        for value, line in zip(run.column(kind, key), run.lines.get(kind, ()), strict=True)
+        if value is not None and math.isfinite(value)
+    ]
+    if not found:
+        return None
+    best, step = (min if quantity(key).better == "lower" else max)(found, key=lambda pair: pair[0])
+    return found[-1][0], best, step
+
+
+def value_cell(key: str, values: tuple[float, float | None, int | None] | None, won: bool = False) -> Markup:
+    if values is None:
+        return tag("span", "not measured", class_="absent")
+    final, best, step = values
+    text = tag("b" if won else "span", shown(key, final))
+    return text if best is None else join(text, tag("small", f" best {shown(key, best)} at step {step:,}"))
+
+
+def winners(values: list[float | None], key: str) -> set[int]:
+    """The runs with the best final value; none where one run alone has it."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return set()
+    best = min(known) if quantity(key).better == "lower" else max(known)
+    return {i for i, value in enumerate(values) if value == best}
+
+
+def phase_means(run: Run) -> dict[str, float]:
+    """Mean seconds of a step's phases, and of the step as `seconds`; the first logged step, which also starts threads
+    and opens files, is left out where there is another."""
+    keys = [key for key in run.keys("train") if key == "seconds" or key.endswith("_seconds")]
+    means = {}
+    for key in keys:
+        values = [value for value in run.column("train", key) if value is not None and math.isfinite(value)]
+        if values:
+            means[key] = statistics.fmean(values[1:] or values)
+    return means
+
+
+def speeds(runs: list[Run]) -> Markup:
+    """Bars of the phases of a step, and the figures."""
+    means = [phase_means(run) for run in runs]
+    longest = max((whole(m) for m in means), default=0.0)
+    bars = [bar(run, i, m, longest) for i, (run, m) in enumerate(zip(runs, means, strict=True)) if m]
+    rows = []
+    for key in dict.fromkeys(key for m in means for key in m):
+        cells = [share(key, m) for m in means]
+        rows.append([quantity(key).title, *cells])
+    for key in dict.fromkeys(key for run in runs for key in run.keys("train")):
+        if key.endswith(("_per_second", "_per_rank")):
+            values = [[v for v in run.column("train", key) if v is not None and math.isfinite(v)] for run in runs]
+            rows.append([f"{quantity(key).title}, median", *(shown(key, median(v)) for v in values)])
+        elif key.endswith("_bytes"):
+            values = [[v for v in run.column("train", key) if v is not None and math.isfinite(v)] for run in runs]
+            rows.append([f"{quantity(key).title}, highest", *(shown(key, max(v, default=None)) for v in values)])
+    validation = [final_and_best(run, "validation", "seconds") for run in runs]
+    if any(validation):
+        rows.append(["seconds of a validation, last", *(shown("seconds", v[0] if v else None) for v in validation)])
+    if not rows:
+        return tag("p", "Not measured: seconds, tokens a second.", class_="missing")
+    return join(tag("div", *bars, class_="bars"), table(heading(runs), rows, class_="values"))
+
+
+def median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def whole(means: dict[str, float]) -> float:
+    """Seconds of a step: the measured total, or the phases where they sum to more."""
+    return max(means.get("seconds", 0.0), math.fsum(m for key, m in means.items() if key != "seconds"))
+
+
+def share(key: str, means: dict[str, float]) -> str:
+    if key not in means:
+        return shown(key, None)
+    total = whole(means)
+    return shown(key, means[key]) + (f" ({means[key] / total:.0%})" if key != "seconds" and total else "")
+
+
+def bar(run: Run, number: int, means: dict[str, float], longest: float) -> Markup:
+    """One run's mean step, cut into its phases; what no phase covers is the rest."""
+    total, parts = whole(means), {phase(key): m for key, m in means.items() if key != "seconds"}
+    rest = total - math.fsum(parts.values())
+    if rest > 0.005 * total:
+        parts["the rest" if parts else "step"] = rest
+    pieces = [
+        tag("span", tag("em", f"{name} {shown('seconds', seconds)}"), style=f"width:{100 * seconds / longest:.2f}%",
+            title=f"{name}: {shown('seconds', seconds)}, {seconds / total:.0%}")
+        for name, seconds in parts.items() if seconds > 0
+    ]  # fmt: skip
+    return tag("div", name_of(run, number), tag("div", *pieces, class_=f"bar {color(number)}"))
+
+
+def settings(runs: list[Run]) -> Markup:
+    """The keys that differ, and below, folded, those that do not."""
+    configured = [(i, run) for i, run in enumerate(runs) if run.config]
+    if not configured:
+        return tag("p", "Not known: no run has a config that can be read.", class_="missing")
+    flats = [setting_texts(run) for _, run in configured]
+    head = ["", *(name_of(run, i) for i, run in configured)]
+    different = differing(runs)
+    parts = []
+    if different:
+        rows = [[tag("code", key), *(tag("code", value_at(flat, key)) for flat in flats)] for key in different]
+        parts.append(table(head, rows, class_="settings"))
+    elif len(configured) > 1:
+        parts.append(tag("p", "None: these runs have the same settings."))
+    same = [key for key in flats[0] if not any(key == d or d.startswith(f"{key}.") for d in different)]
+    rows = [[tag("code", key), tag("code", flats[0][key])] for key in same]
+    title = f"{len(same)} settings that do not differ" if len(configured) > 1 else f"its {len(same)} settings"
+    parts.append(tag("details", tag("summary", title), table(["", ""], rows, class_="settings")))
+    return join(*parts)
