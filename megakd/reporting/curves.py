@@ -6,19 +6,24 @@ width of the page. Coordinates are thousandths of the box.
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
+from megakd.reporting.lines import Lines, is_finite, named
 from megakd.reporting.markup import Markup, tag
 from megakd.reporting.quantities import quantity, shown
-from megakd.reporting.runs import Run, named
-from megakd.reporting.scales import AXES, Scale, axis_ticks, positions, value_scale
+from megakd.reporting.runs import Run
+from megakd.reporting.scales import AXES, Scale, axis_ticks, value_scale
+from megakd.reporting.settings import care
 
 BUCKETS = 300  # columns of a curve with more points than two for each
 DOTTED = 40  # a curve of at most so many points shows them
 LABEL_GAP = 0.075  # of a chart's height, between labels at the ends of curves
 MOST_LABELS = 13
+MOST_LETTERS = 22
 COLORS = 6
+DRAWN = ("validation", "train")
 REFERENCES = {("validation", "ce"): "teacher_ce"}
 
 
@@ -29,19 +34,38 @@ class Curve:
     Attributes:
         run: its number in the report.
         name: written at the curve's end.
-        axes: axis to the places of the values.
-        values: in the unit in which they are shown; None and what is not finite are no points.
+        lines: where it was recorded.
+        values: at every line, in the unit in which they are shown; None and what is not finite are no points.
+        whole: all of them are finite.
         reference: drawn thin and dotted: what another curve is compared to.
     """
 
     run: int
     name: str
-    axes: dict[str, list[float]]
+    lines: Lines
     values: list[float | None]
-    reference: bool = False
+    whole: bool
+    reference: bool
 
+    @functools.cached_property
     def points(self) -> list[float]:
-        return [value for value in self.values if value is not None and math.isfinite(value)]
+        return self.values if self.whole else [value for value in self.values if is_finite(value)]
+
+    def segments(self, axis: str) -> Iterator[tuple[list[float], list[float]]]:
+        """The unbroken pieces: a value that is not finite breaks the curve, a line without the metric does not."""
+        if self.whole:
+            yield self.lines.axes[axis], self.values
+            return
+        xs, ys = [], []
+        for x, y in zip(self.lines.axes[axis], self.values, strict=True):
+            if is_finite(y):
+                xs.append(x)
+                ys.append(y)
+            elif y is not None and xs:
+                yield xs, ys
+                xs, ys = [], []
+        if xs:
+            yield xs, ys
 
 
 class Charts:
@@ -49,37 +73,32 @@ class Charts:
 
     def __init__(self, runs: list[Run]):
         self.runs = runs
-        self.axes = {(i, kind): positions(run, kind) for i, run in enumerate(runs) for kind in ("train", "validation")}
-        self.ends = {
-            axis: max((places[axis][-1] for places in self.axes.values() if places.get(axis)), default=0.0)
-            for axis in AXES
-        }
+        axes = [lines.axes for run in runs for kind, lines in run.lines.items() if kind in DRAWN]
+        self.ends = {axis: max((places[axis][-1] for places in axes if axis in places), default=0.0) for axis in AXES}
 
     def curves(self, kind: str, key: str, *, reference: bool = False) -> list[Curve]:
         """One for each run that has the metric."""
-        factor = quantity(key).factor
-        found = []
+        factor, found = quantity(key).factor, []
         for i, run in enumerate(self.runs):
-            values = [None if value is None else value * factor for value in run.column(kind, key)]
-            curve = Curve(i, run.name, self.axes[i, kind], values, reference)
-            if any(value is not None for value in values):
-                found.append(curve)
+            lines = run.of(kind)
+            if (values := lines.columns.get(key)) is None:
+                continue
+            if factor != 1:
+                values = [None if value is None else value * factor for value in values]
+            found.append(Curve(i, run.name, lines, values, key in lines.finite, reference))
         return found
 
-    def chart(self, kind: str, key: str, care: list[str]) -> Markup:
-        """One metric of all runs.
-
-        Args:
-            care: settings that differ between the runs and change what the metric means.
-        """
-        known, curves = quantity(key), self.curves(kind, key)
+    def chart(self, kind: str, key: str) -> Markup:
+        """One metric of all runs, with what has to be known when they are compared."""
+        known, curves, different = quantity(key), self.curves(kind, key), care(self.runs, kind, key)
         other = REFERENCES.get((kind, key))
         references = self.curves(kind, other, reference=True) if other else []
-        scale = value_scale([value for curve in curves + references for value in curve.points()], known)
+        scale = value_scale([value for curve in curves + references for value in curve.points], known)
         remarks = [f"dotted: {quantity(other).title}"] if references else []
         absent = [run.name for i, run in enumerate(self.runs) if i not in {curve.run for curve in curves}]
         remarks += [f"not measured: {', '.join(absent)}"] if absent else []
-        remarks += [f"compare with care: {', '.join(care)} differ{'s' if len(care) == 1 else ''}"] if care else []
+        verb = "differs" if len(different) == 1 else "differ"
+        remarks += [f"compare with care: {', '.join(different)} {verb}"] if different else []
         unit = ", ".join(filter(None, [known.unit, "log" if scale.log else ""]))
         return tag(
             "figure",
@@ -97,7 +116,7 @@ class Charts:
 
     def plot(self, axis: str, curves: list[Curve], scale: Scale, description: str) -> Markup:
         """The box of one chart on one horizontal axis; one of three is seen."""
-        here = [curve for curve in curves if axis in curve.axes and curve.points()]
+        here = [curve for curve in curves if axis in curve.lines.axes and curve.points]
         end = self.ends[axis]
         if not here or not end:
             text = f"{AXES[axis]}: not measured" if curves else "no finite value"
@@ -124,7 +143,7 @@ def describe(key: str, curves: list[Curve]) -> str:
     """What a screen reader says of a chart: first and last values."""
     factor, texts = quantity(key).factor, []
     for curve in curves:
-        if points := curve.points():
+        if points := curve.points:
             texts.append(f"{curve.name} from {shown(key, points[0] / factor)} to {shown(key, points[-1] / factor)}")
     return f"{quantity(key).title}: {'; '.join(texts)}"
 
@@ -137,46 +156,37 @@ def color(run: int) -> str:
 def draw(curve: Curve, axis: str, end: float, scale: Scale) -> Markup:
     """The lines of a curve, a band around them where several points share a column, and crosses where it breaks."""
     lines, bands = [], []
-    for xs, ys in segments(curve.axes[axis], curve.values):
+    for xs, ys in curve.segments(axis):
         path = thin(xs, ys, end)
-        across = [1000 * x / end for x, *_ in path]
-        means, lows, highs = ([1000 - 1000 * scale.place(p[i]) for p in path] for i in (1, 2, 3))
-        lines.append("M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, means, strict=True)))
-        lines[-1] += "h0" if len(path) == 1 else ""
-        if lows != highs:
-            there = [f"{x:.1f},{y:.1f}" for x, y in zip(across, highs, strict=True)]
-            back = [f"{x:.1f},{y:.1f}" for x, y in zip(reversed(across), reversed(lows), strict=True)]
-            bands.append("M" + " ".join(there + back) + "z")
+        lines.append(outline([(x, mean) for x, mean, _, _ in path], end, scale) + ("h0" if len(path) == 1 else ""))
+        if len(path) < len(xs):
+            around = [(x, high) for x, _, _, high in path] + [(x, low) for x, _, low, _ in reversed(path)]
+            bands.append(outline(around, end, scale) + "z")
     children = [tag("path", class_="band", d="".join(bands))] if bands else []
     children.append(tag("path", class_="line", d="".join(lines)))
-    if len(curve.points()) <= DOTTED and not curve.reference:
-        dots = "".join(
-            f"M{1000 * x / end:.1f},{1000 - 1000 * scale.place(y):.1f}h0"
-            for xs, ys in segments(curve.axes[axis], curve.values)
-            for x, y in zip(xs, ys, strict=True)
-        )
-        children.append(tag("path", class_="dots", d=dots))
-    if broken := [i for i, y in enumerate(curve.values) if y is not None and not math.isfinite(y)]:
-        marks = "".join(f"M{1000 * curve.axes[axis][i] / end:.1f},0v45" for i in broken[:BUCKETS])
-        where = named("step", [int(curve.axes["step"][i]) for i in broken])
-        children.append(tag("path", tag("title", f"{curve.name}: not finite at {where}"), class_="broken", d=marks))
+    if len(curve.points) <= DOTTED and not curve.reference:
+        points = [point for xs, ys in curve.segments(axis) for point in zip(xs, ys, strict=True)]
+        dots = [outline([point], end, scale) + "h0" for point in points]
+        children.append(tag("path", class_="dots", d="".join(dots)))
+    if not curve.whole:
+        children += broken(curve, axis, end)
     return tag("g", *children, class_=color(curve.run) + (" reference" if curve.reference else ""))
 
 
-def segments(places: list[float], values: list[float | None]) -> Iterator[tuple[list[float], list[float]]]:
-    """The unbroken pieces of a curve: a value that is not finite breaks it, a line without the metric does not."""
-    xs, ys = [], []
-    for x, y in zip(places, values, strict=True):
-        if y is None:
-            continue
-        if math.isfinite(y):
-            xs.append(x)
-            ys.append(y)
-        elif xs:
-            yield xs, ys
-            xs, ys = [], []
-    if xs:
-        yield xs, ys
+def outline(points: list[tuple[float, float]], end: float, scale: Scale) -> str:
+    """A path through points, in thousandths of the box."""
+    across = 1000 / end
+    return "M" + " ".join(f"{x * across:.1f},{1000 - 1000 * scale.place(y):.1f}" for x, y in points)
+
+
+def broken(curve: Curve, axis: str, end: float) -> list[Markup]:
+    """Marks at the top of the box where values are not finite."""
+    rows = [i for i, value in enumerate(curve.values) if value is not None and not math.isfinite(value)]
+    if not rows:
+        return []
+    marks = "".join(f"M{1000 * curve.lines.axes[axis][i] / end:.1f},0v45" for i in rows[:BUCKETS])
+    where = named("step", [curve.lines.steps[i] for i in rows])
+    return [tag("path", tag("title", f"{curve.name}: not finite at {where}"), class_="broken", d=marks)]
 
 
 def thin(xs: list[float], ys: list[float], end: float) -> list[tuple[float, float, float, float]]:
@@ -199,12 +209,21 @@ def ends(curves: list[Curve], scale: Scale) -> list[Markup]:
     """Names beside the ends of curves, moved apart where they would overlap; none where there is no room for all."""
     if len(curves) > MOST_LABELS:
         return []
-    order = sorted((1 - scale.place(curve.points()[-1]), i) for i, curve in enumerate(curves))
+    order = sorted((1 - scale.place(curve.points[-1]), i) for i, curve in enumerate(curves))
     tops = spread([top for top, _ in order], LABEL_GAP)
     return [
-        tag("span", tag("i"), curves[i].name, class_=f"end {color(curves[i].run)}", style=f"top:{100 * top:.1f}%")
+        tag(
+            "span", tag("i"), short(curves[i].name), class_=f"end {color(curves[i].run)}", style=f"top:{100 * top:.1f}%"
+        )
         for top, (_, i) in zip(tops, order, strict=True)
     ]
+
+
+def short(name: str) -> str:
+    """A name of at most MOST_LETTERS letters, with its beginning and its end."""
+    if len(name) <= MOST_LETTERS:
+        return name
+    return f"{name[: MOST_LETTERS // 2]}…{name[-(MOST_LETTERS // 2 - 1) :]}"
 
 
 def spread(tops: list[float], gap: float) -> list[float]:

@@ -6,13 +6,12 @@ import math
 
 from megakd import __version__
 from megakd.reporting import tables
-from megakd.reporting.curves import Charts, color
+from megakd.reporting.curves import Charts, color, short
 from megakd.reporting.markup import Markup, join, tag
 from megakd.reporting.quantities import quantity
 from megakd.reporting.runs import Run
-from megakd.reporting.scales import AXES, positions
+from megakd.reporting.scales import AXES
 from megakd.reporting.script import SCRIPT
-from megakd.reporting.settings import care, differing
 from megakd.reporting.style import STYLE
 
 MOST_ROWS = 1000  # of a run and kind, for the pointer
@@ -48,7 +47,9 @@ def page(runs: list[Run], made: datetime.datetime) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Markup(STYLE + toggles(len(runs)))),
+        tag(
+            "style", Markup(STYLE + toggles(len(runs)) + f":root{{--letters:{max(len(short(r.name)) for r in runs)}}}")
+        ),
     )
     return "<!doctype html>\n" + tag("html", head, body(runs, title, made), lang="en") + "\n"
 
@@ -118,29 +119,28 @@ def legend(runs: list[Run]) -> Markup:
 def notes(runs: list[Run]) -> Markup:
     """What was found wrong in the folders."""
     items = [tag("li", tables.name_of(run, i), f" {note}") for i, run in enumerate(runs) for note in run.notes]
-    skipped = [(i, run, steps) for i, run in enumerate(runs) for steps in run.column("train", "skipped")[-1:] if steps]
-    items += [
-        tag("li", tables.name_of(run, i), f" {steps:,} steps had no supervised token and were skipped")
-        for i, run, steps in skipped
-    ]
+    for i, run in enumerate(runs):
+        if skipped := run.of("train").columns.get("skipped", [0])[-1]:
+            text = f" {skipped:,.0f} batches had no supervised token and were skipped"
+            items.append(tag("li", tables.name_of(run, i), text))
     return tag("ul", *items, class_="notes") if items else Markup()
 
 
 def chart_sections(runs: list[Run], drawn: Charts) -> list[Markup]:
     """The sections of charts; metrics that none of them knows come last."""
-    different, known, parts = differing(runs), set(BESIDE), []
-    recorded = {kind: dict.fromkeys(key for run in runs for key in run.keys(kind)) for kind in tables.KINDS}
+    known, parts = set(BESIDE), []
+    recorded = {kind: tables.recorded(runs, kind) for kind in tables.KINDS}
     for title, kind, expected, optional in SECTIONS:
         keys = [key for key in (*expected, *optional) if key in recorded[kind]]
         if title.startswith("Speed"):
             keys += [key for key in recorded[kind] if key.endswith("_seconds")]
-        charts = [drawn.chart(kind, key, care(kind, key, different)) for key in keys]
+        charts = [drawn.chart(kind, key) for key in keys]
         missing = [quantity(key).title for key in expected if key not in recorded[kind]]
         above = tables.speeds(runs) if title.startswith("Speed") else Markup()
         parts.append(section(title, above, charts, missing))
         known |= {(kind, key) for key in keys}
     rest = [(kind, key) for kind, keys in recorded.items() for key in keys if key not in (*AXIS_KEYS, "skipped")]
-    charts = [drawn.chart(kind, key, care(kind, key, different)) for kind, key in rest if (kind, key) not in known]
+    charts = [drawn.chart(kind, key) for kind, key in rest if (kind, key) not in known]
     if charts:
         content = tag("details", tag("summary", f"{len(charts)} more"), tag("div", *charts, class_="charts"))
         parts.append(part("Everything else that was recorded", content))
@@ -164,10 +164,9 @@ def data(runs: list[Run]) -> Markup:
     for i, run in enumerate(runs):
         kinds = {}
         for kind in tables.KINDS:
-            lines = run.lines.get(kind, [])
-            rows = spread_rows(len(lines))
-            columns = {key: run.column(kind, key) for key in run.keys(kind) if key not in AXIS_KEYS}
-            columns |= positions(run, kind)
+            lines = run.of(kind)
+            rows = spread_rows(len(lines.steps))
+            columns = {key: values for key, values in lines.columns.items() if key not in AXIS_KEYS} | lines.axes
             kinds[kind] = {key: [rounded(values[row]) for row in rows] for key, values in columns.items()}
         found.append({"name": run.name, "class": color(i), **kinds})
     return Markup(json.dumps(found, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))

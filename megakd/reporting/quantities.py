@@ -14,7 +14,7 @@ class Quantity:
         unit: of the value times `factor`.
         factor: what a recorded value is multiplied with.
         better: which end is the good one; empty where there is none.
-        log: logarithmic axis: never, or where positive values span a factor of 100 and more.
+        log_from: the axis is logarithmic where positive values span this factor.
         from_zero: a linear axis begins at 0.
     """
 
@@ -22,23 +22,23 @@ class Quantity:
     unit: str = ""
     factor: float = 1.0
     better: Literal["lower", "higher", ""] = ""
-    log: bool = False
+    log_from: float = math.inf
     from_zero: bool = False
 
 
 KNOWN = {
     "loss": Quantity("objective", "nats", better="lower"),
     "ce": Quantity("cross-entropy", "nats", better="lower"),
-    "kd": Quantity("divergence from the teacher", "nats", better="lower", log=True),
-    "features": Quantity("feature loss", better="lower", log=True),
+    "kd": Quantity("divergence from the teacher", "nats", better="lower", log_from=100),
+    "features": Quantity("feature loss", better="lower", log_from=100),
     "agreement": Quantity("top-1 agreement with the teacher", "%", 100, "higher"),
     "accuracy": Quantity("accuracy of the next token", "%", 100, "higher"),
-    "perplexity": Quantity("perplexity", better="lower", log=True),
+    "perplexity": Quantity("perplexity", better="lower", log_from=20),
     "ece": Quantity("expected calibration error", "%", 100, "lower", from_zero=True),
     "teacher_ce": Quantity("teacher's cross-entropy", "nats"),
     "teacher_mass": Quantity("teacher's mass in its top K", "%", 100),
     "student_mass": Quantity("student's mass in the teacher's top K", "%", 100),
-    "grad_norm": Quantity("gradient norm", log=True),
+    "grad_norm": Quantity("gradient norm", log_from=30),
     "lr": Quantity("learning rate", from_zero=True),
     "kd_weight": Quantity("weight of the divergence", from_zero=True),
     "ce_weight": Quantity("weight of the cross-entropy", from_zero=True),
@@ -46,7 +46,7 @@ KNOWN = {
     "tokens_per_second": Quantity("supervised tokens a second", "tokens/s", from_zero=True),
     "tflops_per_rank": Quantity("model FLOP a second and rank", "TFLOP/s", from_zero=True),
     "peak_memory_bytes": Quantity("peak memory of a rank", "GB", 1e-9, from_zero=True),
-    "seconds": Quantity("seconds of a step", "s", from_zero=True, log=True),
+    "seconds": Quantity("seconds of a step", "s", from_zero=True, log_from=10),
 }
 
 
@@ -55,10 +55,10 @@ def quantity(key: str) -> Quantity:
     if key in KNOWN:
         return KNOWN[key]
     if key.endswith("_seconds"):
-        return Quantity(phase(key), "s", from_zero=True, log=True)
+        return Quantity(phase(key), "s", from_zero=True, log_from=10)
     if key.endswith("_bytes"):
         return Quantity(words(key.removesuffix("_bytes")), "GB", 1e-9, from_zero=True)
-    return Quantity(words(key), log=True)
+    return Quantity(words(key), log_from=100)
 
 
 def phase(key: str) -> str:

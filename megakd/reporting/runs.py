@@ -6,17 +6,16 @@ as it goes; what could not be read is said in `Run.notes`.
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Iterable
 
 import yaml
 
 from megakd.errors import ReportError
+from megakd.reporting.lines import MOST_NAMED, NO_LINES, Lines, by_kind, parse_lines
 
 METRICS_FILE, CONFIG_FILE, STOP_FILE = "metrics.jsonl", "config.yaml", "stopped.json"
 EVALUATIONS_FILE, VERSIONS_FILE = "evaluations.jsonl", "versions.txt"
-MOST_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Run:
     Attributes:
         folder: as it was named.
         name: short, and no other run's in the report.
-        lines: kind (`train`, `validation`, `data`, ...) to its lines by ascending step.
+        lines: kind (`train`, `validation`, `data`, ...) to its lines.
         evaluations: lines of `megakd evaluate`, the last one last.
         config: dotted key to its text; empty where the config cannot be read.
         versions: package to its version.
@@ -36,24 +35,16 @@ class Run:
 
     folder: pathlib.Path
     name: str
-    lines: dict[str, list[dict]]
+    lines: dict[str, Lines]
     evaluations: list[dict]
     config: dict[str, str]
     versions: dict[str, str]
     stopped: tuple[int, bool] | None
     notes: list[str]
 
-    def column(self, kind: str, key: str) -> list[float | None]:
-        """A metric at every line of a kind; None where a line has no number of that name."""
-        return [number_of(line.get(key)) for line in self.lines.get(kind, ())]
-
-    def keys(self, kind: str) -> list[str]:
-        """Names of the numbers of a kind, in the order in which they turn up."""
-        names: dict[str, None] = {}
-        for line in self.lines.get(kind, ()):
-            if line.keys() - names.keys():
-                names |= {key: None for key, value in line.items() if number_of(value) is not None}
-        return [name for name in names if name != "step"]
+    def of(self, kind: str) -> Lines:
+        """The lines of a kind, which may be none."""
+        return self.lines.get(kind, NO_LINES)
 
 
 def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
@@ -83,9 +74,8 @@ def read_run(folder: pathlib.Path, name: str, notes: list[str]) -> Run:
             f"{folder / METRICS_FILE} cannot be read: {error.strerror}", hint="check its permissions"
         ) from error
     notes = list(notes)
-    lines = by_kind(parse_lines(metrics, METRICS_FILE, notes), notes)
-    notes += non_finite(lines)
-    if not lines.get("train") and not lines.get("validation"):
+    lines = by_kind(parse_lines(metrics, METRICS_FILE, notes), METRICS_FILE, notes)
+    if not lines.keys() & {"train", "validation"}:
         notes.append(f"{METRICS_FILE} has no step yet")
     return Run(
         folder=folder,
@@ -133,70 +123,6 @@ def unique_names(folders: list[pathlib.Path]) -> list[str]:
         )
         names.append(tail(folder, parts))
     return names
-
-
-def parse_lines(content: bytes, file: str, notes: list[str]) -> list[dict]:
-    """The JSON objects of a file's lines; a last line that was cut off and damaged ones go to the notes."""
-    found, damaged = [], []
-    rows = content.split(b"\n")
-    for number, row in enumerate(rows, start=1):
-        if not row.strip():
-            continue
-        try:
-            line = json.loads(row.decode("utf-8"))
-        except ValueError:  # UnicodeDecodeError and JSONDecodeError
-            line = None
-        if isinstance(line, dict):
-            found.append(line)
-        elif number == len(rows):
-            notes.append(f"the last line of {file} was cut off: left out")
-        else:
-            damaged.append(number)
-    if damaged:
-        notes.append(f"{file}: {named('line', damaged)} cannot be read: left out")
-    return found
-
-
-def by_kind(found: list[dict], notes: list[str]) -> dict[str, list[dict]]:
-    """Lines by kind and ascending step; of two lines of one step the later one."""
-    kinds: dict[str, dict[int, dict]] = {}
-    nameless, again = 0, 0
-    for line in found:
-        kind, step = line.get("kind"), line.get("step")
-        if not isinstance(kind, str) or not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            nameless += 1
-            continue
-        lines = kinds.setdefault(kind, {})
-        again += step in lines
-        lines[step] = line
-    if nameless:
-        notes.append(f"{nameless} lines of {METRICS_FILE} have no kind or no step: left out")
-    if again:
-        notes.append(f"{again} lines of {METRICS_FILE} are of a step that was there before: the later one counts")
-    return {kind: [lines[step] for step in sorted(lines)] for kind, lines in kinds.items()}
-
-
-def non_finite(lines: dict[str, list[dict]]) -> list[str]:
-    """One note for each metric with values that are no finite numbers."""
-    steps: dict[tuple[str, str], list[int]] = {}
-    for kind, rows in lines.items():
-        for line in rows:
-            for key, value in line.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    steps.setdefault((kind, key), []).append(line["step"])
-    return [f"{kind} {key} is not finite at {named('step', at)}" for (kind, key), at in steps.items()]
-
-
-def named(word: str, numbers: list[int]) -> str:
-    """`step 3`, `steps 3, 4`, `steps 3, 4, 5, 6, 7 and 12 others`."""
-    listed = ", ".join(map(str, numbers[:MOST_NAMED]))
-    more = f" and {len(numbers) - MOST_NAMED} others" if len(numbers) > MOST_NAMED else ""
-    return f"{word}{'s' if len(numbers) > 1 else ''} {listed}{more}"
-
-
-def number_of(value) -> float | None:
-    """A number, finite or not; None for what is none."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def read_optional(path: pathlib.Path, notes: list[str]) -> bytes:

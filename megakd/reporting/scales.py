@@ -1,15 +1,12 @@
-"""Where numbers come to stand: axes of a run's lines, ranges, and ticks that are round."""
+"""Where numbers come to stand: ranges of axes, and ticks that are round."""
 
-import bisect
 import dataclasses
 import math
 
 from megakd.reporting.quantities import Quantity, time_unit
-from megakd.reporting.runs import Run
 
 AXES = {"step": "steps", "tokens": "supervised tokens", "seconds": "time of training"}
 LEAST_SPAN = 0.01  # of the values, on a linear axis
-WIDE = 100.0  # a logarithmic axis is drawn where values span at least this factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Scale:
 def value_scale(values: list[float], known: Quantity) -> Scale:
     """The vertical axis for all values of a chart, in the unit in which they are shown."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if known.log and low > 0 and high >= WIDE * low:
+    if low > 0 and high >= known.log_from * low:
         return Scale(low / 1.2, high * 1.2, log=True)
     if known.from_zero and low >= 0:
         return Scale(0.0, high * 1.06 or 1.0)
@@ -89,58 +86,3 @@ def labels(values: list[float]) -> list[str]:
     if largest < 1e-3:
         return [f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0" for value in values]
     return [f"{value:.6g}" for value in values]
-
-
-def positions(run: Run, kind: str) -> dict[str, list[float]]:
-    """Axis to where every line of a kind stands on it; an axis that was not measured is left out.
-
-    Seconds are those of training steps, without validation and what is between launches; where not every step has a
-    line, the steps before a line count as long as its own. Lines of other kinds stand between the training lines around
-    them.
-    """
-    steps = [line["step"] for line in run.lines.get(kind, ())]
-    found: dict[str, list[float]] = {"step": steps}
-    trained = [line["step"] for line in run.lines.get("train", ())]
-    for axis, places in (("tokens", tokens_so_far(run)), ("seconds", seconds_so_far(run, trained))):
-        if places:
-            found[axis] = places if kind == "train" else between(trained, places, steps)
-    return found
-
-
-def tokens_so_far(run: Run) -> list[float]:
-    """Tokens at every training line; empty where none has them."""
-    return filled(run.column("train", "tokens"))
-
-
-def seconds_so_far(run: Run, steps: list[int]) -> list[float]:
-    each = filled(run.column("train", "seconds"))
-    total, places = 0.0, []
-    for step, before, seconds in zip(steps, [0, *steps], each, strict=False):
-        total += seconds * (step - before)
-        places.append(total)
-    return places
-
-
-def filled(values: list[float | None]) -> list[float]:
-    """Gaps take the value before them, or at the beginning the first one; empty where there is none at all."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return []
-    last, all_of_them = known[0], []
-    for value in values:
-        last = value if value is not None and math.isfinite(value) else last
-        all_of_them.append(last)
-    return all_of_them
-
-
-def between(trained: list[int], places: list[float], steps: list[int]) -> list[float]:
-    """Places of steps, linear between the training lines around them; 0 at step 0, the last one's after it."""
-    trained, places, found = [0, *trained], [0.0, *places], []
-    for step in steps:
-        after = bisect.bisect_left(trained, step)
-        if after == len(trained) or trained[after] == step:
-            found.append(places[min(after, len(places) - 1)])
-            continue
-        share = (step - trained[after - 1]) / (trained[after] - trained[after - 1])
-        found.append(places[after - 1] + share * (places[after] - places[after - 1]))
-    return found

@@ -42,7 +42,8 @@ def value_at(flat: dict[str, str], key: str) -> str:
     return "not there"
 
 
-def care(kind: str, key: str, different: list[str]) -> list[str]:
-    """The settings among those that differ which make a metric another quantity."""
+def care(runs: list[Run], kind: str, key: str) -> list[str]:
+    """The settings that make a metric another quantity in some of the runs that have it."""
     defining = (*DEFINES.get(key, ()), *SOURCES.get(kind, ()))
+    different = differing([run for run in runs if key in run.of(kind).columns])
     return [name for name in different if any(name == d or name.startswith(f"{d}.") for d in defining)]

@@ -38,7 +38,7 @@ vertical-align:.24em;margin-right:.4em}
 .chart{margin:0;min-width:0;break-inside:avoid}
 figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .6rem;min-height:1.6rem}
 figcaption b{font-weight:600}figcaption span{color:var(--soft)}
-.plot{position:relative;height:13rem;margin:.5rem 8.2rem 2rem 3.4rem}
+.plot{position:relative;height:13rem;margin:.5rem calc(var(--letters)*.47rem + 2.2rem) 2rem 3.4rem}
 .plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
 .plot path{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
 .plot .grid{stroke:var(--rule);stroke-width:1}
@@ -51,7 +51,7 @@ figcaption b{font-weight:600}figcaption span{color:var(--soft)}
 .plot .y{right:calc(100% + .5rem);transform:translateY(-50%)}
 .plot .x{top:calc(100% + .5rem);transform:translateX(-50%)}
 .plot .unit{top:calc(100% + .5rem);left:calc(100% + 1.4rem)}
-.plot .end{left:calc(100% + .45rem);width:7.7rem;overflow:hidden;text-overflow:ellipsis;transform:translateY(-50%);
+.plot .end{left:calc(100% + .45rem);transform:translateY(-50%);
 color:var(--ink);line-height:1.2}
 .plot .absent,.absent{color:var(--faint)}
 .plot>.absent{position:absolute;inset:0;margin:0;display:grid;place-items:center;border:1px dashed var(--rule)}
@@ -66,6 +66,7 @@ th,td{padding:.32rem 1.4rem .32rem 0;text-align:left;vertical-align:baseline;bor
 th[scope=row]{font-weight:400;color:var(--soft);white-space:nowrap}
 thead th{font-weight:600;white-space:nowrap}
 td small{display:block;white-space:nowrap}
+td{overflow-wrap:anywhere}
 td code{overflow-wrap:anywhere}
 code{font:.92em/1.4 ui-monospace,"DejaVu Sans Mono","Liberation Mono",monospace}
 .values b{font-weight:700}.values b::after{content:" \\2190 best";font-weight:400;color:var(--soft);font-size:.82em}

@@ -4,14 +4,14 @@ import math
 import statistics
 
 from megakd.reporting.curves import color
+from megakd.reporting.lines import number_of
 from megakd.reporting.markup import Markup, join, table, tag
 from megakd.reporting.quantities import duration, number, phase, quantity, shown, words
-from megakd.reporting.runs import Run, number_of
-from megakd.reporting.scales import positions
+from megakd.reporting.runs import Run
 from megakd.reporting.settings import care, differing, setting_texts, value_at
 
+NARROW = 0.07  # of the longest bar: no room for letters
 KINDS = {"validation": "held out", "train": "training"}
-AXIS_KEYS = ("step", "tokens")
 
 
 def name_of(run: Run, number: int) -> Markup:
@@ -32,19 +32,19 @@ def facts(runs: list[Run]) -> Markup:
         "time of training": [],
     }
     for run in runs:
-        last = {axis: places[-1] for axis, places in positions(run, "train").items() if places}
-        steps = max((rows[-1]["step"] for rows in run.lines.values()), default=0)
+        last = {axis: places[-1] for axis, places in run.of("train").axes.items()}
+        steps = max((lines.steps[-1] for lines in run.lines.values()), default=0)
         rows["folder"].append(str(run.folder).encode("utf-8", "backslashreplace").decode())
         rows["state"].append(state(run))
         rows["steps"].append(f"{steps:,} of {run.config['train.steps']}" if planned(run) else f"{steps:,}")
         rows["supervised tokens"].append(number(last["tokens"]) if "tokens" in last else "not measured")
         rows["time of training"].append(duration(last["seconds"]) if "seconds" in last else "not measured")
     others = dict.fromkeys(
-        (kind, key) for run in runs for kind in run.lines if kind not in KINDS for key in run.keys(kind)
+        (kind, key) for run in runs for kind, lines in run.lines.items() if kind not in KINDS for key in lines.columns
     )
     for kind, key in others:
-        values = [run.lines[kind][-1].get(key) if run.lines.get(kind) else None for run in runs]
-        rows[f"{words(kind)}: {quantity(key).title}"] = [shown(key, number_of(value)) for value in values]
+        values = [run.of(kind).columns.get(key, [None])[-1] for run in runs]
+        rows[f"{words(kind)}: {quantity(key).title}"] = [shown(key, value) for value in values]
     return table(heading(runs), [[name, *cells] for name, cells in rows.items()], class_="facts")
 
 
@@ -61,13 +61,12 @@ def state(run: Run) -> str:
 
 def finals(runs: list[Run]) -> Markup:
     """Final and best values of every metric that has a good end, and what `megakd evaluate` said last."""
-    different, rows = differing(runs), []
+    rows = []
     for kind, title in KINDS.items():
-        keys = dict.fromkeys(key for run in runs for key in run.keys(kind))
-        for key in (key for key in keys if quantity(key).better):
+        for key in (key for key in recorded(runs, kind) if quantity(key).better):
             pairs = [final_and_best(run, kind, key) for run in runs]
             won = winners([pair and pair[0] for pair in pairs], key) if kind == "validation" else set()
-            won = set() if care(kind, key, different) else won
+            won = set() if care(runs, kind, key) else won
             cells = [value_cell(key, pair, i in won) for i, pair in enumerate(pairs)]
             rows.append([join(quantity(key).title, tag("small", f" {title}")), *cells])
     keys = dict.fromkeys(key for run in runs for line in run.evaluations[-1:] for key in line)
@@ -79,17 +78,18 @@ def finals(runs: list[Run]) -> Markup:
     return table(heading(runs), rows, class_="values") if rows else tag("p", "Nothing is measured yet.")
 
 
+def recorded(runs: list[Run], kind: str) -> list[str]:
+    """Every metric of a kind that some run has."""
+    return list(dict.fromkeys(key for run in runs for key in run.of(kind).columns))
+
+
 def final_and_best(run: Run, kind: str, key: str) -> tuple[float, float | None, int | None] | None:
     """(last value, best value, its step); None where the metric has no finite value."""
-    found = [
-        (value, line["step"])
-        for value, line in zip(run.column(kind, key), run.lines.get(kind, ()), strict=True)
-        if value is not None and math.isfinite(value)
-    ]
-    if not found:
+    steps, values = run.of(kind).points(key)
+    if not values:
         return None
-    best, step = (min if quantity(key).better == "lower" else max)(found, key=lambda pair: pair[0])
-    return found[-1][0], best, step
+    best = min(values) if quantity(key).better == "lower" else max(values)
+    return values[-1], best, steps[values.index(best)]
 
 
 def value_cell(key: str, values: tuple[float, float | None, int | None] | None, won: bool = False) -> Markup:
@@ -112,13 +112,9 @@ def winners(values: list[float | None], key: str) -> set[int]:
 def phase_means(run: Run) -> dict[str, float]:
     """Mean seconds of a step's phases, and of the step as `seconds`; the first logged step, which also starts threads
     and opens files, is left out where there is another."""
-    keys = [key for key in run.keys("train") if key == "seconds" or key.endswith("_seconds")]
-    means = {}
-    for key in keys:
-        values = [value for value in run.column("train", key) if value is not None and math.isfinite(value)]
-        if values:
-            means[key] = statistics.fmean(values[1:] or values)
-    return means
+    lines = run.of("train")
+    timed = [(key, lines.points(key)[1]) for key in lines.columns if key == "seconds" or key.endswith("_seconds")]
+    return {key: statistics.fmean(values[1:] or values) for key, values in timed if values}
 
 
 def speeds(runs: list[Run]) -> Markup:
@@ -130,12 +126,11 @@ def speeds(runs: list[Run]) -> Markup:
     for key in dict.fromkeys(key for m in means for key in m):
         cells = [share(key, m) for m in means]
         rows.append([quantity(key).title, *cells])
-    for key in dict.fromkeys(key for run in runs for key in run.keys("train")):
+    for key in recorded(runs, "train"):
+        values = [run.of("train").points(key)[1] for run in runs]
         if key.endswith(("_per_second", "_per_rank")):
-            values = [[v for v in run.column("train", key) if v is not None and math.isfinite(v)] for run in runs]
             rows.append([f"{quantity(key).title}, median", *(shown(key, median(v)) for v in values)])
         elif key.endswith("_bytes"):
-            values = [[v for v in run.column("train", key) if v is not None and math.isfinite(v)] for run in runs]
             rows.append([f"{quantity(key).title}, highest", *(shown(key, max(v, default=None)) for v in values)])
     validation = [final_and_best(run, "validation", "seconds") for run in runs]
     if any(validation):
@@ -167,11 +162,11 @@ def bar(run: Run, number: int, means: dict[str, float], longest: float) -> Marku
     rest = total - math.fsum(parts.values())
     if rest > 0.005 * total:
         parts["the rest" if parts else "step"] = rest
-    pieces = [
-        tag("span", tag("em", f"{name} {shown('seconds', seconds)}"), style=f"width:{100 * seconds / longest:.2f}%",
-            title=f"{name}: {shown('seconds', seconds)}, {seconds / total:.0%}")
-        for name, seconds in parts.items() if seconds > 0
-    ]  # fmt: skip
+    pieces = []
+    for name, seconds in parts.items():
+        text, width = f"{name} {shown('seconds', seconds)}", seconds / longest
+        inside = tag("em", text) if width > NARROW else ""
+        pieces.append(tag("span", inside, style=f"width:{width:.2%}", title=f"{text}, {seconds / total:.0%}"))
     return tag("div", name_of(run, number), tag("div", *pieces, class_=f"bar {color(number)}"))
 
 
