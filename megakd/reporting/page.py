@@ -47,9 +47,7 @@ def page(runs: list[Run], made: datetime.datetime) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag(
-            "style", Markup(STYLE + toggles(len(runs)) + f":root{{--letters:{max(len(short(r.name)) for r in runs)}}}")
-        ),
+        tag("style", Markup(STYLE + rules(runs))),
     )
     return "<!doctype html>\n" + tag("html", head, body(runs, title, made), lang="en") + "\n"
 
@@ -93,15 +91,19 @@ def switches(runs: list[Run]) -> list[Markup]:
     return radios + boxes
 
 
-def toggles(runs: int) -> str:
-    """Rules for the runs' boxes."""
-    hidden = ",".join(f"#show-{i}:not(:checked)~main .charts .run-{i}" for i in range(runs))
-    faint = ",".join(f"#show-{i}:not(:checked)~header label[for=show-{i}]" for i in range(runs))
+def rules(runs: list[Run]) -> str:
+    """Rules for these runs: what their boxes hide, and room for the longest name at the end of a curve."""
+    letters = max(len(short(run.name)) for run in runs)
+    hidden = ",".join(f"#show-{i}:not(:checked)~main .charts .run-{i}" for i in range(len(runs)))
+    faint = ",".join(f"#show-{i}:not(:checked)~header label[for=show-{i}]" for i in range(len(runs)))
     focus = ",".join(
         f"#{name}:focus-visible~header label[for={name}]"
-        for name in [*(f"by-{axis}" for axis in AXES), *(f"show-{i}" for i in range(runs))]
+        for name in [*(f"by-{axis}" for axis in AXES), *(f"show-{i}" for i in range(len(runs)))]
     )
-    return f"{hidden}{{display:none}}{faint}{{opacity:.4;text-decoration:line-through}}{focus}{{outline:2px solid}}"
+    return (
+        f":root{{--letters:{letters}}}{hidden}{{display:none}}{focus}{{outline:2px solid}}"
+        f"{faint}{{opacity:.4;text-decoration:line-through}}"
+    )
 
 
 def legend(runs: list[Run]) -> Markup:

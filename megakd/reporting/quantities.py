@@ -98,7 +98,7 @@ def number(value: float) -> str:
 
 
 def large(value: float) -> str:
-    for power, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for power, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= power:
             return f"{value / power:.4g}{letter}"
     return f"{value:.4g}"

@@ -79,7 +79,7 @@ def log_steps(low: float, high: float, most: int) -> list[float]:
 def labels(values: list[float]) -> list[str]:
     """Texts of ticks: as many digits as tell neighbours apart, thousands and more by letter."""
     largest = max(map(abs, values), default=0.0)
-    for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for power, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if largest >= power:
             size = 1e3 if letter == "k" else power
             return [f"{value / size:.6g}{letter}" if value else "0" for value in values]

@@ -34,11 +34,11 @@ header label{cursor:pointer;border-radius:3px}
 .d0{--d:none;--s:solid}.d1{--d:7 4;--s:dashed}.d2{--d:2 3;--s:dotted}.d3{--d:10 3 2 3;--s:double}
 .name>i,.end>i,.legend i,#tip i{display:inline-block;width:1.1em;height:0;border-top:3px var(--s) var(--c);
 vertical-align:.24em;margin-right:.4em}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));gap:1.4rem 2.2rem}
-.chart{margin:0;min-width:0;break-inside:avoid}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));column-gap:2.2rem}
+.chart{display:grid;grid-template-rows:subgrid;grid-row:span 2;margin:0;min-width:0;break-inside:avoid}
 figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .6rem;min-height:1.6rem}
 figcaption b{font-weight:600}figcaption span{color:var(--soft)}
-.plot{position:relative;height:13rem;margin:.5rem calc(var(--letters)*.47rem + 2.2rem) 2rem 3.4rem}
+.plot{position:relative;height:13rem;margin:.5rem calc(var(--letters)*.47rem + 2.2rem) 3.2rem 3.4rem}
 .plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
 .plot path{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
 .plot .grid{stroke:var(--rule);stroke-width:1}

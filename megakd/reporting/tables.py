@@ -36,7 +36,7 @@ def facts(runs: list[Run]) -> Markup:
         steps = max((lines.steps[-1] for lines in run.lines.values()), default=0)
         rows["folder"].append(str(run.folder).encode("utf-8", "backslashreplace").decode())
         rows["state"].append(state(run))
-        rows["steps"].append(f"{steps:,} of {run.config['train.steps']}" if planned(run) else f"{steps:,}")
+        rows["steps"].append(f"{steps:,}{planned(run)}")
         rows["supervised tokens"].append(number(last["tokens"]) if "tokens" in last else "not measured")
         rows["time of training"].append(duration(last["seconds"]) if "seconds" in last else "not measured")
     others = dict.fromkeys(
@@ -48,8 +48,10 @@ def facts(runs: list[Run]) -> Markup:
     return table(heading(runs), [[name, *cells] for name, cells in rows.items()], class_="facts")
 
 
-def planned(run: Run) -> bool:
-    return run.config.get("train.steps", "null") != "null"
+def planned(run: Run) -> str:
+    """` of N` where the config says how many steps the run has."""
+    steps = run.config.get("train.steps", "null")
+    return f" of {int(steps):,}" if steps.isdecimal() else ""
 
 
 def state(run: Run) -> str:
