@@ -19,7 +19,7 @@ from megakd.reporting.settings import care
 
 BUCKETS = 300  # columns of a curve with more points than two for each
 DOTTED = 40  # a curve of at most so many points shows them
-LABEL_GAP = 0.075  # of a chart's height, between labels at the ends of curves
+LABEL_GAP, LOWEST_LABEL = 0.075, 0.94  # of a chart's height: between labels at the ends of curves, and the last of them
 MOST_LABELS = 13
 MOST_LETTERS = 22
 COLORS = 6
@@ -27,7 +27,10 @@ DRAWN = ("validation", "train")
 REFERENCES = {("validation", "ce"): "teacher_ce"}
 
 
-@dataclasses.dataclass(frozen=True)
+Point = tuple[float, float, float, float]  # where, mean, lowest, highest
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
     """A metric of one run.
 
@@ -123,10 +126,11 @@ class Charts:
             return tag("div", tag("p", text, class_="absent"), class_=f"plot by-{axis}")
         across, up = axis_ticks(axis, end), scale.ticks()
         grid = "".join(f"M0 {1000 - 1000 * place:.0f}H1000" for place, _ in up.places)
+        paths = [[thin(xs, ys, end) for xs, ys in curve.segments(axis)] for curve in here]
         drawing = tag(
             "svg",
             tag("path", class_="grid", d=grid),
-            *(draw(curve, axis, end, scale) for curve in here),
+            *(draw(curve, path, axis, end, scale) for curve, path in zip(here, paths, strict=True)),
             viewBox="0 0 1000 1000",
             preserveAspectRatio="none",
             role="img",
@@ -135,8 +139,8 @@ class Charts:
         texts = [tag("span", text, class_="y", style=f"top:{100 - 100 * p:.1f}%") for p, text in up.places]
         texts += [tag("span", text, class_="x", style=f"left:{100 * p:.1f}%") for p, text in across.places]
         texts.append(tag("span", across.unit, class_="unit"))
-        mains = [curve for curve in here if not curve.reference]
-        return tag("div", drawing, *texts, *ends(mains, scale), class_=f"plot by-{axis}", data_axis=axis, data_end=end)
+        lasts = {curve: path[-1][-1][1] for curve, path in zip(here, paths, strict=True) if not curve.reference}
+        return tag("div", drawing, *texts, *ends(lasts, scale), class_=f"plot by-{axis}", data_axis=axis, data_end=end)
 
 
 def describe(key: str, curves: list[Curve]) -> str:
@@ -153,20 +157,18 @@ def color(run: int) -> str:
     return f"run-{run} c{run % COLORS} d{run // COLORS % 4}"
 
 
-def draw(curve: Curve, axis: str, end: float, scale: Scale) -> Markup:
-    """The lines of a curve, a band around them where several points share a column, and crosses where it breaks."""
+def draw(curve: Curve, paths: list[list[Point]], axis: str, end: float, scale: Scale) -> Markup:
+    """The lines of a curve, a band around them where several points share a column, and marks where it breaks."""
     lines, bands = [], []
-    for xs, ys in curve.segments(axis):
-        path = thin(xs, ys, end)
+    for path in paths:
         lines.append(outline([(x, mean) for x, mean, _, _ in path], end, scale) + ("h0" if len(path) == 1 else ""))
-        if len(path) < len(xs):
+        if any(low < high for _, _, low, high in path):
             around = [(x, high) for x, _, _, high in path] + [(x, low) for x, _, low, _ in reversed(path)]
             bands.append(outline(around, end, scale) + "z")
     children = [tag("path", class_="band", d="".join(bands))] if bands else []
     children.append(tag("path", class_="line", d="".join(lines)))
     if len(curve.points) <= DOTTED and not curve.reference:
-        points = [point for xs, ys in curve.segments(axis) for point in zip(xs, ys, strict=True)]
-        dots = [outline([point], end, scale) + "h0" for point in points]
+        dots = [outline([(x, mean)], end, scale) + "h0" for path in paths for x, mean, _, _ in path]
         children.append(tag("path", class_="dots", d="".join(dots)))
     if not curve.whole:
         children += broken(curve, axis, end)
@@ -189,33 +191,35 @@ def broken(curve: Curve, axis: str, end: float) -> list[Markup]:
     return [tag("path", tag("title", f"{curve.name}: not finite at {where}"), class_="broken", d=marks)]
 
 
-def thin(xs: list[float], ys: list[float], end: float) -> list[tuple[float, float, float, float]]:
+def thin(xs: list[float], ys: list[float], end: float) -> list[Point]:
     """(x, mean, lowest, highest) of the points, or of those in each of BUCKETS columns where there are many.
 
-    The first and the last point are kept as they are, so that a curve begins and ends where the run did.
+    It begins at the first point's place and ends at the last one's, as the run did.
     """
     if len(xs) <= 2 * BUCKETS:
         return [(x, y, y, y) for x, y in zip(xs, ys, strict=True)]
-    cuts = [bisect.bisect_left(xs, end * i / BUCKETS, 1, len(xs) - 1) for i in range(BUCKETS)] + [len(xs) - 1]
-    path = [(xs[0], ys[0], ys[0], ys[0])]
-    for start, stop in zip([1, *cuts], cuts, strict=False):
+    cuts = [bisect.bisect_left(xs, end * i / BUCKETS) for i in range(1, BUCKETS)]
+    path = []
+    for start, stop in zip([0, *cuts], [*cuts, len(xs)], strict=True):
         if start < stop:
             part = ys[start:stop]
             path.append(((xs[start] + xs[stop - 1]) / 2, math.fsum(part) / len(part), min(part), max(part)))
-    return [*path, (xs[-1], ys[-1], ys[-1], ys[-1])]
+    return [(xs[0], *path[0][1:]), *path[1:-1], (xs[-1], *path[-1][1:])] if len(path) > 1 else path
 
 
-def ends(curves: list[Curve], scale: Scale) -> list[Markup]:
-    """Names beside the ends of curves, moved apart where they would overlap; none where there is no room for all."""
-    if len(curves) > MOST_LABELS:
+def ends(lasts: dict[Curve, float], scale: Scale) -> list[Markup]:
+    """Names beside the ends of curves, moved apart where they would overlap; none where there is no room for all.
+
+    Args:
+        lasts: the curves and the heights at which they end.
+    """
+    if len(lasts) > MOST_LABELS:
         return []
-    order = sorted((1 - scale.place(curve.points[-1]), i) for i, curve in enumerate(curves))
-    tops = spread([top for top, _ in order], LABEL_GAP)
+    order = sorted(lasts, key=lasts.get, reverse=True)
+    tops = spread([1 - scale.place(lasts[curve]) for curve in order], LABEL_GAP, LOWEST_LABEL)
     return [
-        tag(
-            "span", tag("i"), short(curves[i].name), class_=f"end {color(curves[i].run)}", style=f"top:{100 * top:.1f}%"
-        )
-        for top, (_, i) in zip(tops, order, strict=True)
+        tag("span", tag("i"), short(c.name), class_=f"end {color(c.run)}", style=f"top:{100 * top:.1f}%")
+        for top, c in zip(tops, order, strict=True)
     ]
 
 
@@ -226,13 +230,12 @@ def short(name: str) -> str:
     return f"{name[: MOST_LETTERS // 2]}…{name[-(MOST_LETTERS // 2 - 1) :]}"
 
 
-def spread(tops: list[float], gap: float) -> list[float]:
-    """Ascending places with at least `gap` between neighbours, within 0 to 1 and near to where they were."""
+def spread(tops: list[float], gap: float, lowest: float) -> list[float]:
+    """Ascending places with at least `gap` between neighbours, none beyond `lowest`, near to where they were."""
     placed = []
     for top in tops:
         placed.append(max(top, placed[-1] + gap) if placed else top)
-    limit = 1.0
     for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], limit)
-        limit = placed[i] - gap
+        placed[i] = min(placed[i], lowest)
+        lowest = placed[i] - gap
     return placed

@@ -14,6 +14,7 @@ from megakd.reporting.scales import AXES
 from megakd.reporting.script import SCRIPT
 from megakd.reporting.style import STYLE
 
+ALONE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # nothing is fetched
 MOST_ROWS = 1000  # of a run and kind, for the pointer
 # Title, kind of line, metrics that are said to be missing where they are, and those that are not.
 SECTIONS = (
@@ -46,6 +47,7 @@ def page(runs: list[Run], made: datetime.datetime) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=ALONE),
         tag("title", title),
         tag("style", Markup(STYLE + rules(runs))),
     )

@@ -55,7 +55,7 @@ def quantity(key: str) -> Quantity:
     if key in KNOWN:
         return KNOWN[key]
     if key.endswith("_seconds"):
-        return Quantity(phase(key), "s", from_zero=True, log_from=10)
+        return Quantity(f"seconds: {phase(key)}", "s", from_zero=True, log_from=10)
     if key.endswith("_bytes"):
         return Quantity(words(key.removesuffix("_bytes")), "GB", 1e-9, from_zero=True)
     return Quantity(words(key), log_from=100)

@@ -17,7 +17,7 @@ padding:.65rem 1.5rem;background:var(--back);border-bottom:1px solid var(--rule)
 h1{font-size:1.1rem;font-weight:650;margin:0}
 h2{font-size:1.15rem;font-weight:650;margin:0 0 .5rem}
 main,footer{max-width:84rem;margin:0 auto;padding:0 1.5rem}
-section{margin:2rem 0 2.6rem}
+section{margin:2rem 0 2.4rem}
 footer{padding-top:1rem;padding-bottom:2.5rem;color:var(--soft);font-size:.85rem;border-top:1px solid var(--rule)}
 small{color:var(--soft);font-size:.82em}
 .remark,.missing{color:var(--soft);margin:.1rem 0 .9rem;max-width:60rem}
@@ -34,7 +34,8 @@ header label{cursor:pointer;border-radius:3px}
 .d0{--d:none;--s:solid}.d1{--d:7 4;--s:dashed}.d2{--d:2 3;--s:dotted}.d3{--d:10 3 2 3;--s:double}
 .name>i,.end>i,.legend i,#tip i{display:inline-block;width:1.1em;height:0;border-top:3px var(--s) var(--c);
 vertical-align:.24em;margin-right:.4em}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));column-gap:2.2rem}
+.charts{margin:1rem 0 -1.4rem;display:grid;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));column-gap:2.2rem}
 .chart{display:grid;grid-template-rows:subgrid;grid-row:span 2;margin:0;min-width:0;break-inside:avoid}
 figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .6rem;min-height:1.6rem}
 figcaption b{font-weight:600}figcaption span{color:var(--soft)}
@@ -74,9 +75,8 @@ code{font:.92em/1.4 ui-monospace,"DejaVu Sans Mono","Liberation Mono",monospace}
 .notes .name{color:var(--ink);font-weight:600}
 .bars{margin:.4rem 0 1.2rem}.bars>div{margin-bottom:.7rem}
 .bar{display:flex;height:1.7rem;margin-top:.15rem}
-.bar span{min-width:1px;background:color-mix(in srgb,var(--c) var(--mix,26%),var(--back));
+.bar span{min-width:1px;background:color-mix(in srgb,var(--c) var(--mix),var(--back));
 border-right:2px solid var(--back);overflow:hidden}
-.bar span:nth-child(2n){--mix:42%}
 .bar em{font-style:normal;font-size:.8rem;line-height:1.7rem;padding:0 .5rem;white-space:nowrap;display:block;
 overflow:hidden;text-overflow:ellipsis}
 summary{cursor:pointer;color:var(--accent);margin:.6rem 0}

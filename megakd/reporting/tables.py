@@ -10,6 +10,7 @@ from megakd.reporting.quantities import duration, number, phase, quantity, shown
 from megakd.reporting.runs import Run
 from megakd.reporting.settings import care, differing, setting_texts, value_at
 
+SHADES, REST = (44, 26, 36, 54), 14  # per cent of the run's colour: phases, and what is none
 NARROW = 0.07  # of the longest bar: no room for letters
 KINDS = {"validation": "held out", "train": "training"}
 
@@ -81,8 +82,12 @@ def finals(runs: list[Run]) -> Markup:
 
 
 def recorded(runs: list[Run], kind: str) -> list[str]:
-    """Every metric of a kind that some run has."""
-    return list(dict.fromkeys(key for run in runs for key in run.of(kind).columns))
+    """Every metric of a kind that some run has, in the order of the run that has most."""
+    return in_order([list(run.of(kind).columns) for run in runs])
+
+
+def in_order(lists: list[list[str]]) -> list[str]:
+    return list(dict.fromkeys(name for names in sorted(lists, key=len, reverse=True) for name in names))
 
 
 def final_and_best(run: Run, kind: str, key: str) -> tuple[float, float | None, int | None] | None:
@@ -103,12 +108,13 @@ def value_cell(key: str, values: tuple[float, float | None, int | None] | None, 
 
 
 def winners(values: list[float | None], key: str) -> set[int]:
-    """The runs with the best final value; none where one run alone has it."""
+    """The runs with the best final value; none where one run alone has it, or all the same."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return set()
     best = min(known) if quantity(key).better == "lower" else max(known)
-    return {i for i, value in enumerate(values) if value == best}
+    won = {i for i, value in enumerate(values) if value == best}
+    return won if len(won) < len(known) else set()
 
 
 def phase_means(run: Run) -> dict[str, float]:
@@ -123,9 +129,10 @@ def speeds(runs: list[Run]) -> Markup:
     """Bars of the phases of a step, and the figures."""
     means = [phase_means(run) for run in runs]
     longest = max((whole(m) for m in means), default=0.0)
-    bars = [bar(run, i, m, longest) for i, (run, m) in enumerate(zip(runs, means, strict=True)) if m]
+    keys = in_order([list(m) for m in means])
+    bars = [bar(run, i, m, keys, longest) for i, (run, m) in enumerate(zip(runs, means, strict=True)) if m]
     rows = []
-    for key in dict.fromkeys(key for m in means for key in m):
+    for key in keys:
         cells = [share(key, m) for m in means]
         rows.append([quantity(key).title, *cells])
     for key in recorded(runs, "train"):
@@ -158,17 +165,24 @@ def share(key: str, means: dict[str, float]) -> str:
     return shown(key, means[key]) + (f" ({means[key] / total:.0%})" if key != "seconds" and total else "")
 
 
-def bar(run: Run, number: int, means: dict[str, float], longest: float) -> Markup:
-    """One run's mean step, cut into its phases; what no phase covers is the rest."""
-    total, parts = whole(means), {phase(key): m for key, m in means.items() if key != "seconds"}
+def bar(run: Run, number: int, means: dict[str, float], keys: list[str], longest: float) -> Markup:
+    """One run's mean step, cut into its phases; what no phase covers is the rest.
+
+    Args:
+        keys: of all runs, so that a phase has one shade in all bars.
+        longest: seconds of the longest bar.
+    """
+    shades = {phase(key): SHADES[i % len(SHADES)] for i, key in enumerate(key for key in keys if key != "seconds")}
+    total, parts = whole(means), {phase(key): means[key] for key in keys if key in means and key != "seconds"}
     rest = total - math.fsum(parts.values())
     if rest > 0.005 * total:
         parts["the rest" if parts else "step"] = rest
     pieces = []
     for name, seconds in parts.items():
         text, width = f"{name} {shown('seconds', seconds)}", seconds / longest
+        look = f"width:{width:.2%};--mix:{shades.get(name, REST)}%"
         inside = tag("em", text) if width > NARROW else ""
-        pieces.append(tag("span", inside, style=f"width:{width:.2%}", title=f"{text}, {seconds / total:.0%}"))
+        pieces.append(tag("span", inside, style=look, title=f"{text}, {seconds / total:.0%}"))
     return tag("div", name_of(run, number), tag("div", *pieces, class_=f"bar {color(number)}"))
 
 
