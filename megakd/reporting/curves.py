@@ -77,7 +77,8 @@ class Charts:
     def __init__(self, runs: list[Run]):
         self.runs = runs
         axes = [lines.axes for run in runs for kind, lines in run.lines.items() if kind in DRAWN]
-        self.ends = {axis: max((places[axis][-1] for places in axes if axis in places), default=0.0) for axis in AXES}
+        places = {axis: [found[axis][-1] for found in axes if axis in found] for axis in AXES}
+        self.ends = {axis: max(last, default=0.0) or 1.0 for axis, last in places.items()}
 
     def curves(self, kind: str, key: str, *, reference: bool = False) -> list[Curve]:
         """One for each run that has the metric."""
@@ -121,8 +122,8 @@ class Charts:
         """The box of one chart on one horizontal axis; one of three is seen."""
         here = [curve for curve in curves if axis in curve.lines.axes and curve.points]
         end = self.ends[axis]
-        if not here or not end:
-            text = f"{AXES[axis]}: not measured" if curves else "no finite value"
+        if not here:
+            text = f"{AXES[axis]}: not measured" if any(curve.points for curve in curves) else "no finite value"
             return tag("div", tag("p", text, class_="absent"), class_=f"plot by-{axis}")
         across, up = axis_ticks(axis, end), scale.ticks()
         grid = "".join(f"M0 {1000 - 1000 * place:.0f}H1000" for place, _ in up.places)

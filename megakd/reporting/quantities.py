@@ -92,9 +92,15 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if value == 0 or size >= 1e-3:
         return f"{value:.4g}"
-    mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.2e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}"
+    return scientific(value, 2)
+
+
+def scientific(value: float, digits: int) -> str:
+    """`2.5e-4`, with at most so many digits after the point."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def large(value: float) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from megakd.reporting.quantities import Quantity, time_unit
+from megakd.reporting.quantities import Quantity, scientific, time_unit
 
 AXES = {"step": "steps", "tokens": "supervised tokens", "seconds": "time of training"}
 LEAST_SPAN = 0.01  # of the values, on a linear axis
@@ -84,5 +84,5 @@ def labels(values: list[float]) -> list[str]:
             size = 1e3 if letter == "k" else power
             return [f"{value / size:.6g}{letter}" if value else "0" for value in values]
     if largest < 1e-3:
-        return [f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0" for value in values]
+        return [scientific(value, 6) for value in values]
     return [f"{value:.6g}" for value in values]

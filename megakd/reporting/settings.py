@@ -25,7 +25,7 @@ def differing(runs: list[Run]) -> list[str]:
     """Keys whose text is not the same in all runs with a config; `versions.NAME` is a package's version."""
     flats = [setting_texts(run) for run in runs if run.config]
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
-    different = [key for key in keys if key not in OF_A_FOLDER and len({value_at(flat, key) for flat in flats}) > 1]
+    different = [key for key in keys if key not in OF_A_FOLDER and len({compared(flat, key) for flat in flats}) > 1]
     return [key for key in different if not any(other.startswith(f"{key}.") for other in different)]
 
 
@@ -40,6 +40,12 @@ def value_at(flat: dict[str, str], key: str) -> str:
         if (text := flat.get(".".join(parts[:n]))) is not None:
             return text if n == len(parts) else f"{'.'.join(parts[:n])}: {text}"
     return "not there"
+
+
+def compared(flat: dict[str, str], key: str) -> str:
+    """A key's text as it is compared: a key that is null is as good as one of a section that is null."""
+    text = value_at(flat, key)
+    return "null" if key not in flat and text.endswith(": null") else text
 
 
 def care(runs: list[Run], kind: str, key: str) -> list[str]:
