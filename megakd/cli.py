@@ -44,6 +44,7 @@ VERBS = {
     "prepare": Verb(
         "megakd.runs.prepare:main", "train a tokenizer; records or text into token files; look at samples", False
     ),
+    "report": Verb("megakd.runs.report:main", "one HTML page that shows and compares runs", False),
 }
 GRACE_SECONDS = 2.0
 HELP_FLAGS = ("-h", "--help")

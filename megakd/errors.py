@@ -36,3 +36,7 @@ class CacheError(MegakdError):
 
 class TrainingError(MegakdError):
     """A run had to stop: a loss that is not finite, a teacher that knows nothing, a rank that failed."""
+
+
+class ReportError(MegakdError):
+    """A folder that is no run's, or a report that cannot be written."""

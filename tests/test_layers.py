@@ -20,7 +20,7 @@ LAYERS = [
     "checkpoints",
     "converters teachers",
     "assembly",
-    "training recording",
+    "training recording reporting",
     "runs",
     "cli",
     "__main__",
