@@ -100,9 +100,16 @@ def test_a_gradient_that_is_not_finite_touches_no_weight():
     assert "step 2: grad_norm = inf (not finite)" in message and same and goes_on
 
 
-def test_what_counts_as_a_spike():
+def limits(rank, ranks):
+    """Not asked for; too few losses to know; twice the median."""
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
     from megakd.training.broken import FEWEST, loss_limit
 
-    assert loss_limit([1.0] * 50, None) == math.inf, "not asked for"
-    assert loss_limit([1.0] * (FEWEST - 1), 2.0) == math.inf, "too few to know"
-    assert loss_limit([1.0] * 20 + [100.0] * 19, 2.0) == 2.0
+    some = [1.0] * 20 + [100.0] * 19
+    return loss_limit([1.0] * 50, None), loss_limit([1.0] * (FEWEST - 1), 2.0), loss_limit(some, 2.0)
+
+
+def test_what_counts_as_a_spike():
+    assert run_ranks(1, limits) == [(math.inf, math.inf, 2.0)]
