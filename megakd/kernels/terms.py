@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.kernels import divergences
+from megakd.kernels import divergences, paths
 from megakd.kernels.divergences import check_divergence
-from megakd.kernels.paths import fused_terms
 from megakd.kernels.records import Merged, merge_records
 from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
@@ -131,7 +130,7 @@ def check_inplace(logits_TW: Tensor, inplace_backward: bool) -> None:
 
 def localize(targets: TeacherTargets, labels_T: Tensor, shard: VocabShard) -> Supervised:
     """Maps the entries and labels to this rank's columns."""
-    if fused := fused_terms(labels_T):
+    if fused := paths.fused(labels_T, "megakd.kernels.triton.terms"):
         return Supervised(*fused.localize(targets.ids_TK, targets.logprobs_TK, labels_T, shard.start, shard.real_width))
     supervised_T = labels_T != MASKED
     columns_TK = shard.columns(targets.ids_TK)
@@ -160,7 +159,7 @@ def evaluate(
         ValueError: see `check_rows`.
     Collectives: all-gather of the record, and of 2 floats per token for divergences that mix P and Q.
     """
-    records_RTL, fused = shard.all_gather(record_TL), fused_terms(labels_T)
+    records_RTL, fused = shard.all_gather(record_TL), paths.fused(labels_T, "megakd.kernels.triton.terms")
     if fused and not divergences.mixes(options.divergence):
         weights, entropy_T = (options.kd_weight, options.ce_weight), targets.entropy_T
         outputs, saved_8T, wrong_T = fused.evaluate(
@@ -255,7 +254,7 @@ def gradient_factors(grad_T: Tensor, entry_logits_TK: Tensor, s: Supervised, sav
 
     With x = temperature * z, d(weight * temperature**2 * D)/dx = weight * temperature * dD/dz.
     """
-    if fused := fused_terms(grad_T):
+    if fused := paths.fused(grad_T, "megakd.kernels.triton.terms"):
         weights = options.kd_weight, options.ce_weight
         given = entry_logits_TK, s.logprobs_TK, s.columns_TK, s.label_columns_T, saved
         return Factors(

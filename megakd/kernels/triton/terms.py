@@ -1,4 +1,5 @@
-"""The loss around the row passes in Triton: what `terms` and `records` do in some 180 launches, in four.
+"""The loss around the row passes in Triton: what `terms` and `records` do in some 180 launches, in four (`records` here
+has the fourth).
 
 On a GPU the row passes of a call take about a millisecond, and so would the launches of these small steps. The numbers
 are those of the PyTorch functions of the same names, to rounding. Divergences that mix P and Q look at the entries
@@ -12,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd.kernels.rows import Statistics
-from megakd.kernels.triton.tiles import finite, on_its_device
+from megakd.kernels.triton.divergences import form, logaddexp
+from megakd.kernels.triton.records import maxima, sums
+from megakd.kernels.triton.tiles import INF, finite, on_its_device, row_lanes
 from megakd.kernels.vocab import MASKED
 
-INF = tl.constexpr(float("inf"))
 MASKED_LABEL = tl.constexpr(MASKED)
 B = 128
 
@@ -32,7 +33,7 @@ def localize(
     if tokens:
         _localize[tokens,](
             ids_TK.contiguous(), logprobs_TK.contiguous(), labels_T.contiguous(), columns_TK, used_logprobs_TK,
-            label_columns_T, supervised_T, start, width, top_k, **_lanes(top_k),
+            label_columns_T, supervised_T, start, width, top_k, **row_lanes(top_k),
         )  # fmt: skip
     return supervised_T, columns_TK, used_logprobs_TK, label_columns_T
 
@@ -53,49 +54,6 @@ def _localize(
     used_K = on & (id_K >= start) & (id_K < start + width) & (logprob_K != -INF)
     tl.store(columns + row * entries + k, tl.where(used_K, id_K - start, -1), mask=k < entries)
     tl.store(used_logprobs + row * entries + k, tl.where(used_K, logprob_K, -INF), mask=k < entries)
-
-
-@on_its_device
-def build_record(stats: Statistics, logprobs_TK: Tensor, temperature: float, *, sampled: bool = False) -> Tensor:
-    """See `records.build_record`."""
-    (tokens, top_k), at_one = logprobs_TK.shape, temperature != 1
-    record_TL = logprobs_TK.new_empty((tokens, 8 + 2 * at_one))
-    if tokens:
-        _build_record[tokens,](
-            stats.max_T, stats.sum_T, stats.sum_at_one_T, stats.label_logit_T.contiguous(),
-            stats.entry_logits_TK.contiguous(), logprobs_TK.contiguous(), record_TL, top_k, 1 / temperature,
-            SAMPLED=sampled, AT_ONE=at_one, **_lanes(top_k),
-        )  # fmt: skip
-    return record_TL
-
-
-@triton.jit
-def _build_record(
-    max_, sum_, sum_at_one, label_logit, entry_logits, logprobs, record, entries, inverse_temperature,
-    SAMPLED: tl.constexpr, AT_ONE: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, K)
-    x_K = tl.load(entry_logits + row * entries + k, mask=k < entries, other=-INF)
-    logprob_K = tl.load(logprobs + row * entries + k, mask=k < entries, other=-INF)
-    top = tl.max(x_K, 0)
-    gap_K = x_K - finite(top)
-    above_K = gap_K * inverse_temperature
-    e_K, p_K = tl.exp(above_K), tl.exp(logprob_K)
-    cross_K = p_K * ((0.0 if SAMPLED else logprob_K) - above_K)
-    drift_K = e_K * (above_K - logprob_K)
-    record += row * (10 if AT_ONE else 8)
-    tl.store(record, tl.load(max_ + row))
-    tl.store(record + 1, tl.load(sum_ + row))
-    tl.store(record + 2, top)
-    tl.store(record + 3, tl.sum(e_K, 0))
-    tl.store(record + 4, tl.sum(tl.where(p_K > 0, cross_K, 0.0), 0))
-    tl.store(record + 5, tl.sum(tl.where(e_K > 0, drift_K, 0.0), 0))
-    tl.store(record + 6, tl.sum(p_K, 0))
-    tl.store(record + 7, tl.load(label_logit + row))
-    if AT_ONE:
-        tl.store(record + 8, tl.load(sum_at_one + row))
-        tl.store(record + 9, tl.sum(tl.exp(gap_K), 0))
 
 
 @on_its_device
@@ -149,15 +107,15 @@ def _evaluate(
     temperature = tl.cast(temperature, tl.float64)
 
     records += t * L
-    outside_max, entry_max, label_logit = _maxima(records, ranks, tokens, some, L, B)
-    outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass = _sums(
+    outside_max, entry_max, label_logit = maxima(records, ranks, tokens, some, L, B)
+    outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass = sums(
         records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE, L, B
     )
     top = finite(tl.maximum(outside_max, entry_max))
     outside = tl.log(outside_sum) + (outside_max - top) / temperature
     entry = tl.log(entry_sum) + (entry_max - top) / temperature
-    lse = _logaddexp(outside, entry)
-    lse_at_one = _logaddexp(tl.log(outside_at_one) + (outside_max - top), tl.log(entry_at_one) + (entry_max - top))
+    lse = logaddexp(outside, entry)
+    lse_at_one = logaddexp(tl.log(outside_at_one) + (outside_max - top), tl.log(entry_at_one) + (entry_max - top))
     outside_max, entry_max = finite(outside_max), finite(entry_max)
     ce = lse_at_one - (label_logit - top)
 
@@ -180,7 +138,7 @@ def _evaluate(
     else:
         kd = tl.where(has_mass, tl.exp(-q_shift) * (drift + entry_sum * (p_shift - q_shift)), 0.0)
         u = kd
-    kd_tail, u_tail = _form(log_p_tail, log_q_tail, 0.0, DIVERGENCE)
+    kd_tail, u_tail = form(log_p_tail, log_q_tail, 0.0, DIVERGENCE)
     u_total = u + u_tail
     kd += kd_tail
     if SAMPLED:
@@ -209,87 +167,8 @@ def _evaluate(
 
 
 @triton.jit
-def _maxima(records, ranks, tokens, some, L: tl.constexpr, B: tl.constexpr):
-    """Over all ranks, float64: the largest logit outside S, the largest in S, and the label's."""
-    outside_max = tl.full((B,), -INF, tl.float64)
-    entry_max, label_logit = outside_max, outside_max
-    for rank in range(ranks):
-        outside_max = tl.maximum(outside_max, _lane(records, rank, tokens, 0, some, L))
-        entry_max = tl.maximum(entry_max, _lane(records, rank, tokens, 2, some, L))
-        label_logit = tl.maximum(label_logit, _lane(records, rank, tokens, 7, some, L))
-    return outside_max, entry_max, label_logit
-
-
-@triton.jit
-def _sums(
-    records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE: tl.constexpr, L: tl.constexpr,
-    B: tl.constexpr,
-):  # fmt: skip
-    """The sums of all ranks, float64, relative to the maxima: see `records.merge_records`."""
-    outside_sum = tl.zeros((B,), tl.float64)
-    entry_sum, cross, drift, mass = outside_sum, outside_sum, outside_sum, outside_sum
-    outside_at_one, entry_at_one = outside_sum, outside_sum
-    for rank in range(ranks):
-        outside_gap = _lane(records, rank, tokens, 0, some, L) - finite(outside_max)
-        entry_gap = _lane(records, rank, tokens, 2, some, L) - finite(entry_max)
-        entry_scale = tl.exp(entry_gap / temperature)
-        gap = finite(entry_gap / temperature)
-        entry_r, mass_r = _lane(records, rank, tokens, 3, some, L), _lane(records, rank, tokens, 6, some, L)
-        outside_sum += _lane(records, rank, tokens, 1, some, L) * tl.exp(outside_gap / temperature)
-        entry_sum += entry_r * entry_scale
-        cross += _lane(records, rank, tokens, 4, some, L) - mass_r * gap
-        drift += (_lane(records, rank, tokens, 5, some, L) + entry_r * gap) * entry_scale
-        mass += mass_r
-        if AT_ONE:
-            outside_at_one += _lane(records, rank, tokens, 8, some, L) * tl.exp(outside_gap)
-            entry_at_one += _lane(records, rank, tokens, 9, some, L) * tl.exp(entry_gap)
-    if not AT_ONE:
-        outside_at_one, entry_at_one = outside_sum, entry_sum
-    return outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass
-
-
-@triton.jit
-def _lane(records, rank, tokens, lane, some, L: tl.constexpr):
-    return tl.load(records + tl.cast(rank, tl.int64) * tokens * L + lane, mask=some, other=0.0).to(tl.float64)
-
-
-@triton.jit
 def _put(out, field, value, t, tokens):
     tl.store(out + tl.cast(tokens, tl.int64) * field + t, value.to(out.dtype.element_ty), mask=t < tokens)
-
-
-@triton.jit
-def _logaddexp(a, b):
-    top = finite(tl.maximum(a, b))
-    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
-
-
-@triton.jit
-def _weighted(log_weight, x):
-    weight = tl.exp(log_weight)
-    return tl.where(weight > 0, weight * x, 0.0)
-
-
-@triton.jit
-def _form(log_p, log_q, parameter, DIVERGENCE: tl.constexpr):
-    """f and u of a divergence: `divergences.FORMS`."""
-    if DIVERGENCE == "forward_kl":
-        f, u = _weighted(log_p, log_p - log_q), -tl.exp(log_p)
-    elif DIVERGENCE == "reverse_kl":
-        f = _weighted(log_q, log_q - log_p)
-        u = f
-    elif DIVERGENCE == "jsd":
-        log_m = _logaddexp(log_p + tl.log(parameter), log_q + tl.log(1 - parameter))
-        u = (1 - parameter) * _weighted(log_q, log_q - log_m)
-        f = parameter * _weighted(log_p, log_p - log_m) + u
-    elif DIVERGENCE == "skew_forward_kl":
-        log_m = _logaddexp(log_p + tl.log(parameter), log_q + tl.log(1 - parameter))
-        f, u = _weighted(log_p, log_p - log_m), (parameter - 1) * _weighted(log_p, tl.exp(log_q - log_m))
-    else:
-        log_m = _logaddexp(log_q + tl.log(parameter), log_p + tl.log(1 - parameter))
-        f = _weighted(log_q, log_q - log_m)
-        u = f - parameter * _weighted(log_q, tl.exp(log_q - log_m))
-    return f, u
 
 
 @on_its_device
@@ -315,7 +194,7 @@ def gradient_factors(
             grad_T.contiguous(), entry_logits_TK.contiguous(), logprobs_TK.contiguous(), columns_TK.contiguous(),
             label_columns_T, *saved, max_T, outside_T,
             outside_at_one_T, entry_grad_TK, label_grad_T, top_k, parameter, *weights, temperature,
-            DIVERGENCE=divergence, APART=apart, **_lanes(top_k),
+            DIVERGENCE=divergence, APART=apart, **row_lanes(top_k),
         )  # fmt: skip
     return max_T, outside_T, outside_at_one_T if apart else None, entry_grad_TK, label_grad_T
 
@@ -337,7 +216,7 @@ def _gradient_factors(
     log_p_K = logprob_K - tl.load(p_shift + row).to(tl.float32)
     log_q_K = gap_K / temperature - tl.load(q_shift + row).to(tl.float32)
     log_q_K = tl.where(logprob_K > -INF, log_q_K, -INF)
-    _, u_K = _form(log_p_K, log_q_K, parameter, DIVERGENCE)
+    _, u_K = form(log_p_K, log_q_K, parameter, DIVERGENCE)
     kd_K = kd_factor * (u_K - tl.load(u_total + row).to(tl.float32) * tl.exp(log_q_K))
     softmax_K = tl.exp(gap_K + tl.load(shift_at_one + row).to(tl.float32))
     is_label_K = (column_K == tl.load(label_columns + row)) & (column_K >= 0)
@@ -354,9 +233,3 @@ def _gradient_factors(
     tl.store(outside_out + row, kd_outside.to(tl.float32))
     tl.store(max_out + row, tl.load(outside_max + row).to(tl.float32))
     tl.store(label_out + row, -ce_factor)
-
-
-def _lanes(top_k: int) -> dict[str, int]:
-    """One row a program, four entries a thread."""
-    K = triton.next_power_of_2(max(1, top_k))
-    return {"K": K, "num_warps": max(1, min(8, K // 128))}
