@@ -143,7 +143,7 @@ def evaluate(divergence: str, c: Compared, merged: Merged, sums_T2: Tensor | Non
         f_T, u_T = f_T.where(some_T, 0), -c.p_mass_T
     else:
         f_T = c.q_shift_T.neg().exp() * (merged.drift_T + merged.entry_sum_T * (c.p_shift_T - c.q_shift_T))
-        f_T = u_T = f_T.where(some_T, 0)
+        f_T = u_T = f_T.where(some_T & (merged.entry_sum_T > 0), 0)  # exp(-q_shift) may be infinite where q is 0
     f_tail_T, u_tail_T = FORMS[divergence](c.log_p_tail_T, c.log_q_tail_T, parameter)
     u_total_T = u_T + u_tail_T
     return Value(f_T + f_tail_T, u_total_T, u_tail_T - u_total_T * c.log_q_tail_T.exp())

@@ -136,7 +136,8 @@ def _evaluate(
         kd = tl.where(has_mass, tl.exp(-p_shift) * (cross + mass * (q_shift - p_shift)), 0.0)
         u = -p_mass
     else:
-        kd = tl.where(has_mass, tl.exp(-q_shift) * (drift + entry_sum * (p_shift - q_shift)), 0.0)
+        kd = tl.exp(-q_shift) * (drift + entry_sum * (p_shift - q_shift))
+        kd = tl.where(has_mass & (entry_sum > 0), kd, 0.0)  # exp(-q_shift) may be infinite where q is 0
         u = kd
     kd_tail, u_tail = form(log_p_tail, log_q_tail, 0.0, DIVERGENCE)
     u_total = u + u_tail

@@ -189,3 +189,15 @@ def test_a_student_that_rules_out_all_entries_has_an_infinite_loss_and_a_gradien
     loss_T = kd_loss(x, targets, labels, VocabShard(0, 104, 101), tail="renormalize").loss_T
     loss_T.sum().backward()
     assert (loss_T == torch.inf).all() and x.grad.isfinite().all()
+
+
+def test_reverse_kl_of_a_student_that_rules_out_all_entries_however_low_it_lies():
+    ids = torch.tensor([[0, 1]], device=DEVICE)
+    log_p = torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], device=DEVICE).log_softmax(1)
+    targets = TeacherTargets(ids, log_p[:, :2].contiguous(), log_p[:, 2:].logsumexp(1))
+    x = torch.full((1, 8), -800.0, device=DEVICE).index_fill(1, ids[0], -torch.inf).requires_grad_()
+    labels = torch.tensor([2], device=DEVICE)
+    loss_T = kd_loss(x, targets, labels, VocabShard(0, 8, 8), divergence="reverse_kl").loss_T
+    loss_T.sum().backward()
+    assert_close(loss_T, -targets.log_tail_T)
+    assert x.grad.abs().max() < 1e-6
