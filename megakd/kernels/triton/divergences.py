@@ -1,40 +1,47 @@
-"""`divergences` in Triton: f and u of each divergence, for any number of outcomes, in float32 or float64."""
+"""The forms of `megakd.kernels.divergences` in Triton: the same source, compiled with Triton's operations.
+
+Triton has no expm1 and no log1p of its own; here they are good to a few roundings of float32, in float64 too.
+"""
+
+from types import FunctionType
 
 import triton
 import triton.language as tl
 
-from megakd.kernels.triton.tiles import finite
+from megakd.kernels import divergences
 
 
 @triton.jit
-def logaddexp(a, b):
-    top = finite(tl.maximum(a, b))
-    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+def expm1(x):
+    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
+    return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1)
 
 
 @triton.jit
-def weighted(log_weight, x):
-    weight = tl.exp(log_weight)
-    return tl.where(weight > 0, weight * x, 0.0)
+def log1p(x):
+    s = x / (2 + x)  # log((1 + s) / (1 - s)) = 2 (s + s^3 / 3 + ...)
+    square = s * s
+    near = 2 * s * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square / 11)))))
+    return tl.where(tl.abs(x) < 0.3, near, tl.log(1 + x))
 
 
-@triton.jit
-def form(log_p, log_q, parameter, DIVERGENCE: tl.constexpr):
-    """f and u of a divergence: `divergences.FORMS`."""
-    if DIVERGENCE == "forward_kl":
-        f, u = weighted(log_p, log_p - log_q), -tl.exp(log_p)
-    elif DIVERGENCE == "reverse_kl":
-        f = weighted(log_q, log_q - log_p)
-        u = f
-    elif DIVERGENCE == "jsd":
-        log_m = logaddexp(log_p + tl.log(parameter), log_q + tl.log(1 - parameter))
-        u = (1 - parameter) * weighted(log_q, log_q - log_m)
-        f = parameter * weighted(log_p, log_p - log_m) + u
-    elif DIVERGENCE == "skew_forward_kl":
-        log_m = logaddexp(log_p + tl.log(parameter), log_q + tl.log(1 - parameter))
-        f, u = weighted(log_p, log_p - log_m), (parameter - 1) * weighted(log_p, tl.exp(log_q - log_m))
-    else:
-        log_m = logaddexp(log_q + tl.log(parameter), log_p + tl.log(1 - parameter))
-        f = weighted(log_q, log_q - log_m)
-        u = f - parameter * weighted(log_q, tl.exp(log_q - log_m))
-    return f, u
+OPERATIONS = {
+    "absolute": tl.abs,
+    "at_least": tl.maximum,
+    "at_most": tl.minimum,
+    "exp": tl.exp,
+    "expm1": expm1,
+    "log1p": log1p,
+    "where": tl.where,
+}
+
+
+def compile_forms() -> dict:
+    """Each form, and what forms call, as a Triton function."""
+    names = {"tl": tl, "__name__": __name__, **OPERATIONS}
+    for function in (*divergences.SHARED, *divergences.FORMS.values()):
+        names[function.__name__] = triton.jit(FunctionType(function.__code__, names, function.__name__))
+    return {name: names[name] for name in divergences.FORMS}
+
+
+FORMS = compile_forms()

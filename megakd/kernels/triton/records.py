@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd.kernels.rows import Statistics
-from megakd.kernels.triton.tiles import INF, finite, on_its_device, row_lanes
+from megakd.kernels.triton.tiles import INF, finite, logaddexp, on_its_device, row_lanes
 
 
 @on_its_device
@@ -55,23 +55,10 @@ def _build_record(
 
 
 @triton.jit
-def maxima(records, ranks, tokens, some, L: tl.constexpr, B: tl.constexpr):
-    """Over all ranks, float64: the largest logit outside S, the largest in S, and the label's."""
-    outside_max = tl.full((B,), -INF, tl.float64)
-    entry_max, label_logit = outside_max, outside_max
-    for rank in range(ranks):
-        outside_max = tl.maximum(outside_max, lane(records, rank, tokens, 0, some, L))
-        entry_max = tl.maximum(entry_max, lane(records, rank, tokens, 2, some, L))
-        label_logit = tl.maximum(label_logit, lane(records, rank, tokens, 7, some, L))
-    return outside_max, entry_max, label_logit
-
-
-@triton.jit
-def sums(
-    records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE: tl.constexpr, L: tl.constexpr,
-    B: tl.constexpr,
-):  # fmt: skip
-    """The sums of all ranks, float64, relative to the maxima: see `records.merge_records`."""
+def merge(records, ranks, tokens, some, temperature, AT_ONE: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
+    """`records.merge_records` up to its logarithms, float64: the three maxima (-inf for none) and the sums."""
+    temperature = tl.cast(temperature, tl.float64)
+    outside_max, entry_max, label_logit = maxima(records, ranks, tokens, some, L, B)
     outside_sum = tl.zeros((B,), tl.float64)
     entry_sum, cross, drift, mass = outside_sum, outside_sum, outside_sum, outside_sum
     outside_at_one, entry_at_one = outside_sum, outside_sum
@@ -91,7 +78,29 @@ def sums(
             entry_at_one += lane(records, rank, tokens, 9, some, L) * tl.exp(entry_gap)
     if not AT_ONE:
         outside_at_one, entry_at_one = outside_sum, entry_sum
-    return outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass
+    maxima_ = outside_max, entry_max, label_logit
+    return maxima_, (outside_sum, entry_sum, mass), (cross, drift), (outside_at_one, entry_at_one)
+
+
+@triton.jit
+def log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature):
+    """Log of the masses outside and in S, relative to e^(top / temperature); and of their sum."""
+    temperature = tl.cast(temperature, tl.float64)
+    outside = tl.log(outside_sum) + (outside_max - top) / temperature
+    entry = tl.log(entry_sum) + (entry_max - top) / temperature
+    return outside, entry, logaddexp(outside, entry)
+
+
+@triton.jit
+def maxima(records, ranks, tokens, some, L: tl.constexpr, B: tl.constexpr):
+    """Over all ranks, float64: the largest logit outside S, the largest in S, and the label's."""
+    outside_max = tl.full((B,), -INF, tl.float64)
+    entry_max, label_logit = outside_max, outside_max
+    for rank in range(ranks):
+        outside_max = tl.maximum(outside_max, lane(records, rank, tokens, 0, some, L))
+        entry_max = tl.maximum(entry_max, lane(records, rank, tokens, 2, some, L))
+        label_logit = tl.maximum(label_logit, lane(records, rank, tokens, 7, some, L))
+    return outside_max, entry_max, label_logit
 
 
 @triton.jit

@@ -1,9 +1,8 @@
-"""The loss around the row passes in Triton: what `terms` and `records` do in some 180 launches, in four (`records` here
-has the fourth).
+"""The loss around the row passes in Triton: what `terms` does in some 180 launches, in three or four.
 
 On a GPU the row passes of a call take about a millisecond, and so would the launches of these small steps. The numbers
 are those of the PyTorch functions of the same names, to rounding. Divergences that mix P and Q look at the entries
-between two collectives; their `evaluate` stays in PyTorch.
+between two collectives: `entry_sums`.
 
 Sizes: T tokens, K entries per token, R ranks, L lanes of a record, B tokens of a program.
 """
@@ -13,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd.kernels.triton.divergences import form, logaddexp
-from megakd.kernels.triton.records import maxima, sums
-from megakd.kernels.triton.tiles import INF, finite, on_its_device, row_lanes
+from megakd.kernels.triton.divergences import FORMS
+from megakd.kernels.triton.records import log_masses, merge
+from megakd.kernels.triton.tiles import INF, finite, logaddexp, on_its_device, row_lanes
 from megakd.kernels.vocab import MASKED
 
 MASKED_LABEL = tl.constexpr(MASKED)
@@ -57,8 +56,70 @@ def _localize(
 
 
 @on_its_device
+def entry_sums(
+    records_RTL: Tensor,
+    entry_logits_TK: Tensor,
+    logprobs_TK: Tensor,
+    divergence: str,
+    tail: str,
+    parameter: float,
+    temperature: float,
+) -> Tensor:
+    """`divergences.entry_sums` of this rank's entries, as a tail rule compares them: [T, 2], float32."""
+    (ranks, tokens, lanes), top_k = records_RTL.shape, logprobs_TK.shape[1]
+    sums_T2 = records_RTL.new_empty((tokens, 2))
+    if tokens:
+        _entry_sums[tokens,](
+            records_RTL, entry_logits_TK.contiguous(), logprobs_TK.contiguous(), sums_T2, tokens, ranks, top_k,
+            parameter, 1 - parameter, temperature, FORM=FORMS[divergence], TAIL=tail, AT_ONE=lanes == 10, L=lanes,
+            **row_lanes(top_k),
+        )  # fmt: skip
+    return sums_T2
+
+
+@triton.jit
+def _entry_sums(
+    records, entry_logits, logprobs, sums_out, tokens, ranks, entries, parameter, rest, temperature,
+    FORM: tl.constexpr, TAIL: tl.constexpr, AT_ONE: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    (outside_max, entry_max, _), (outside_sum, entry_sum, mass), _, _ = merge(
+        records + t * L, ranks, tokens, t < tokens, temperature, AT_ONE, L, 1
+    )
+    top = finite(tl.maximum(outside_max, entry_max))
+    outside, _, lse = log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature)
+    p_shift, q_shift, _, _ = compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL)
+    k = tl.arange(0, K)
+    logprob_K = tl.load(logprobs + t * entries + k, mask=k < entries, other=-INF)
+    x_K = tl.load(entry_logits + t * entries + k, mask=k < entries, other=-INF)
+    above_K = (x_K - finite(entry_max).to(tl.float32)) / temperature
+    log_q_K = tl.where(logprob_K > -INF, above_K - q_shift.to(tl.float32), -INF)
+    f_K, u_K = FORM(logprob_K - p_shift.to(tl.float32), log_q_K, parameter, rest)
+    two = tl.arange(0, 2)
+    tl.store(sums_out + t * 2 + two, tl.where(two == 0, tl.sum(f_K, 0), tl.sum(u_K, 0)))
+
+
+@triton.jit
+def compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL: tl.constexpr):
+    """`divergences.compare`, but for the teacher's tail."""
+    has_mass = mass > 0
+    p_shift, p_mass = tl.zeros_like(mass), mass
+    q_shift, log_q_tail = lse + (top - finite(entry_max)) / temperature, outside - lse
+    if TAIL == "renormalize" or TAIL == "renormalize_teacher":
+        p_shift, p_mass = tl.where(has_mass, tl.log(mass), 0.0), has_mass.to(tl.float64)
+    if TAIL == "renormalize":
+        q_shift, log_q_tail = tl.where(entry_sum > 0, tl.log(entry_sum), 0.0), tl.zeros_like(mass) - INF
+    elif TAIL != "bucket":
+        log_q_tail = tl.where(has_mass, log_q_tail, -INF)
+    if TAIL == "renormalize" or TAIL == "renormalize_teacher":
+        q_shift = tl.where(has_mass, q_shift, INF)
+    return p_shift, q_shift, p_mass, log_q_tail
+
+
+@on_its_device
 def evaluate(
     records_RTL: Tensor,
+    sums_RT2: Tensor | None,
     supervised_T: Tensor,
     log_tail_T: Tensor,
     entropy_T: Tensor | None,
@@ -66,13 +127,15 @@ def evaluate(
     size: int,
     divergence: str,
     tail: str,
+    parameter: float,
     weights: tuple[float, float],
     temperature: float,
     mass_tolerance: float,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What `terms.evaluate` makes of the records of all ranks, for forward_kl and reverse_kl.
+    """What `terms.evaluate` makes of the records of all ranks.
 
     Args:
+        sums_RT2: every rank's `entry_sums`, for divergences that mix P and Q.
         size: the real vocabulary. weights: kd_weight and ce_weight.
     Returns:
         The fields of KDLoss, float32 [T], no views, so that autograd lets them be changed in place; those of Saved,
@@ -86,8 +149,9 @@ def evaluate(
     entropy_T = None if entropy_T is None else entropy_T.contiguous()
     if tokens:
         _evaluate[triton.cdiv(tokens, B),](
-            records_RTL, supervised_T, log_tail_T.contiguous(), entropy_T, labels_T.contiguous(), *outputs, saved_8T,
-            wrong_T, tokens, ranks, size, *weights, temperature, mass_tolerance, DIVERGENCE=divergence, TAIL=tail,
+            records_RTL, sums_RT2, supervised_T, log_tail_T.contiguous(), entropy_T, labels_T.contiguous(), *outputs,
+            saved_8T, wrong_T, tokens, ranks, size, parameter, 1 - parameter, *weights, temperature, mass_tolerance,
+            FORM=FORMS[divergence], SUMS=divergence if sums_RT2 is None else "given", TAIL=tail,
             SAMPLED=entropy_T is not None, AT_ONE=lanes == 10, L=lanes, B=B,
         )  # fmt: skip
     return outputs, saved_8T, wrong_T
@@ -95,9 +159,10 @@ def evaluate(
 
 @triton.jit
 def _evaluate(
-    records, supervised, log_tails, entropies, labels, loss_out, kd_out, ce_out, teacher_mass_out, student_mass_out,
-    saved, wrong, tokens, ranks, size, kd_weight, ce_weight, temperature, mass_tolerance, DIVERGENCE: tl.constexpr,
-    TAIL: tl.constexpr, SAMPLED: tl.constexpr, AT_ONE: tl.constexpr, L: tl.constexpr, B: tl.constexpr,
+    records, sums, supervised, log_tails, entropies, labels, loss_out, kd_out, ce_out, teacher_mass_out,
+    student_mass_out, saved, wrong, tokens, ranks, size, parameter, rest, kd_weight, ce_weight, temperature,
+    mass_tolerance, FORM: tl.constexpr, SUMS: tl.constexpr, TAIL: tl.constexpr, SAMPLED: tl.constexpr,
+    AT_ONE: tl.constexpr, L: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     some = t < tokens
@@ -106,40 +171,30 @@ def _evaluate(
     log_p_tail = tl.where(on, tl.load(log_tails + t, mask=some, other=0.0), 0.0).to(tl.float64)
     temperature = tl.cast(temperature, tl.float64)
 
-    records += t * L
-    outside_max, entry_max, label_logit = maxima(records, ranks, tokens, some, L, B)
-    outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass = sums(
-        records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE, L, B
+    (outside_max, entry_max, label_logit), (outside_sum, entry_sum, mass), (cross, drift), at_one = merge(
+        records + t * L, ranks, tokens, some, temperature, AT_ONE, L, B
     )
     top = finite(tl.maximum(outside_max, entry_max))
-    outside = tl.log(outside_sum) + (outside_max - top) / temperature
-    entry = tl.log(entry_sum) + (entry_max - top) / temperature
-    lse = logaddexp(outside, entry)
-    lse_at_one = logaddexp(tl.log(outside_at_one) + (outside_max - top), tl.log(entry_at_one) + (entry_max - top))
-    outside_max, entry_max = finite(outside_max), finite(entry_max)
+    outside, entry, lse = log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature)
+    lse_at_one = logaddexp(tl.log(at_one[0]) + (outside_max - top), tl.log(at_one[1]) + (entry_max - top))
     ce = lse_at_one - (label_logit - top)
 
     # The tail rule and the divergence: `divergences.compare` and `divergences.evaluate`.
-    has_mass = mass > 0
-    p_shift, p_mass = tl.zeros((B,), tl.float64), mass
-    q_shift, log_q_tail = lse + (top - entry_max) / temperature, outside - lse
-    if TAIL == "renormalize" or TAIL == "renormalize_teacher":
-        p_shift, p_mass = tl.where(has_mass, tl.log(mass), 0.0), has_mass.to(tl.float64)
-    if TAIL == "renormalize":
-        q_shift = tl.where(has_mass & (entry_sum > 0), tl.log(entry_sum), 0.0)
-        log_q_tail = tl.full((B,), -INF, tl.float64)
+    p_shift, q_shift, p_mass, log_q_tail = compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL)
     mass_tail = tl.exp(log_p_tail)
     if TAIL != "bucket":
         log_p_tail = tl.full((B,), -INF, tl.float64)
-        log_q_tail = tl.where(has_mass, log_q_tail, -INF)
-    if DIVERGENCE == "forward_kl":
-        kd = tl.where(has_mass, tl.exp(-p_shift) * (cross + mass * (q_shift - p_shift)), 0.0)
+    if SUMS == "forward_kl":
+        kd = tl.where(mass > 0, tl.exp(-p_shift) * (cross + mass * (q_shift - p_shift)), 0.0)
         u = -p_mass
-    else:
+    elif SUMS == "reverse_kl":
         kd = tl.exp(-q_shift) * (drift + entry_sum * (p_shift - q_shift))
-        kd = tl.where(has_mass & (entry_sum > 0), kd, 0.0)  # exp(-q_shift) may be infinite where q is 0
+        kd = tl.where((entry_sum > 0) & (q_shift < INF), kd, 0.0)  # where q is 0, exp(-q_shift) may be infinite
         u = kd
-    kd_tail, u_tail = form(log_p_tail, log_q_tail, 0.0, DIVERGENCE)
+    else:
+        tl.static_assert(SUMS == "given")
+        kd, u = _sum_over_ranks(sums, ranks, tokens, t, some, B)
+    kd_tail, u_tail = FORM(log_p_tail, log_q_tail, parameter, rest)
     u_total = u + u_tail
     kd += kd_tail
     if SAMPLED:
@@ -154,7 +209,7 @@ def _evaluate(
     _put(ce_out, 0, tl.where(on, ce, 0.0), t, tokens)
     _put(teacher_mass_out, 0, tl.where(on, mass, 0.0), t, tokens)
     _put(student_mass_out, 0, tl.where(on, tl.exp(entry - lse), 0.0), t, tokens)
-    outside_some = outside_sum > 0
+    outside_some, outside_max, entry_max = outside_sum > 0, finite(outside_max), finite(entry_max)
     _put(saved, 0, outside_max, t, tokens)
     _put(saved, 1, entry_max, t, tokens)
     _put(saved, 2, p_shift, t, tokens)
@@ -165,6 +220,17 @@ def _evaluate(
     _put(saved, 7, entry_max - top - lse_at_one, t, tokens)
     torn = (tl.abs(mass + mass_tail - 1) <= mass_tolerance) == 0  # NaN is torn
     tl.store(wrong + t, on & (torn | (label < 0) | (label >= size)), mask=some)
+
+
+@triton.jit
+def _sum_over_ranks(sums, ranks, tokens, t, some, B: tl.constexpr):
+    """Both columns of [R, T, 2], summed in float64 in rank order."""
+    f, u = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
+    for rank in range(ranks):
+        row = sums + (tl.cast(rank, tl.int64) * tokens + t) * 2
+        f += tl.load(row, mask=some, other=0.0).to(tl.float64)
+        u += tl.load(row + 1, mask=some, other=0.0).to(tl.float64)
+    return f, u
 
 
 @triton.jit
@@ -194,8 +260,8 @@ def gradient_factors(
         _gradient_factors[tokens,](
             grad_T.contiguous(), entry_logits_TK.contiguous(), logprobs_TK.contiguous(), columns_TK.contiguous(),
             label_columns_T, *saved, max_T, outside_T,
-            outside_at_one_T, entry_grad_TK, label_grad_T, top_k, parameter, *weights, temperature,
-            DIVERGENCE=divergence, APART=apart, **row_lanes(top_k),
+            outside_at_one_T, entry_grad_TK, label_grad_T, top_k, parameter, 1 - parameter, *weights, temperature,
+            FORM=FORMS[divergence], APART=apart, **row_lanes(top_k),
         )  # fmt: skip
     return max_T, outside_T, outside_at_one_T if apart else None, entry_grad_TK, label_grad_T
 
@@ -204,7 +270,7 @@ def gradient_factors(
 def _gradient_factors(
     grad, entry_logits, logprobs, columns, label_columns, outside_max, entry_max, p_shift, q_shift, u_total, outside,
     outside_at_one, shift_at_one, max_out, outside_out, outside_at_one_out, entry_out, label_out, entries, parameter,
-    kd_weight, ce_weight, temperature, DIVERGENCE: tl.constexpr, APART: tl.constexpr, K: tl.constexpr,
+    rest, kd_weight, ce_weight, temperature, FORM: tl.constexpr, APART: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kd_factor = kd_weight * temperature * tl.load(grad + row)
@@ -217,7 +283,7 @@ def _gradient_factors(
     log_p_K = logprob_K - tl.load(p_shift + row).to(tl.float32)
     log_q_K = gap_K / temperature - tl.load(q_shift + row).to(tl.float32)
     log_q_K = tl.where(logprob_K > -INF, log_q_K, -INF)
-    _, u_K = form(log_p_K, log_q_K, parameter, DIVERGENCE)
+    _, u_K = FORM(log_p_K, log_q_K, parameter, rest)
     kd_K = kd_factor * (u_K - tl.load(u_total + row).to(tl.float32) * tl.exp(log_q_K))
     softmax_K = tl.exp(gap_K + tl.load(shift_at_one + row).to(tl.float32))
     is_label_K = (column_K == tl.load(label_columns + row)) & (column_K >= 0)

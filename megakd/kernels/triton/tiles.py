@@ -120,6 +120,12 @@ def finite(x):
 
 
 @triton.jit
+def logaddexp(a, b):
+    top = finite(tl.maximum(a, b))
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+
+
+@triton.jit
 def lane_max(x_SNE):
     return tl.max(tl.max(x_SNE, 2), 0)
 
