@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megakd.config import Loss
+from megakd.divergences import PARAMETERS
 from megakd.kernels import KDLoss, VocabShard, kd_loss, linear_kd_loss
 from megakd.targets import TeacherTargets
 
@@ -73,7 +74,7 @@ def fused_objective(
 
 def options(loss: Loss) -> dict:
     """The section as keyword arguments of the kernels."""
-    names = ("divergence", "tail", "beta", "skew", "student_temperature", "kd_weight", "ce_weight")
+    names = ("divergence", "tail", "student_temperature", "kd_weight", "ce_weight", *PARAMETERS)
     return {name: getattr(loss, name) for name in names}
 
 

@@ -7,18 +7,7 @@ from pydantic import Field
 
 from megakd.config.ramp import Ramp
 from megakd.config.section import Count, NotNegative, Positive, Section
-
-TAILS = {
-    "forward_kl": {"bucket", "renormalize", "renormalize_teacher", "drop"},
-    "reverse_kl": {"bucket", "renormalize"},
-    "jsd": {"bucket", "renormalize", "renormalize_teacher"},
-    "skew_forward_kl": {"bucket", "renormalize"},
-    "skew_reverse_kl": {"bucket", "renormalize", "renormalize_teacher"},
-}
-REFUSALS = {
-    ("reverse_kl", "renormalize_teacher"): "renormalize_teacher makes reverse_kl infinite",
-    ("reverse_kl", "drop"): "drop lets reverse_kl fall by moving mass out of the top_k",
-}
+from megakd.divergences import DIVERGENCES, LEAST, PARAMETERS, TAILS
 
 
 class Ramps(Section):
@@ -35,16 +24,20 @@ class Ramps(Section):
 class Loss(Section):
     """What the student minimises per supervised token: ce_weight * CE + kd_weight * temperature^2 * divergence"""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"
+    divergence: Literal[tuple(DIVERGENCES)] = "forward_kl"
     """forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), jsd = beta KL(teacher || mix) +
-    (1 - beta) KL(student || mix), and the skewed ones against a mixture with `skew` of the first model; in nats."""
-    tail: Literal["bucket", "renormalize", "renormalize_teacher", "drop"] = "bucket"
+    (1 - beta) KL(student || mix), and the skewed ones against a mixture with `skew` of the first model; alpha = (1 -
+    sum teacher^alpha student^(1 - alpha)) / (alpha (1 - alpha)), between reverse (0) and forward (1) KL; tvd = half the
+    sum of |teacher - student|, at most 1. In nats, but for the last two."""
+    tail: Literal[TAILS] = "bucket"
     """What becomes of the mass outside the teacher's top_k: one more outcome (`bucket`), both sides rescaled to the
     top_k (`renormalize`), the teacher alone rescaled (`renormalize_teacher`), or no term for it (`drop`)."""
-    beta: float = Field(0.5, gt=0, lt=1)
+    beta: float = Field(PARAMETERS["beta"], ge=LEAST, lt=1)
     """Share of the teacher in the mixture of jsd, and of its own divergence in the sum (jsd only)."""
-    skew: float = Field(0.1, gt=0, lt=1)
+    skew: float = Field(PARAMETERS["skew"], ge=LEAST, lt=1)
     """Share of the first model in the mixture of the skewed divergences (those only)."""
+    alpha: float = Field(PARAMETERS["alpha"], ge=LEAST, lt=1)
+    """Weight of the teacher in the divergence alpha (that only): 1/2 treats both models alike."""
     top_k: Count = 64
     """Entries of the teacher's distribution kept per token."""
     temperature: Positive = 1.0
@@ -62,10 +55,10 @@ class Loss(Section):
     """kd_weight, ce_weight and temperature as functions of the step."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        allowed = TAILS[self.divergence]
-        if self.tail not in allowed:
-            reason = REFUSALS.get((self.divergence, self.tail), f"{self.tail} has no meaning for {self.divergence}")
-            yield "tail", f"{reason}; expected {' or '.join(sorted(allowed))}"
+        row = DIVERGENCES[self.divergence]
+        if self.tail not in row.tails:
+            reason = row.refused.get(self.tail, f"{self.tail} has no meaning for {self.divergence}")
+            yield "tail", f"{reason}; expected {' or '.join(sorted(row.tails))}"
         rises = any(ramp is not None and ramp.to > 0 for ramp in (self.ramps.kd_weight, self.ramps.ce_weight))
         if self.kd_weight == 0 and self.ce_weight == 0 and not rises:
             yield "kd_weight", "0, and ce_weight is 0 too: nothing is left to minimise"

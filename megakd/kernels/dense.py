@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megakd.divergences import find
 from megakd.kernels import divergences
 from megakd.kernels.dense_rows import Scale, dense_backward, dense_record, dense_sums
 from megakd.kernels.rows import finite
@@ -27,31 +28,30 @@ def dense_kd_loss(
     shard: VocabShard,
     *,
     divergence: str = "forward_kl",
-    beta: float = 0.5,
-    skew: float = 0.1,
     temperature: float = 1.0,
     student_temperature: float | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     inplace_backward: bool = False,
+    **parameters: float,
 ) -> KDLoss:
     """Distillation over the whole vocabulary, without choosing entries; what `kd_loss` gives with K = V.
 
     Args:
         student_logits_TW: float32, bfloat16 or float16, not divided by a temperature.
         teacher_logits_TW: likewise, of the same shard; gets no gradient. Not modified.
-        labels_T, shard, divergence, beta, skew, kd_weight, ce_weight, inplace_backward: as in `kd_loss`.
+        labels_T, shard, divergence, kd_weight, ce_weight, inplace_backward, parameters: as in `kd_loss`.
         temperature: of both models, unless `student_temperature` says otherwise for the student.
     Returns:
         KDLoss; both masses are 1.
     Raises:
         ValueError: shapes (two models whose vocabularies are padded to different widths), dtypes or names that do not
             fit; a label outside the vocabulary; a supervised row of the teacher that is not finite.
-    Collectives: all-gather of 7 floats per token and rank, and for jsd and the skew divergences of 2 more; none in the
-        backward.
+    Collectives: all-gather of 7 floats per token and rank, and for every divergence but forward_kl and reverse_kl of 2
+        more; none in the backward.
     Source: as `kd_loss`.
     """
-    divergences.check_divergence(divergence, "bucket", beta, skew)
+    parameter = find(divergence).check_parameter(parameters)
     shard.check_logits(student_logits_TW, "student logits")
     shard.check_logits(teacher_logits_TW, "teacher logits")
     check_inplace(student_logits_TW, inplace_backward)
@@ -59,7 +59,6 @@ def dense_kd_loss(
     temperatures = float(temperature if student_temperature is None else student_temperature), float(temperature)
     if not all(0 < each < float("inf") for each in temperatures):
         raise ValueError(f"temperatures must be positive numbers, not {temperatures[1]} and {temperatures[0]}")
-    parameter = beta if divergence == "jsd" else skew
     options = Options(divergence, "bucket", parameter, temperatures[0], float(kd_weight), float(ce_weight), False)
     return KDLoss(
         *_DenseKDLoss.apply(

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megakd.kernels.divergences import entry_sums, f_and_u
 from megakd.kernels.rows import block_bytes, finite, runs
 
 LEAST = -200.0  # a log-probability that is as good as -inf in float32, and can be multiplied with 0
+PIECE = 1 << 15  # elements: 128 KiB
 
 
 class Scale(NamedTuple):
@@ -110,61 +112,28 @@ def dense_sums(
 ) -> Tensor:
     """Another read of both: sums of f and u of a divergence over this rank's columns, [T, 2], float32."""
     sums_T2 = student_TW.new_zeros((len(supervised_T), 2), dtype=torch.float32)
-    for rows, x, y, *spare in pairs(student_TW, teacher_TW, supervised_T, width, spares=2):
-        log_q, log_p = scales[0].log_softmax(x, rows).clamp_(min=LEAST), scales[1].log_softmax(y, rows)
-        sums_T2[rows] = MIXED_SUMS[divergence](log_p, log_q, parameter, *spare)
+    for rows, x, y in pairs(student_TW, teacher_TW, supervised_T, width, spares=0):
+        logs = scales[1].log_softmax(y, rows), scales[0].log_softmax(x, rows)
+        sums_T2[rows] = sum(entry_sums(divergence, *part, parameter) for part in pieces(*logs))
     return sums_T2
 
 
-def mix(p: Tensor, q: Tensor, weight: float, out: Tensor) -> Tensor:
-    """weight p + (1 - weight) q, not 0, so that it has a logarithm and divides."""
-    return torch.lerp(q, p, weight, out=out).clamp_(min=torch.finfo(torch.float32).tiny)
-
-
-def jsd_sums(log_p: Tensor, log_q: Tensor, beta: float, m: Tensor, e: Tensor) -> Tensor:
-    """Sums of f and u of `divergences.jsd`; overwrites everything."""
-    q = torch.exp(log_q, out=e)
-    log_m = mix(torch.exp(log_p, out=m), q, beta, m).log_()
-    u_B = log_q.sub_(log_m).mul_(q).sum(1) * (1 - beta)
-    p = torch.exp(log_p, out=e)
-    return torch.stack([log_p.sub_(log_m).mul_(p).sum(1) * beta + u_B, u_B], 1)
-
-
-def skew_forward_kl_sums(log_p: Tensor, log_q: Tensor, skew: float, m: Tensor, e: Tensor) -> Tensor:
-    """Sums of f and u of `divergences.skew_forward_kl`; overwrites everything."""
-    q, p = log_q.exp_(), torch.exp(log_p, out=e)
-    m = mix(p, q, skew, m)
-    u_B = q.div_(m).mul_(p).sum(1) * (skew - 1)
-    return torch.stack([log_p.sub_(m.log_()).mul_(p).sum(1), u_B], 1)
-
-
-def skew_reverse_kl_sums(log_p: Tensor, log_q: Tensor, skew: float, m: Tensor, e: Tensor) -> Tensor:
-    """Sums of f and u of `divergences.skew_reverse_kl`; overwrites everything."""
-    q, p = torch.exp(log_q, out=e), log_p.exp_()
-    m = mix(q, p, skew, m)
-    square_B = torch.div(q, m, out=p).mul_(q).sum(1)
-    f_B = log_q.sub_(m.log_()).mul_(q).sum(1)
-    return torch.stack([f_B, f_B - skew * square_B], 1)
-
-
-MIXED_SUMS = {"jsd": jsd_sums, "skew_forward_kl": skew_forward_kl_sums, "skew_reverse_kl": skew_reverse_kl_sums}
-
-
-def u_and_q(divergence: str, log_p: Tensor, log_q: Tensor, parameter: float, m: Tensor, e: Tensor) -> tuple:
-    """u of each column (see `divergences`) and q, in two of the four buffers, all of which it overwrites."""
-    if divergence == "forward_kl":
+def u_and_q(divergence: str, log_p: Tensor, log_q: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+    """u of each column (see `divergences`) and q; overwrites both."""
+    if divergence == "forward_kl":  # the usual ones, without a temporary, and with one
         return log_p.exp_().neg_(), log_q.exp_()
-    q = torch.exp(log_q.clamp_(min=LEAST), out=e)
     if divergence == "reverse_kl":
-        return torch.sub(log_q, log_p, out=m).mul_(q), q
-    p = log_p.exp_()
-    if divergence == "jsd":
-        return log_q.sub_(mix(p, q, parameter, m).log_()).mul_(q).mul_(1 - parameter), q
-    if divergence == "skew_forward_kl":
-        return torch.div(q, mix(p, q, parameter, m), out=m).mul_(p).mul_(parameter - 1), q
-    m = mix(q, p, parameter, m)
-    share = torch.div(q, m, out=p).mul_(parameter)
-    return log_q.sub_(m.log_()).sub_(share).mul_(q), q
+        q = log_q.clamp_(min=LEAST).exp()
+        return log_q.sub_(log_p).mul_(q), q
+    for part_of_p, part_of_q in pieces(log_p, log_q):
+        part_of_p.copy_(f_and_u(divergence, part_of_p, part_of_q, parameter)[1])
+    return log_p, log_q.exp_()
+
+
+def pieces(*blocks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same columns of each, few enough for the temporary tensors of a form to stay in a core's cache."""
+    columns = max(1, PIECE // max(1, len(blocks[0])))
+    return zip(*(block.split(columns, 1) for block in blocks), strict=True)
 
 
 def dense_backward(
@@ -192,13 +161,13 @@ def dense_backward(
     """
     owned_T1, label_columns_T1 = (label_columns_T >= 0)[:, None], label_columns_T.clamp(min=0)[:, None]
     apart = ce_T is not None and (kd_T is None or scales[0].temperature != 1)
-    for rows, x, y, *spare in pairs(student_TW, teacher_TW, supervised_T, width, spares=2 + apart):
+    for rows, x, y, *spare in pairs(student_TW, teacher_TW, supervised_T, width, spares=int(apart)):
         if apart:
-            softmax = at_one.log_softmax(spare[2].copy_(x), rows).exp_().mul_(ce_T[rows, None])
+            softmax = at_one.log_softmax(spare[0].copy_(x), rows).exp_().mul_(ce_T[rows, None])
         grad = softmax if apart else None
         if kd_T is not None:
             log_q, log_p = scales[0].log_softmax(x, rows), scales[1].log_softmax(y, rows)
-            u, q = u_and_q(divergence, log_p, log_q, parameter, *spare[:2])
+            u, q = u_and_q(divergence, log_p, log_q, parameter)
             q_factor_B = -kd_T[rows] * u_total_T[rows]
             if ce_T is not None and not apart:
                 q_factor_B = q_factor_B + ce_T[rows]

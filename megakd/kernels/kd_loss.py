@@ -38,12 +38,11 @@ def kd_loss(
     *,
     divergence: str = "forward_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
-    skew: float = 0.1,
     student_temperature: float | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     inplace_backward: bool = False,
+    **parameters: float,
 ) -> KDLoss:
     """Distillation and cross-entropy losses per token of a student whose vocabulary is split over ranks.
 
@@ -55,29 +54,32 @@ def kd_loss(
         shard: this rank's part of the vocabulary.
         divergence: with p of the teacher and q of the student, forward_kl = KL(p || q); reverse_kl = KL(q || p);
             jsd = beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q;
-            skew_forward_kl = KL(p || skew p + (1 - skew) q); skew_reverse_kl = KL(q || skew q + (1 - skew) p).
+            skew_forward_kl = KL(p || skew p + (1 - skew) q); skew_reverse_kl = KL(q || skew q + (1 - skew) p);
+            alpha = (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)); tvd = sum |p - q| / 2.
         tail: what becomes of the mass outside the entries. `bucket`: one outcome more on both sides; `renormalize`:
             both models rescaled to the entries; `renormalize_teacher`: the teacher alone, against the student's whole
-            vocabulary; `drop`: no term for it. Which goes with which: `divergences.TAILS`.
-        beta, skew: weights in the mixtures above, between 0 and 1, exclusive.
+            vocabulary; `drop`: no term for it. Which goes with which: `megakd.divergences.DIVERGENCES`.
         student_temperature: the student's logits are divided by it; None takes the teacher's.
         kd_weight, ce_weight: plain factors. temperature**2 (the student's) is applied here, once.
         inplace_backward: the backward overwrites logits_TW with its gradient and allocates nothing of that size; nobody
             else may need the logits then, and a second backward raises. Otherwise it makes one [T, W] gradient.
+        parameters: `beta` (0.5), `skew` (0.1) and `alpha` (0.5) of the divergences above, between 0 and 1, exclusive;
+            those of other divergences are not looked at.
     Returns:
         KDLoss; no mean and no sum is taken.
     Raises:
         ValueError: shapes, dtypes or names that do not fit; sampled targets (with entropy_T) with anything but
             forward_kl; a label outside [0, V); a supervised row whose teacher mass
             and tail do not sum to 1 within 1e-3, which is what targets of another shard or vocabulary look like.
-    Collectives: one all-gather of 8 floats (temperature 1) or 10 per token and rank, and for jsd and the skew
-        divergences another of 2; none in the backward.
+    Collectives: one all-gather of 8 floats (temperature 1) or 10 per token and rank, and for every divergence but
+        forward_kl and reverse_kl another of 2; none in the backward.
     Source: Hinton et al. 2015, arXiv:1503.02531 (forward, temperature); Gu et al. 2024, arXiv:2306.08543 (reverse);
-        Agarwal et al. 2024, arXiv:2306.13649 (jsd); Ko et al. 2024, arXiv:2402.03898 (skew). Derivation: docs/loss.md.
+        Agarwal et al. 2024, arXiv:2306.13649 (jsd); Ko et al. 2024, arXiv:2402.03898 (skew); Amari 2009,
+        doi:10.1109/TIT.2009.2030485 (alpha); Wen et al. 2023, arXiv:2307.15190 (tvd). Derivation: docs/loss.md.
     """
     shard.check_logits(logits_TW)
     check_inplace(logits_TW, inplace_backward)
-    options = build_options(targets, divergence, tail, beta, skew, student_temperature, kd_weight, ce_weight)
+    options = build_options(targets, divergence, tail, parameters, student_temperature, kd_weight, ce_weight)
     check_labels(labels_T, len(logits_TW), targets.tokens)
     return KDLoss(*_KDLoss.apply(logits_TW, targets, labels_T, shard, options, inplace_backward))
 

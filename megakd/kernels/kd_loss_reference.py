@@ -43,12 +43,11 @@ def kd_loss_reference(
     *,
     divergence: str = "forward_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
-    skew: float = 0.1,
     student_temperature: float | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     inplace_backward: bool = False,
+    **parameters: float,
 ) -> KDLoss:
     """What `kd_loss` computes, by its definition; arguments and results are the same, and so is what it raises for a
     divergence or tail. The content of targets and labels is not checked, `inplace_backward` is ignored, and the whole
@@ -56,7 +55,7 @@ def kd_loss_reference(
 
     Collectives: two all-reduces of [T, V]; none in the backward.
     """
-    options = build_options(targets, divergence, tail, beta, skew, student_temperature, kd_weight, ce_weight)
+    options = build_options(targets, divergence, tail, parameters, student_temperature, kd_weight, ce_weight)
     temperature = options.temperature
     on_T = labels_T != MASKED
     x_TW = logits_TW[on_T].to(torch.promote_types(logits_TW.dtype, torch.float32))
@@ -97,16 +96,33 @@ def _entries(targets: TeacherTargets, shard: VocabShard, like: Tensor) -> Tensor
 
 
 def _divergence(name: str, log_p_TO: Tensor, log_q_TO: Tensor, weight: float) -> Tensor:
-    if name == "forward_kl":
-        return _kl(log_p_TO, log_q_TO)
-    if name == "reverse_kl":
-        return _kl(log_q_TO, log_p_TO)
-    if name == "jsd":
-        log_m_TO = _mix(log_p_TO, log_q_TO, weight)
-        return weight * _kl(log_p_TO, log_m_TO) + (1 - weight) * _kl(log_q_TO, log_m_TO)
-    if name == "skew_forward_kl":
-        return _kl(log_p_TO, _mix(log_p_TO, log_q_TO, weight))
-    return _kl(log_q_TO, _mix(log_q_TO, log_p_TO, weight))
+    definitions = {
+        "forward_kl": lambda: _kl(log_p_TO, log_q_TO),
+        "reverse_kl": lambda: _kl(log_q_TO, log_p_TO),
+        "jsd": lambda: _jsd(log_p_TO, log_q_TO, weight),
+        "skew_forward_kl": lambda: _kl(log_p_TO, _mix(log_p_TO, log_q_TO, weight)),
+        "skew_reverse_kl": lambda: _kl(log_q_TO, _mix(log_q_TO, log_p_TO, weight)),
+        "alpha": lambda: _alpha(log_p_TO, log_q_TO, weight),
+        "tvd": lambda: (log_p_TO.exp() - log_q_TO.exp()).abs().sum(1) / 2,
+    }
+    return definitions[name]()
+
+
+def _jsd(log_p_TO: Tensor, log_q_TO: Tensor, beta: float) -> Tensor:
+    log_m_TO = _mix(log_p_TO, log_q_TO, beta)
+    return beta * _kl(log_p_TO, log_m_TO) + (1 - beta) * _kl(log_q_TO, log_m_TO)
+
+
+def _alpha(log_p_TO: Tensor, log_q_TO: Tensor, alpha: float) -> Tensor:
+    """(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)), whose gradient is 0, not NaN, where p or q is 0.
+
+    1 is taken as the sum of alpha p + (1 - alpha) q, which is 0 where nothing is compared.
+    """
+    whole_T = (alpha * log_p_TO.exp() + (1 - alpha) * log_q_TO.exp()).sum(1)
+    both_TO = (log_p_TO > -torch.inf) & (log_q_TO > -torch.inf)
+    log_p_TO, log_q_TO = log_p_TO.where(both_TO, 0), log_q_TO.where(both_TO, 0)
+    common_TO = (alpha * log_p_TO + (1 - alpha) * log_q_TO).exp().where(both_TO, 0)
+    return (whole_T - common_TO.sum(1)) / (alpha * (1 - alpha))
 
 
 def _mix(log_a_TO: Tensor, log_b_TO: Tensor, weight: float) -> Tensor:

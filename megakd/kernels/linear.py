@@ -63,8 +63,6 @@ def linear_kd_loss(
     *,
     divergence: str = "forward_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
-    skew: float = 0.1,
     student_temperature: float | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -73,6 +71,7 @@ def linear_kd_loss(
     sequence_parallel: bool = False,
     accumulate_into_main_grad: bool = False,
     block_tokens: int = BLOCK_TOKENS,
+    **parameters: float,
 ) -> KDLoss:
     """`kd_loss` of hidden_TH @ weight_WH.T, whose memory does not grow with T times W.
 
@@ -82,7 +81,7 @@ def linear_kd_loss(
         hidden_TH: the same on every rank, float32, bfloat16 or float16; its gradient is summed over the ranks. Masked
             rows do not reach the product.
         weight_WH: this rank's rows of the output layer, in the dtype of the hidden states.
-        targets, labels_T, shard, divergence … ce_weight: as in `kd_loss`.
+        targets, labels_T, shard, divergence … ce_weight, parameters: as in `kd_loss`.
         gradient_in_forward: form the gradients in the forward; the backward multiplies them by one number. Refused
             where gradients are off, as in the forward that activation recomputation repeats.
         token_weight_T: float32, with gradient_in_forward only: the objective is a multiple of the sum of
@@ -104,7 +103,7 @@ def linear_kd_loss(
         the weight's gradient is summed in float32.
     """
     check_head(hidden_TH, weight_WH, shard, block_tokens)
-    options = build_options(targets, divergence, tail, beta, skew, student_temperature, kd_weight, ce_weight)
+    options = build_options(targets, divergence, tail, parameters, student_temperature, kd_weight, ce_weight)
     tokens = len(hidden_TH) * (shard.ranks if sequence_parallel else 1)
     check_labels(labels_T, tokens, targets.tokens)
     if accumulate_into_main_grad and getattr(weight_WH, "main_grad", None) is None:

@@ -17,10 +17,10 @@ def row_passes(logits_TW: Tensor) -> ModuleType:
     return choose(logits_TW, "megakd.kernels.rows", "megakd.kernels.triton.rows")
 
 
-def fused_terms(x: Tensor) -> ModuleType | None:
-    """The module that does the small steps of `terms` and `records` in few launches, where Triton reads the logits."""
-    triton_rows = row_passes(x).__name__ == "megakd.kernels.triton.rows"
-    return importlib.import_module("megakd.kernels.triton.terms") if triton_rows else None
+def fused(x: Tensor, triton: str) -> ModuleType | None:
+    """The named module, which does small steps in few launches, where Triton reads the logits; elsewhere None."""
+    reads = row_passes(x).__name__ == "megakd.kernels.triton.rows"
+    return importlib.import_module(triton) if reads else None
 
 
 def choose(logits_TW: Tensor, plain: str, triton: str) -> ModuleType:

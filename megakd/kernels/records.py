@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd.kernels.paths import fused_terms
+from megakd.kernels import paths
 from megakd.kernels.rows import Statistics, finite
 
 
@@ -45,7 +45,7 @@ def build_record(stats: Statistics, logprobs_TK: Tensor, temperature: float, *, 
         logprobs_TK: of the entries on this rank; -inf in every other slot.
         sampled: leave log P out of the cross term (the exact entropy is known).
     """
-    if fused := fused_terms(logprobs_TK):
+    if fused := paths.fused(logprobs_TK, "megakd.kernels.triton.records"):
         return fused.build_record(stats, logprobs_TK, temperature, sampled=sampled)
     x_TK = stats.entry_logits_TK
     max_T = x_TK.amax(1) if x_TK.shape[1] else torch.full_like(stats.max_T, -torch.inf)

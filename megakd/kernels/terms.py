@@ -3,14 +3,14 @@
 Sizes: T tokens, K entries per token.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megakd.kernels import divergences
-from megakd.kernels.divergences import check_divergence
-from megakd.kernels.paths import fused_terms
+from megakd.divergences import find
+from megakd.kernels import divergences, paths
 from megakd.kernels.records import Merged, merge_records
 from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
     divergence: str
     tail: str
-    parameter: float  # beta or skew
+    parameter: float  # of the divergence
     temperature: float  # the student's
     kd_weight: float
     ce_weight: float
@@ -89,14 +89,13 @@ def build_options(
     targets: TeacherTargets,
     divergence: str,
     tail: str,
-    beta: float,
-    skew: float,
+    parameters: Mapping[str, float],
     student_temperature: float | None,
     kd_weight: float,
     ce_weight: float,
 ) -> Options:
-    """Raises ValueError for a divergence, tail, temperature or kind of targets that do not go together."""
-    check_divergence(divergence, tail, beta, skew)
+    """Raises ValueError for a divergence, tail, parameter, temperature or kind of targets that do not go together."""
+    parameter = find(divergence, tail).check_parameter(parameters)
     targets.check_shapes()
     sampled = targets.entropy_T is not None
     if sampled and (divergence != "forward_kl" or tail == "renormalize"):
@@ -107,7 +106,6 @@ def build_options(
     temperature = targets.temperature if student_temperature is None else student_temperature
     if not 0 < temperature < float("inf"):
         raise ValueError(f"student_temperature must be a positive number, not {temperature}")
-    parameter = beta if divergence == "jsd" else skew
     return Options(divergence, tail, parameter, float(temperature), float(kd_weight), float(ce_weight), sampled)
 
 
@@ -131,7 +129,7 @@ def check_inplace(logits_TW: Tensor, inplace_backward: bool) -> None:
 
 def localize(targets: TeacherTargets, labels_T: Tensor, shard: VocabShard) -> Supervised:
     """Maps the entries and labels to this rank's columns."""
-    if fused := fused_terms(labels_T):
+    if fused := paths.fused(labels_T, "megakd.kernels.triton.terms"):
         return Supervised(*fused.localize(targets.ids_TK, targets.logprobs_TK, labels_T, shard.start, shard.real_width))
     supervised_T = labels_T != MASKED
     columns_TK = shard.columns(targets.ids_TK)
@@ -160,12 +158,15 @@ def evaluate(
         ValueError: see `check_rows`.
     Collectives: all-gather of the record, and of 2 floats per token for divergences that mix P and Q.
     """
-    records_RTL, fused = shard.all_gather(record_TL), fused_terms(labels_T)
-    if fused and not divergences.mixes(options.divergence):
-        weights, entropy_T = (options.kd_weight, options.ce_weight), targets.entropy_T
+    records_RTL = shard.all_gather(record_TL)
+    if fused := paths.fused(labels_T, "megakd.kernels.triton.terms"):
+        kind, sums_RT2 = (options.divergence, options.tail, options.parameter), None
+        if divergences.mixes(options.divergence):
+            given = records_RTL, entry_logits_TK, s.logprobs_TK, *kind, options.temperature
+            sums_RT2 = shard.all_gather(fused.entry_sums(*given))
         outputs, saved_8T, wrong_T = fused.evaluate(
-            records_RTL, s.supervised_T, targets.log_tail_T, entropy_T, labels_T, shard.size, options.divergence,
-            options.tail, weights, options.temperature, MASS_TOLERANCE,
+            records_RTL, sums_RT2, s.supervised_T, targets.log_tail_T, targets.entropy_T, labels_T, shard.size, *kind,
+            (options.kd_weight, options.ce_weight), options.temperature, MASS_TOLERANCE,
         )  # fmt: skip
         if not wrong_T.any():  # what is wrong, is found below
             return KDLoss(*outputs), Saved(*saved_8T)
@@ -255,7 +256,7 @@ def gradient_factors(grad_T: Tensor, entry_logits_TK: Tensor, s: Supervised, sav
 
     With x = temperature * z, d(weight * temperature**2 * D)/dx = weight * temperature * dD/dz.
     """
-    if fused := fused_terms(grad_T):
+    if fused := paths.fused(grad_T, "megakd.kernels.triton.terms"):
         weights = options.kd_weight, options.ce_weight
         given = entry_logits_TK, s.logprobs_TK, s.columns_TK, s.label_columns_T, saved
         return Factors(
@@ -267,7 +268,7 @@ def gradient_factors(grad_T: Tensor, entry_logits_TK: Tensor, s: Supervised, sav
     if options.kd_weight:
         kd_T = options.kd_weight * options.temperature * grad_T.double()
         log_p_TK, log_q_TK = divergences.entry_logs(saved, s.logprobs_TK, gap_TK / options.temperature)
-        _, u_TK = divergences.FORMS[options.divergence](log_p_TK, log_q_TK, options.parameter)
+        _, u_TK = divergences.f_and_u(options.divergence, log_p_TK, log_q_TK, options.parameter)
         entry_grad_TK = kd_T[:, None].float() * (u_TK - saved.u_total_T[:, None].float() * log_q_TK.exp())
         outside_T = kd_T * saved.outside_T
     if options.ce_weight:

@@ -6,6 +6,7 @@ Written apart from megakd.kernels: outcomes are lists of probabilities, and auto
 import torch
 import torch.distributed
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard
 
 
@@ -29,6 +30,7 @@ def dense_loss(
     temperature,
     beta=0.5,
     skew=0.1,
+    alpha=0.5,
     kd_weight=1.0,
     ce_weight=0.0,
 ):
@@ -44,12 +46,12 @@ def dense_loss(
         p, q = p / m[:, None], q / q_mass[:, None]
     elif tail == "renormalize_teacher":
         p, q = torch.cat([p / m[:, None], 0 * p_tail], 1), torch.cat([q, q_tail], 1)
-    kd = dense_divergence(divergence, p, q, beta, skew)
+    kd = dense_divergence(divergence, p, q, beta, skew, alpha)
     ce = -student_TV.log_softmax(1).gather(1, labels_T[:, None])[:, 0]
     return ce_weight * ce + kd_weight * temperature**2 * kd, kd, ce, m, q_mass
 
 
-def dense_divergence(name, p, q, beta=0.5, skew=0.1):
+def dense_divergence(name, p, q, beta=0.5, skew=0.1, alpha=0.5):
     """By the definition, from probabilities."""
     mixed = beta * p + (1 - beta) * q
     return {
@@ -58,7 +60,16 @@ def dense_divergence(name, p, q, beta=0.5, skew=0.1):
         "jsd": lambda: beta * kl(p, mixed) + (1 - beta) * kl(q, mixed),
         "skew_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
         "skew_reverse_kl": lambda: kl(q, skew * q + (1 - skew) * p),
+        "alpha": lambda: (1 - common(p, q, alpha)) / (alpha * (1 - alpha)),
+        "tvd": lambda: (p - q).abs().sum(1) / 2,
     }[name]()
+
+
+def common(p, q, alpha):
+    """Sum of p^alpha q^(1 - alpha); without outcomes, 1."""
+    some = (p > 0) & (q > 0)
+    product = p.where(some, 1) ** alpha * q.where(some, 1) ** (1 - alpha)
+    return torch.where(some, product, 0).sum(1) if p.shape[1] else torch.ones(len(p))
 
 
 def kl(p, q):
@@ -67,11 +78,7 @@ def kl(p, q):
     return torch.where(some, p * (p.where(some, 1) / q.where(some, 1)).log(), 0).sum(1)
 
 
-PAIRS = [
-    *[("forward_kl", tail) for tail in ("bucket", "renormalize", "renormalize_teacher", "drop")],
-    *[(name, tail) for name in ("reverse_kl", "skew_forward_kl") for tail in ("bucket", "renormalize")],
-    *[(name, tail) for name in ("jsd", "skew_reverse_kl") for tail in ("bucket", "renormalize", "renormalize_teacher")],
-]
+PAIRS = [(name, tail) for name, row in DIVERGENCES.items() for tail in row.tails]
 
 
 def draw(tokens, vocabulary, *, seed=0, scale=3.0, dtype=torch.float32):

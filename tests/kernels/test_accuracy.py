@@ -200,3 +200,18 @@ def test_a_probability_too_small_for_float32_beside_a_logit_of_minus_infinity():
         infinite = (divergence, tail) == ("reverse_kl", "bucket")  # the student's tail, of which the teacher has none
         assert loss_T.isinf().all() if infinite else loss_T.isfinite().all(), (divergence, tail)
         assert infinite or student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("height", [-800.0, -80.0, 800.0])
+def test_reverse_kl_of_a_student_that_rules_out_all_entries(height):
+    """q is 0 in S, and KL(q || p) is all in the tail, however low the student's logits lie."""
+    shard = VocabShard(0, 8, 8)
+    targets = select_top_k(torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]), 2, shard)
+    student = torch.full((1, 8), height)
+    student[0, :2] = -torch.inf
+    student.requires_grad_()
+    loss_T = kd_loss(student, targets, torch.tensor([2]), shard, divergence="reverse_kl").loss_T
+    loss_T.sum().backward()
+    assert_close(loss_T, -targets.log_tail_T)
+    assert_close(loss_T, torch.tensor([1.5173]), atol=5e-5, rtol=0)
+    assert student.grad.abs().max() < 1e-6

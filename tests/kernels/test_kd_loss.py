@@ -86,7 +86,7 @@ def compare_hard(rank, ranks, loss):
                 kind = dict(divergence=divergence, tail=tail, ce_weight=0.3, temperature=1.0)
                 compare(rank, ranks, loss, student, teacher, labels, atol=2e-5, **kind)
     for divergence, tail in PAIRS:
-        kind = dict(divergence=divergence, tail=tail, beta=0.2, skew=0.7, ce_weight=0.3)
+        kind = dict(divergence=divergence, tail=tail, beta=0.2, skew=0.7, alpha=0.3, ce_weight=0.3)
         for teachers, students in [(1.0, 3.0), (2.0, 1.0), (1.5, 0.5)]:
             kind.update(temperature=teachers, student_temperature=students)
             compare(rank, ranks, loss, *draw(T, V, seed=1), atol=2e-5, **kind)

@@ -1,4 +1,4 @@
-"""Runs triton_cases.py in a process of its own: through Triton's interpreter, and compiled where there is a GPU.
+"""Runs triton_cases/ in a process of its own: through Triton's interpreter, and compiled where there is a GPU.
 
 That all kernels compile is shown without one, by triton_compile.py.
 
@@ -16,7 +16,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = pathlib.Path(__file__).with_name("triton_cases.py")
+HERE = pathlib.Path(__file__).parent
+CASES = ("rows", "selection", "losses")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -28,19 +29,25 @@ def run(*arguments, **environment):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def run_cases(**environment):
-    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES), **environment)
+def run_cases(name, **environment):
+    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_cases" / f"{name}.py"), **environment)
 
 
 @needs_triton
-def test_interpreted():
-    run_cases(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("cases", CASES)
+def test_interpreted(cases):
+    run_cases(cases, TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, tmp_path):
-    run(str(CASES.with_name("triton_compile.py")), capability, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
+    run(
+        str(HERE / "triton_compile.py"),
+        capability,
+        TRITON_CACHE_DIR=str(tmp_path),
+        PYTHONPATH=str(ROOT),
+    )
 
 
 @needs_triton
@@ -60,5 +67,6 @@ def test_the_check_for_gpu_machines_runs_dry(tmp_path):
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_compiled():
-    run_cases(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+@pytest.mark.parametrize("cases", CASES)
+def test_compiled(cases):
+    run_cases(cases, CUBLAS_WORKSPACE_CONFIG=":4096:8")

@@ -1,8 +1,8 @@
-"""The loss around the row passes in Triton: what `terms` and `records` do in some 180 launches, in four.
+"""The loss around the row passes in Triton: what `terms` does in some 180 launches, in three or four.
 
 On a GPU the row passes of a call take about a millisecond, and so would the launches of these small steps. The numbers
 are those of the PyTorch functions of the same names, to rounding. Divergences that mix P and Q look at the entries
-between two collectives; their `evaluate` stays in PyTorch.
+between two collectives: `entry_sums`.
 
 Sizes: T tokens, K entries per token, R ranks, L lanes of a record, B tokens of a program.
 """
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd.kernels.rows import Statistics
-from megakd.kernels.triton.tiles import finite, on_its_device
+from megakd.kernels.triton.divergences import FORMS
+from megakd.kernels.triton.records import log_masses, merge
+from megakd.kernels.triton.tiles import INF, finite, logaddexp, on_its_device, row_lanes
 from megakd.kernels.vocab import MASKED
 
-INF = tl.constexpr(float("inf"))
 MASKED_LABEL = tl.constexpr(MASKED)
 B = 128
 
@@ -32,7 +32,7 @@ def localize(
     if tokens:
         _localize[tokens,](
             ids_TK.contiguous(), logprobs_TK.contiguous(), labels_T.contiguous(), columns_TK, used_logprobs_TK,
-            label_columns_T, supervised_T, start, width, top_k, **_lanes(top_k),
+            label_columns_T, supervised_T, start, width, top_k, **row_lanes(top_k),
         )  # fmt: skip
     return supervised_T, columns_TK, used_logprobs_TK, label_columns_T
 
@@ -56,51 +56,70 @@ def _localize(
 
 
 @on_its_device
-def build_record(stats: Statistics, logprobs_TK: Tensor, temperature: float, *, sampled: bool = False) -> Tensor:
-    """See `records.build_record`."""
-    (tokens, top_k), at_one = logprobs_TK.shape, temperature != 1
-    record_TL = logprobs_TK.new_empty((tokens, 8 + 2 * at_one))
+def entry_sums(
+    records_RTL: Tensor,
+    entry_logits_TK: Tensor,
+    logprobs_TK: Tensor,
+    divergence: str,
+    tail: str,
+    parameter: float,
+    temperature: float,
+) -> Tensor:
+    """`divergences.entry_sums` of this rank's entries, as a tail rule compares them: [T, 2], float32."""
+    (ranks, tokens, lanes), top_k = records_RTL.shape, logprobs_TK.shape[1]
+    sums_T2 = records_RTL.new_empty((tokens, 2))
     if tokens:
-        _build_record[tokens,](
-            stats.max_T, stats.sum_T, stats.sum_at_one_T, stats.label_logit_T.contiguous(),
-            stats.entry_logits_TK.contiguous(), logprobs_TK.contiguous(), record_TL, top_k, 1 / temperature,
-            SAMPLED=sampled, AT_ONE=at_one, **_lanes(top_k),
+        _entry_sums[tokens,](
+            records_RTL, entry_logits_TK.contiguous(), logprobs_TK.contiguous(), sums_T2, tokens, ranks, top_k,
+            parameter, 1 - parameter, temperature, FORM=FORMS[divergence], TAIL=tail, AT_ONE=lanes == 10, L=lanes,
+            **row_lanes(top_k),
         )  # fmt: skip
-    return record_TL
+    return sums_T2
 
 
 @triton.jit
-def _build_record(
-    max_, sum_, sum_at_one, label_logit, entry_logits, logprobs, record, entries, inverse_temperature,
-    SAMPLED: tl.constexpr, AT_ONE: tl.constexpr, K: tl.constexpr,
+def _entry_sums(
+    records, entry_logits, logprobs, sums_out, tokens, ranks, entries, parameter, rest, temperature,
+    FORM: tl.constexpr, TAIL: tl.constexpr, AT_ONE: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    (outside_max, entry_max, _), (outside_sum, entry_sum, mass), _, _ = merge(
+        records + t * L, ranks, tokens, t < tokens, temperature, AT_ONE, L, 1
+    )
+    top = finite(tl.maximum(outside_max, entry_max))
+    outside, _, lse = log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature)
+    p_shift, q_shift, _, _ = compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL)
     k = tl.arange(0, K)
-    x_K = tl.load(entry_logits + row * entries + k, mask=k < entries, other=-INF)
-    logprob_K = tl.load(logprobs + row * entries + k, mask=k < entries, other=-INF)
-    top = tl.max(x_K, 0)
-    gap_K = x_K - finite(top)
-    above_K = gap_K * inverse_temperature
-    e_K, p_K = tl.exp(above_K), tl.exp(logprob_K)
-    cross_K = p_K * ((0.0 if SAMPLED else logprob_K) - above_K)
-    drift_K = e_K * (above_K - logprob_K)
-    record += row * (10 if AT_ONE else 8)
-    tl.store(record, tl.load(max_ + row))
-    tl.store(record + 1, tl.load(sum_ + row))
-    tl.store(record + 2, top)
-    tl.store(record + 3, tl.sum(e_K, 0))
-    tl.store(record + 4, tl.sum(tl.where(p_K > 0, cross_K, 0.0), 0))
-    tl.store(record + 5, tl.sum(tl.where(e_K > 0, drift_K, 0.0), 0))
-    tl.store(record + 6, tl.sum(p_K, 0))
-    tl.store(record + 7, tl.load(label_logit + row))
-    if AT_ONE:
-        tl.store(record + 8, tl.load(sum_at_one + row))
-        tl.store(record + 9, tl.sum(tl.exp(gap_K), 0))
+    logprob_K = tl.load(logprobs + t * entries + k, mask=k < entries, other=-INF)
+    x_K = tl.load(entry_logits + t * entries + k, mask=k < entries, other=-INF)
+    above_K = (x_K - finite(entry_max).to(tl.float32)) / temperature
+    log_q_K = tl.where(logprob_K > -INF, above_K - q_shift.to(tl.float32), -INF)
+    f_K, u_K = FORM(logprob_K - p_shift.to(tl.float32), log_q_K, parameter, rest)
+    two = tl.arange(0, 2)
+    tl.store(sums_out + t * 2 + two, tl.where(two == 0, tl.sum(f_K, 0), tl.sum(u_K, 0)))
+
+
+@triton.jit
+def compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL: tl.constexpr):
+    """`divergences.compare`, but for the teacher's tail."""
+    has_mass = mass > 0
+    p_shift, p_mass = tl.zeros_like(mass), mass
+    q_shift, log_q_tail = lse + (top - finite(entry_max)) / temperature, outside - lse
+    if TAIL == "renormalize" or TAIL == "renormalize_teacher":
+        p_shift, p_mass = tl.where(has_mass, tl.log(mass), 0.0), has_mass.to(tl.float64)
+    if TAIL == "renormalize":
+        q_shift, log_q_tail = tl.where(entry_sum > 0, tl.log(entry_sum), 0.0), tl.zeros_like(mass) - INF
+    elif TAIL != "bucket":
+        log_q_tail = tl.where(has_mass, log_q_tail, -INF)
+    if TAIL == "renormalize" or TAIL == "renormalize_teacher":
+        q_shift = tl.where(has_mass, q_shift, INF)
+    return p_shift, q_shift, p_mass, log_q_tail
 
 
 @on_its_device
 def evaluate(
     records_RTL: Tensor,
+    sums_RT2: Tensor | None,
     supervised_T: Tensor,
     log_tail_T: Tensor,
     entropy_T: Tensor | None,
@@ -108,13 +127,15 @@ def evaluate(
     size: int,
     divergence: str,
     tail: str,
+    parameter: float,
     weights: tuple[float, float],
     temperature: float,
     mass_tolerance: float,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What `terms.evaluate` makes of the records of all ranks, for forward_kl and reverse_kl.
+    """What `terms.evaluate` makes of the records of all ranks.
 
     Args:
+        sums_RT2: every rank's `entry_sums`, for divergences that mix P and Q.
         size: the real vocabulary. weights: kd_weight and ce_weight.
     Returns:
         The fields of KDLoss, float32 [T], no views, so that autograd lets them be changed in place; those of Saved,
@@ -128,8 +149,9 @@ def evaluate(
     entropy_T = None if entropy_T is None else entropy_T.contiguous()
     if tokens:
         _evaluate[triton.cdiv(tokens, B),](
-            records_RTL, supervised_T, log_tail_T.contiguous(), entropy_T, labels_T.contiguous(), *outputs, saved_8T,
-            wrong_T, tokens, ranks, size, *weights, temperature, mass_tolerance, DIVERGENCE=divergence, TAIL=tail,
+            records_RTL, sums_RT2, supervised_T, log_tail_T.contiguous(), entropy_T, labels_T.contiguous(), *outputs,
+            saved_8T, wrong_T, tokens, ranks, size, parameter, 1 - parameter, *weights, temperature, mass_tolerance,
+            FORM=FORMS[divergence], SUMS=divergence if sums_RT2 is None else "given", TAIL=tail,
             SAMPLED=entropy_T is not None, AT_ONE=lanes == 10, L=lanes, B=B,
         )  # fmt: skip
     return outputs, saved_8T, wrong_T
@@ -137,9 +159,10 @@ def evaluate(
 
 @triton.jit
 def _evaluate(
-    records, supervised, log_tails, entropies, labels, loss_out, kd_out, ce_out, teacher_mass_out, student_mass_out,
-    saved, wrong, tokens, ranks, size, kd_weight, ce_weight, temperature, mass_tolerance, DIVERGENCE: tl.constexpr,
-    TAIL: tl.constexpr, SAMPLED: tl.constexpr, AT_ONE: tl.constexpr, L: tl.constexpr, B: tl.constexpr,
+    records, sums, supervised, log_tails, entropies, labels, loss_out, kd_out, ce_out, teacher_mass_out,
+    student_mass_out, saved, wrong, tokens, ranks, size, parameter, rest, kd_weight, ce_weight, temperature,
+    mass_tolerance, FORM: tl.constexpr, SUMS: tl.constexpr, TAIL: tl.constexpr, SAMPLED: tl.constexpr,
+    AT_ONE: tl.constexpr, L: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     some = t < tokens
@@ -148,39 +171,30 @@ def _evaluate(
     log_p_tail = tl.where(on, tl.load(log_tails + t, mask=some, other=0.0), 0.0).to(tl.float64)
     temperature = tl.cast(temperature, tl.float64)
 
-    records += t * L
-    outside_max, entry_max, label_logit = _maxima(records, ranks, tokens, some, L, B)
-    outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass = _sums(
-        records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE, L, B
+    (outside_max, entry_max, label_logit), (outside_sum, entry_sum, mass), (cross, drift), at_one = merge(
+        records + t * L, ranks, tokens, some, temperature, AT_ONE, L, B
     )
     top = finite(tl.maximum(outside_max, entry_max))
-    outside = tl.log(outside_sum) + (outside_max - top) / temperature
-    entry = tl.log(entry_sum) + (entry_max - top) / temperature
-    lse = _logaddexp(outside, entry)
-    lse_at_one = _logaddexp(tl.log(outside_at_one) + (outside_max - top), tl.log(entry_at_one) + (entry_max - top))
-    outside_max, entry_max = finite(outside_max), finite(entry_max)
+    outside, entry, lse = log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature)
+    lse_at_one = logaddexp(tl.log(at_one[0]) + (outside_max - top), tl.log(at_one[1]) + (entry_max - top))
     ce = lse_at_one - (label_logit - top)
 
     # The tail rule and the divergence: `divergences.compare` and `divergences.evaluate`.
-    has_mass = mass > 0
-    p_shift, p_mass = tl.zeros((B,), tl.float64), mass
-    q_shift, log_q_tail = lse + (top - entry_max) / temperature, outside - lse
-    if TAIL == "renormalize" or TAIL == "renormalize_teacher":
-        p_shift, p_mass = tl.where(has_mass, tl.log(mass), 0.0), has_mass.to(tl.float64)
-    if TAIL == "renormalize":
-        q_shift = tl.where(has_mass & (entry_sum > 0), tl.log(entry_sum), 0.0)
-        log_q_tail = tl.full((B,), -INF, tl.float64)
+    p_shift, q_shift, p_mass, log_q_tail = compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL)
     mass_tail = tl.exp(log_p_tail)
     if TAIL != "bucket":
         log_p_tail = tl.full((B,), -INF, tl.float64)
-        log_q_tail = tl.where(has_mass, log_q_tail, -INF)
-    if DIVERGENCE == "forward_kl":
-        kd = tl.where(has_mass, tl.exp(-p_shift) * (cross + mass * (q_shift - p_shift)), 0.0)
+    if SUMS == "forward_kl":
+        kd = tl.where(mass > 0, tl.exp(-p_shift) * (cross + mass * (q_shift - p_shift)), 0.0)
         u = -p_mass
-    else:
-        kd = tl.where(has_mass, tl.exp(-q_shift) * (drift + entry_sum * (p_shift - q_shift)), 0.0)
+    elif SUMS == "reverse_kl":
+        kd = tl.exp(-q_shift) * (drift + entry_sum * (p_shift - q_shift))
+        kd = tl.where((entry_sum > 0) & (q_shift < INF), kd, 0.0)  # where q is 0, exp(-q_shift) may be infinite
         u = kd
-    kd_tail, u_tail = _form(log_p_tail, log_q_tail, 0.0, DIVERGENCE)
+    else:
+        tl.static_assert(SUMS == "given")
+        kd, u = _sum_over_ranks(sums, ranks, tokens, t, some, B)
+    kd_tail, u_tail = FORM(log_p_tail, log_q_tail, parameter, rest)
     u_total = u + u_tail
     kd += kd_tail
     if SAMPLED:
@@ -195,7 +209,7 @@ def _evaluate(
     _put(ce_out, 0, tl.where(on, ce, 0.0), t, tokens)
     _put(teacher_mass_out, 0, tl.where(on, mass, 0.0), t, tokens)
     _put(student_mass_out, 0, tl.where(on, tl.exp(entry - lse), 0.0), t, tokens)
-    outside_some = outside_sum > 0
+    outside_some, outside_max, entry_max = outside_sum > 0, finite(outside_max), finite(entry_max)
     _put(saved, 0, outside_max, t, tokens)
     _put(saved, 1, entry_max, t, tokens)
     _put(saved, 2, p_shift, t, tokens)
@@ -209,87 +223,19 @@ def _evaluate(
 
 
 @triton.jit
-def _maxima(records, ranks, tokens, some, L: tl.constexpr, B: tl.constexpr):
-    """Over all ranks, float64: the largest logit outside S, the largest in S, and the label's."""
-    outside_max = tl.full((B,), -INF, tl.float64)
-    entry_max, label_logit = outside_max, outside_max
+def _sum_over_ranks(sums, ranks, tokens, t, some, B: tl.constexpr):
+    """Both columns of [R, T, 2], summed in float64 in rank order."""
+    f, u = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
     for rank in range(ranks):
-        outside_max = tl.maximum(outside_max, _lane(records, rank, tokens, 0, some, L))
-        entry_max = tl.maximum(entry_max, _lane(records, rank, tokens, 2, some, L))
-        label_logit = tl.maximum(label_logit, _lane(records, rank, tokens, 7, some, L))
-    return outside_max, entry_max, label_logit
-
-
-@triton.jit
-def _sums(
-    records, ranks, tokens, some, outside_max, entry_max, temperature, AT_ONE: tl.constexpr, L: tl.constexpr,
-    B: tl.constexpr,
-):  # fmt: skip
-    """The sums of all ranks, float64, relative to the maxima: see `records.merge_records`."""
-    outside_sum = tl.zeros((B,), tl.float64)
-    entry_sum, cross, drift, mass = outside_sum, outside_sum, outside_sum, outside_sum
-    outside_at_one, entry_at_one = outside_sum, outside_sum
-    for rank in range(ranks):
-        outside_gap = _lane(records, rank, tokens, 0, some, L) - finite(outside_max)
-        entry_gap = _lane(records, rank, tokens, 2, some, L) - finite(entry_max)
-        entry_scale = tl.exp(entry_gap / temperature)
-        gap = finite(entry_gap / temperature)
-        entry_r, mass_r = _lane(records, rank, tokens, 3, some, L), _lane(records, rank, tokens, 6, some, L)
-        outside_sum += _lane(records, rank, tokens, 1, some, L) * tl.exp(outside_gap / temperature)
-        entry_sum += entry_r * entry_scale
-        cross += _lane(records, rank, tokens, 4, some, L) - mass_r * gap
-        drift += (_lane(records, rank, tokens, 5, some, L) + entry_r * gap) * entry_scale
-        mass += mass_r
-        if AT_ONE:
-            outside_at_one += _lane(records, rank, tokens, 8, some, L) * tl.exp(outside_gap)
-            entry_at_one += _lane(records, rank, tokens, 9, some, L) * tl.exp(entry_gap)
-    if not AT_ONE:
-        outside_at_one, entry_at_one = outside_sum, entry_sum
-    return outside_sum, entry_sum, outside_at_one, entry_at_one, cross, drift, mass
-
-
-@triton.jit
-def _lane(records, rank, tokens, lane, some, L: tl.constexpr):
-    return tl.load(records + tl.cast(rank, tl.int64) * tokens * L + lane, mask=some, other=0.0).to(tl.float64)
+        row = sums + (tl.cast(rank, tl.int64) * tokens + t) * 2
+        f += tl.load(row, mask=some, other=0.0).to(tl.float64)
+        u += tl.load(row + 1, mask=some, other=0.0).to(tl.float64)
+    return f, u
 
 
 @triton.jit
 def _put(out, field, value, t, tokens):
     tl.store(out + tl.cast(tokens, tl.int64) * field + t, value.to(out.dtype.element_ty), mask=t < tokens)
-
-
-@triton.jit
-def _logaddexp(a, b):
-    top = finite(tl.maximum(a, b))
-    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
-
-
-@triton.jit
-def _weighted(log_weight, x):
-    weight = tl.exp(log_weight)
-    return tl.where(weight > 0, weight * x, 0.0)
-
-
-@triton.jit
-def _form(log_p, log_q, parameter, DIVERGENCE: tl.constexpr):
-    """f and u of a divergence: `divergences.FORMS`."""
-    if DIVERGENCE == "forward_kl":
-        f, u = _weighted(log_p, log_p - log_q), -tl.exp(log_p)
-    elif DIVERGENCE == "reverse_kl":
-        f = _weighted(log_q, log_q - log_p)
-        u = f
-    elif DIVERGENCE == "jsd":
-        log_m = _logaddexp(log_p + tl.log(parameter), log_q + tl.log(1 - parameter))
-        u = (1 - parameter) * _weighted(log_q, log_q - log_m)
-        f = parameter * _weighted(log_p, log_p - log_m) + u
-    elif DIVERGENCE == "skew_forward_kl":
-        log_m = _logaddexp(log_p + tl.log(parameter), log_q + tl.log(1 - parameter))
-        f, u = _weighted(log_p, log_p - log_m), (parameter - 1) * _weighted(log_p, tl.exp(log_q - log_m))
-    else:
-        log_m = _logaddexp(log_q + tl.log(parameter), log_p + tl.log(1 - parameter))
-        f = _weighted(log_q, log_q - log_m)
-        u = f - parameter * _weighted(log_q, tl.exp(log_q - log_m))
-    return f, u
 
 
 @on_its_device
@@ -314,8 +260,8 @@ def gradient_factors(
         _gradient_factors[tokens,](
             grad_T.contiguous(), entry_logits_TK.contiguous(), logprobs_TK.contiguous(), columns_TK.contiguous(),
             label_columns_T, *saved, max_T, outside_T,
-            outside_at_one_T, entry_grad_TK, label_grad_T, top_k, parameter, *weights, temperature,
-            DIVERGENCE=divergence, APART=apart, **_lanes(top_k),
+            outside_at_one_T, entry_grad_TK, label_grad_T, top_k, parameter, 1 - parameter, *weights, temperature,
+            FORM=FORMS[divergence], APART=apart, **row_lanes(top_k),
         )  # fmt: skip
     return max_T, outside_T, outside_at_one_T if apart else None, entry_grad_TK, label_grad_T
 
@@ -324,7 +270,7 @@ def gradient_factors(
 def _gradient_factors(
     grad, entry_logits, logprobs, columns, label_columns, outside_max, entry_max, p_shift, q_shift, u_total, outside,
     outside_at_one, shift_at_one, max_out, outside_out, outside_at_one_out, entry_out, label_out, entries, parameter,
-    kd_weight, ce_weight, temperature, DIVERGENCE: tl.constexpr, APART: tl.constexpr, K: tl.constexpr,
+    rest, kd_weight, ce_weight, temperature, FORM: tl.constexpr, APART: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kd_factor = kd_weight * temperature * tl.load(grad + row)
@@ -337,7 +283,7 @@ def _gradient_factors(
     log_p_K = logprob_K - tl.load(p_shift + row).to(tl.float32)
     log_q_K = gap_K / temperature - tl.load(q_shift + row).to(tl.float32)
     log_q_K = tl.where(logprob_K > -INF, log_q_K, -INF)
-    _, u_K = _form(log_p_K, log_q_K, parameter, DIVERGENCE)
+    _, u_K = FORM(log_p_K, log_q_K, parameter, rest)
     kd_K = kd_factor * (u_K - tl.load(u_total + row).to(tl.float32) * tl.exp(log_q_K))
     softmax_K = tl.exp(gap_K + tl.load(shift_at_one + row).to(tl.float32))
     is_label_K = (column_K == tl.load(label_columns + row)) & (column_K >= 0)
@@ -354,9 +300,3 @@ def _gradient_factors(
     tl.store(outside_out + row, kd_outside.to(tl.float32))
     tl.store(max_out + row, tl.load(outside_max + row).to(tl.float32))
     tl.store(label_out + row, -ce_factor)
-
-
-def _lanes(top_k: int) -> dict[str, int]:
-    """One row a program, four entries a thread."""
-    K = triton.next_power_of_2(max(1, top_k))
-    return {"K": K, "num_warps": max(1, min(8, K // 128))}

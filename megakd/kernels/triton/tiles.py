@@ -17,6 +17,7 @@ LANES = tl.constexpr(128)  # four warps: 8 programs and more on a multiprocessor
 LANE_COLUMNS = tl.constexpr(32)  # of a tile; as many as bits in the word that says which ones are entries
 TILE = tl.constexpr(4096)
 NONE = tl.constexpr(0x7FFFFFFF)  # a column beyond all others
+INF = tl.constexpr(float("inf"))
 LOG2_E = 1.4426950408889634
 IN_LOG2 = tl.constexpr(LOG2_E)
 
@@ -59,6 +60,12 @@ def lane_shape(*tensors_TW: Tensor, multiple_of: int = 16) -> dict[str, int]:
     aligned = all(x_TW.stride(1) == 1 for x_TW in tensors_TW) and not any(n % 16 for n in (multiple_of, *starts))
     neighbours = 16 // tensors_TW[0].element_size() if aligned else 1
     return {"S": LANE_COLUMNS.value // neighbours, "E": neighbours, "num_warps": LANES.value // 32, "num_stages": 1}
+
+
+def row_lanes(top_k: int) -> dict[str, int]:
+    """One row a program, four entries a thread."""
+    K = triton.next_power_of_2(max(1, top_k))
+    return {"K": K, "num_warps": max(1, min(8, K // 128))}
 
 
 @triton.jit
@@ -110,6 +117,12 @@ def store_tile(row_out, value_SNE, first, stop, whole_stop, column_stride, S: tl
 def finite(x):
     """x with 0 for -inf, so that x - finite(x) is no NaN."""
     return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit
+def logaddexp(a, b):
+    top = finite(tl.maximum(a, b))
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
 
 
 @triton.jit
