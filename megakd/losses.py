@@ -8,6 +8,7 @@ Legend: T supervised tokens, W this rank's vocabulary columns.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,13 +63,31 @@ def fused_objective(
     shard: VocabShard,
     loss: Loss,
     *,
+    softcap: float | None,
     block_tokens: int,
+    on_logits: Callable[[slice | Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`objective` of hidden_TH @ weight_WH.T, whose logits exist for `block_tokens` tokens at a time only.
 
-    The gradient of hidden_TH is summed over the ranks of the shard.
+    The gradients of loss_sum, and of no multiple of it, are formed at once: that of hidden_TH is summed over the ranks
+    of the shard, that of the weight is added to its main_grad where Megatron's wrapper has given it one.
+
+    Args:
+        softcap, block_tokens, on_logits: as for `linear_kd_loss`; the rest as for `objective`.
     """
-    losses = linear_kd_loss(hidden_TH, weight_WH, targets, labels_T, shard, **options(loss), block_tokens=block_tokens)
+    losses = linear_kd_loss(
+        hidden_TH,
+        weight_WH,
+        targets,
+        labels_T,
+        shard,
+        **options(loss),
+        gradient_in_forward=True,
+        accumulate_into_main_grad=getattr(weight_WH, "main_grad", None) is not None,
+        softcap=softcap,
+        block_tokens=block_tokens,
+        on_logits=on_logits,
+    )
     return summed(losses, labels_T)
 
 

@@ -49,8 +49,8 @@ class Loss(Section):
     ce_weight: NotNegative = 0.0
     """Weight of the cross-entropy with the data's next token, at temperature 1."""
     logits_memory_budget_bytes: Count = 4 << 30
-    """Most bytes of logits that a model may have at one time on a rank. A micro-batch with more has output layer and
-    loss in blocks of tokens: less memory, and one more product with the output layer's weight in the backward."""
+    """Most bytes of logits that a model may have at one time on a rank. A micro-batch that could have more has output
+    layer and loss in blocks of tokens, whose gradients are formed at once and whose logits are not kept."""
     ramps: Ramps = Ramps()
     """kd_weight, ce_weight and temperature as functions of the step."""
 

@@ -9,16 +9,20 @@ block.
 Sizes: T tokens, H hidden, W vocabulary columns on this rank, K entries per token, R ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from megakd.kernels.linear_autograd import GradientInForward, Layout, Recompute, whole
 from megakd.kernels.selection import select_top_k
+from megakd.kernels.softcap import check_softcap, softcap_passes
 from megakd.kernels.terms import KDLoss, build_options, check_labels
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets
 
 BLOCK_TOKENS = 1024
+DEVICE_BLOCK_TOKENS = 4096  # on other devices: products that fill a GPU, and few launches
 
 
 def linear_select_top_k(
@@ -30,24 +34,26 @@ def linear_select_top_k(
     *,
     gather: bool = False,
     sequence_parallel: bool = False,
-    block_tokens: int = BLOCK_TOKENS,
+    softcap: float | None = None,
+    block_tokens: int | None = None,
 ) -> TeacherTargets:
     """`select_top_k` of hidden_TH @ weight_WH.T, which exists for `block_tokens` tokens at a time.
 
     Args:
-        hidden_TH, weight_WH, sequence_parallel, block_tokens: as in `linear_kd_loss`; neither gets a gradient.
+        hidden_TH, weight_WH, sequence_parallel, softcap, block_tokens: as in `linear_kd_loss`, without gradients.
         top_k, shard, temperature, gather: as in `select_top_k`.
     Raises:
         ValueError: as `select_top_k`; shapes or dtypes of hidden states and weight that do not fit.
     Collectives: those of `select_top_k`, once per block; an all-gather of the hidden states if `sequence_parallel`.
     """
     with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
-        check_head(hidden_TH, weight_WH, shard, block_tokens)
-        hidden_TH = whole(hidden_TH, shard, sequence_parallel)
-        parts = [
-            select_top_k(block_TH @ weight_WH.T, top_k, shard, temperature, gather=gather)
-            for block_TH in hidden_TH.split(block_tokens)
-        ]
+        block_tokens = check_head(hidden_TH, weight_WH, shard, softcap, block_tokens)
+        parts = []
+        for block_BH in whole(hidden_TH, shard, sequence_parallel).split(block_tokens):
+            logits_BW = block_BH @ weight_WH.T
+            if softcap is not None:
+                softcap_passes(logits_BW).cap(logits_BW, softcap, logits_BW)
+            parts.append(select_top_k(logits_BW, top_k, shard, temperature, gather=gather))
     if len(parts) == 1:
         return parts[0]
     joined = (torch.cat([getattr(p, name) for p in parts]) for name in ("ids_TK", "logprobs_TK", "log_tail_T"))
@@ -70,7 +76,9 @@ def linear_kd_loss(
     token_weight_T: Tensor | None = None,
     sequence_parallel: bool = False,
     accumulate_into_main_grad: bool = False,
-    block_tokens: int = BLOCK_TOKENS,
+    softcap: float | None = None,
+    block_tokens: int | None = None,
+    on_logits: Callable[[slice | Tensor, Tensor], None] | None = None,
     **parameters: float,
 ) -> KDLoss:
     """`kd_loss` of hidden_TH @ weight_WH.T, whose memory does not grow with T times W.
@@ -90,19 +98,24 @@ def linear_kd_loss(
         sequence_parallel: hidden_TH is this rank's T / R consecutive tokens, and so is its gradient; labels and targets
             are those of all T.
         accumulate_into_main_grad: add the weight's gradient to weight_WH.main_grad (float32), as Megatron's own layers
-            do under gradient_accumulation_fusion, instead of returning it.
-        block_tokens: tokens whose logits exist at one time.
+            do under gradient_accumulation_fusion, instead of returning it. With gradient_in_forward that happens in
+            the forward, where no factor is known: the objective must be the sum of token_weight_T * loss_T itself.
+        softcap: the logits are softcap * tanh(product / softcap); None: they are the product.
+        block_tokens: tokens whose logits exist at one time; None: 1,024 on a CPU, 4,096 elsewhere.
+        on_logits: called in the forward, on every rank, with (rows, logits) of each block of supervised tokens; `rows`
+            indexes the T tokens, and the logits are overwritten when it has returned.
     Returns:
         KDLoss of all T tokens.
     Raises:
         ValueError: as `kd_loss`; shapes or dtypes of hidden states and weight that do not fit; options that exclude
             one another.
     Collectives: those of `kd_loss` (once per block with gradient_in_forward); the gradient of the hidden states is
-        all-reduced; with `sequence_parallel` they are all-gathered (again in the backward) and it is reduce-scattered.
-    Memory: beside gradients and hidden states, one block of logits [block_tokens, W] and at most as much for products;
-        the weight's gradient is summed in float32.
+        all-reduced; with `sequence_parallel` they are all-gathered (again in the backward) and it is reduce-scattered,
+        beside the last block's product for the weight.
+    Memory: beside gradients and hidden states, one block of logits [block_tokens, W] (two with a softcap) and at most
+        as much as one for products; the weight's gradient is summed in float32.
     """
-    check_head(hidden_TH, weight_WH, shard, block_tokens)
+    block_tokens = check_head(hidden_TH, weight_WH, shard, softcap, block_tokens)
     options = build_options(targets, divergence, tail, parameters, student_temperature, kd_weight, ce_weight)
     tokens = len(hidden_TH) * (shard.ranks if sequence_parallel else 1)
     check_labels(labels_T, tokens, targets.tokens)
@@ -114,7 +127,7 @@ def linear_kd_loss(
         raise ValueError(
             "gradient_in_forward cannot be used where gradients are off, nor under activation recomputation"
         )
-    layout = Layout(shard, options, sequence_parallel, accumulate_into_main_grad, block_tokens)
+    layout = Layout(shard, options, sequence_parallel, accumulate_into_main_grad, block_tokens, softcap, on_logits)
     if token_weight_T is None:
         token_weight_T = torch.ones(tokens, device=hidden_TH.device)
     with torch.autocast(hidden_TH.device.type, enabled=False):  # products are in the dtype that is given
@@ -123,8 +136,10 @@ def linear_kd_loss(
         return KDLoss(*GradientInForward.apply(hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout))
 
 
-def check_head(hidden_TH: Tensor, weight_WH: Tensor, shard: VocabShard, block_tokens: int) -> None:
-    """Raises ValueError unless hidden states and weight fit together and to the shard."""
+def check_head(
+    hidden_TH: Tensor, weight_WH: Tensor, shard: VocabShard, softcap: float | None, block_tokens: int | None
+) -> int:
+    """Tokens of a block; raises ValueError unless hidden states and weight fit together and to the shard."""
     width = shard.stop - shard.start
     if hidden_TH.dim() != 2 or weight_WH.shape != (width, hidden_TH.shape[-1]):
         raise ValueError(
@@ -136,5 +151,9 @@ def check_head(hidden_TH: Tensor, weight_WH: Tensor, shard: VocabShard, block_to
             f"hidden states and weight must both be float32, bfloat16 or float16, not {hidden_TH.dtype} and "
             f"{weight_WH.dtype}"
         )
+    check_softcap(softcap)
+    if block_tokens is None:
+        return BLOCK_TOKENS if hidden_TH.device.type == "cpu" else DEVICE_BLOCK_TOKENS
     if block_tokens < 1:
         raise ValueError(f"block_tokens must be at least 1, not {block_tokens}")
+    return block_tokens

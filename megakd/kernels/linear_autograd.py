@@ -5,7 +5,7 @@ Sizes: T tokens, B tokens of a block, H hidden, W vocabulary columns on this ran
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,12 @@ from torch.autograd.function import once_differentiable
 from megakd.kernels.paths import row_passes
 from megakd.kernels.records import build_record
 from megakd.kernels.rows import Statistics, runs
+from megakd.kernels.softcap import softcap_passes
 from megakd.kernels.terms import Factors, KDLoss, Options, Saved, Supervised, evaluate, gradient_factors, localize
 from megakd.kernels.vocab import VocabShard
 
 LOGGER = logging.getLogger(__name__)
+Rows = slice | Tensor  # indexes the first axis of any [T, ...] tensor
 
 
 class Layout(NamedTuple):
@@ -29,6 +31,8 @@ class Layout(NamedTuple):
     sequence_parallel: bool
     into_main_grad: bool
     block_tokens: int
+    softcap: float | None
+    on_logits: Callable[[Rows, Tensor], None] | None
 
 
 def whole(hidden_TH: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tensor:
@@ -37,58 +41,112 @@ def whole(hidden_TH: Tensor, shard: VocabShard, sequence_parallel: bool) -> Tens
 
 
 class Blocks:
-    """The logits of the supervised tokens, a block at a time in one reused buffer, and what becomes of them."""
+    """The logits of the supervised tokens, a block at a time in one reused buffer, and what becomes of them.
 
-    def __init__(self, hidden_TH: Tensor, weight_WH: Tensor, s: Supervised, layout: Layout):
+    With a soft cap and gradients there are two buffers: the logits before the cap are what its derivative is made of.
+    """
+
+    def __init__(self, hidden_TH: Tensor, weight_WH: Tensor, s: Supervised, layout: Layout, *, gradients: bool):
         self.hidden_TH, self.weight_WH, self.s, self.layout = hidden_TH, weight_WH, s, layout
+        self.rows = list(runs(s.supervised_T, layout.block_tokens))
         size = min(layout.block_tokens, len(hidden_TH))
-        self.buffer_BW = hidden_TH.new_empty((size, len(weight_WH)))
+        self.raw_BW = hidden_TH.new_empty((size, len(weight_WH)))
+        self.logits_BW = self.raw_BW if layout.softcap is None or not gradients else torch.empty_like(self.raw_BW)
         self.all_on_B = torch.ones(size, dtype=torch.bool, device=hidden_TH.device)
 
-    def zero_weight_gradient(self) -> Tensor:
-        """Zeros [W, H] to which products are added: float32, unless one product is all there is to come."""
-        single = len(self.hidden_TH) <= self.layout.block_tokens
-        return torch.zeros_like(self.weight_WH, dtype=self.weight_WH.dtype if single else torch.float32)
-
-    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        """Yields (rows, logits): `rows` indexes the first axis of any [T, ...] tensor."""
-        for rows in runs(self.s.supervised_T, self.layout.block_tokens):
+    def __iter__(self) -> Iterator[tuple[Rows, Tensor]]:
+        """Yields (rows, logits)."""
+        for rows in self.rows:
             hidden_BH = self.hidden_TH[rows]
-            yield rows, torch.mm(hidden_BH, self.weight_WH.T, out=self.buffer_BW[: len(hidden_BH)])
+            raw_BW, logits_BW = self.raw_BW[: len(hidden_BH)], self.logits_BW[: len(hidden_BH)]
+            multiply(hidden_BH, self.weight_WH, raw_BW)
+            if self.layout.softcap is not None:
+                softcap_passes(raw_BW).cap(raw_BW, self.layout.softcap, logits_BW)
+            yield rows, logits_BW
 
-    def arguments(self, rows, logits_BW: Tensor) -> tuple:
+    def arguments(self, rows: Rows, logits_BW: Tensor) -> tuple:
         """The arguments that `rows.statistics` and `rows.backward` share."""
         s, options = self.s.rows(rows), self.layout.options
         on_B = self.all_on_B[: len(logits_BW)]
         return logits_BW, s.columns_TK, s.label_columns_T, on_B, self.layout.shard.real_width, options.temperature
 
-    def statistics(self, rows, logits_BW: Tensor) -> Statistics:
-        """`rows.statistics` of one block."""
+    def statistics(self, rows: Rows, logits_BW: Tensor) -> Statistics:
+        """`rows.statistics` of one block, after showing its logits to `on_logits`."""
+        if self.layout.on_logits is not None:
+            self.layout.on_logits(rows, logits_BW)
         return row_passes(logits_BW).statistics(*self.arguments(rows, logits_BW))
 
-    def backward(
-        self, rows, logits_BW: Tensor, factors: Factors, grad_TH: Tensor | None, grad_WH: Tensor | None
-    ) -> None:
+    def backward(self, rows: Rows, logits_BW: Tensor, factors: Factors, gradients: "Gradients") -> None:
         """Overwrites the block's logits with their gradient, and adds the products with it to the two gradients."""
         row_passes(logits_BW).backward(*self.arguments(rows, logits_BW), *factors, logits_BW)
         width = self.layout.shard.real_width  # 0 times a padding weight that is not finite is not 0
-        if grad_TH is not None:
-            grad_TH[rows] = logits_BW[:, :width] @ self.weight_WH[:width]
-        if grad_WH is not None:
-            add_product(grad_WH[:width], logits_BW[:, :width], self.hidden_TH[rows])
+        grad_BW = logits_BW[:, :width]
+        if self.layout.softcap is not None:
+            softcap_passes(grad_BW).uncap(self.raw_BW[: len(grad_BW), :width], self.layout.softcap, grad_BW)
+        gradients.add(rows, grad_BW, last=rows is self.rows[-1])
+
+
+class Gradients:
+    """The gradients of hidden states and weight, to which blocks add; either is None where nobody wants it.
+
+    The hidden gradient's sum over the ranks starts as soon as the last block is in it, beside that block's product for
+    the weight.
+    """
+
+    def __init__(self, blocks: Blocks, layout: Layout, grad_WH: Tensor | None, *, of_hidden: bool):
+        self.blocks, self.layout, self.grad_WH = blocks, layout, grad_WH
+        self.grad_TH = torch.zeros_like(blocks.hidden_TH) if of_hidden else None
+        self.wait = None
+
+    def add(self, rows: Rows, logits_grad_BW: Tensor, *, last: bool) -> None:
+        """One block's part, from the gradient of its logits."""
+        width = logits_grad_BW.shape[1]
+        if self.grad_TH is not None:
+            self.grad_TH[rows] = logits_grad_BW @ self.blocks.weight_WH[:width]
+            if last:
+                self.start()
+        if self.grad_WH is not None:
+            add_product(self.grad_WH[:width], logits_grad_BW, self.blocks.hidden_TH[rows])
+
+    def start(self) -> None:
+        """Nothing more is to be added to the hidden gradient."""
+        self.wait = self.layout.shard.start_sum_over_ranks(self.grad_TH, scatter=self.layout.sequence_parallel)
+
+    def finish(self) -> Tensor | None:
+        """The gradient of the hidden states that this rank has been given."""
+        if self.grad_TH is None:
+            return None
+        if self.wait is None:  # no block has been added
+            self.start()
+        return self.wait()
+
+
+def multiply(hidden_BH: Tensor, weight_WH: Tensor, out_BW: Tensor) -> None:
+    """out_BW = hidden_BH @ weight_WH.T; a library that sums up in float32 beside it takes no more than out_BW does.
+
+    On CPUs without bfloat16 instructions oneDNN does so: twice the memory of a whole product in 16 bits.
+    """
+    columns = len(weight_WH)
+    if out_BW.device.type == "cpu":
+        columns = max(1, columns * out_BW.element_size() // 4)
+    for part_CH, out_BC in zip(weight_WH.split(columns), out_BW.split(columns, 1), strict=True):
+        torch.mm(hidden_BH, part_CH.T, out=out_BC)
 
 
 def add_product(grad_WH: Tensor, logits_grad_BW: Tensor, hidden_BH: Tensor) -> None:
     """grad_WH += logits_grad_BW.T @ hidden_BH, in the dtype of grad_WH, with less memory than the logits take."""
-    if grad_WH.dtype == logits_grad_BW.dtype:
-        grad_WH.addmm_(logits_grad_BW.T, hidden_BH)
-        return
-    if adds_to_float32(grad_WH.device, hidden_BH.dtype):
+    same = grad_WH.dtype == logits_grad_BW.dtype
+    if not same and adds_to_float32(grad_WH.device, hidden_BH.dtype):
         torch.addmm(grad_WH, logits_grad_BW.T, hidden_BH, out_dtype=torch.float32, out=grad_WH)
         return
-    columns = max(1, logits_grad_BW.numel() // (4 * hidden_BH.shape[1]))  # a product, and on a CPU its float32 copy
+    columns = max(1, logits_grad_BW.numel() // (4 * hidden_BH.shape[1]))  # a product, and its sums in float32
+    if same and (grad_WH.dtype == torch.float32 or grad_WH.device.type != "cpu"):
+        columns = len(grad_WH)
     for grad_CH, part_BC in zip(grad_WH.split(columns), logits_grad_BW.split(columns, 1), strict=True):
-        grad_CH += part_BC.T @ hidden_BH
+        if same:
+            grad_CH.addmm_(part_BC.T, hidden_BH)
+        else:
+            grad_CH += part_BC.T @ hidden_BH
 
 
 @functools.cache
@@ -111,7 +169,8 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_WH, targets, labels_T, layout):
         options, s = layout.options, localize(targets, labels_T, layout.shard)
-        blocks = Blocks(whole(hidden_TH, layout.shard, layout.sequence_parallel), weight_WH, s, layout)
+        whole_TH = whole(hidden_TH, layout.shard, layout.sequence_parallel)
+        blocks = Blocks(whole_TH, weight_WH, s, layout, gradients=False)
         stats = nothing(s, options)
         for rows, logits_BW in blocks:
             for all_T, block_B in zip(stats, blocks.statistics(rows, logits_BW), strict=True):
@@ -129,20 +188,18 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, grad_T, *_):
         hidden_TH, weight_WH, entry_logits_TK, *rest = ctx.saved_tensors
         s, saved = Supervised(*rest[: len(Supervised._fields)]), Saved(*rest[len(Supervised._fields) :])
-        layout = ctx.layout
-        blocks = Blocks(whole(hidden_TH, layout.shard, layout.sequence_parallel), weight_WH, s, layout)
-        grad_TH = torch.zeros_like(blocks.hidden_TH) if ctx.needs_input_grad[0] else None
-        grad_WH = None
+        layout, grad_WH = ctx.layout, None
+        whole_TH = whole(hidden_TH, layout.shard, layout.sequence_parallel)
         if ctx.needs_input_grad[1]:
-            grad_WH = ctx.weight.main_grad if layout.into_main_grad else blocks.zero_weight_gradient()
+            grad_WH = weight_gradient(ctx.weight, layout, single=len(whole_TH) <= layout.block_tokens)
+        blocks = Blocks(whole_TH, weight_WH, s, layout, gradients=True)
+        gradients = Gradients(blocks, layout, grad_WH, of_hidden=ctx.needs_input_grad[0])
         for rows, logits_BW in blocks:
             part = grad_T[rows], entry_logits_TK[rows], s.rows(rows), saved.rows(rows)
-            blocks.backward(rows, logits_BW, gradient_factors(*part, layout.options), grad_TH, grad_WH)
-        if grad_TH is not None:
-            grad_TH = layout.shard.sum_over_ranks(grad_TH, scatter=layout.sequence_parallel)
+            blocks.backward(rows, logits_BW, gradient_factors(*part, layout.options), gradients)
         if grad_WH is not None:
             grad_WH = hand_over(ctx.weight) if layout.into_main_grad else grad_WH.to(weight_WH.dtype)
-        return grad_TH, grad_WH, None, None, None
+        return gradients.finish(), grad_WH, None, None, None
 
 
 class GradientInForward(torch.autograd.Function):
@@ -150,10 +207,12 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout):
-        shard, options, s = layout.shard, layout.options, localize(targets, labels_T, layout.shard)
-        blocks = Blocks(whole(hidden_TH, shard, layout.sequence_parallel), weight_WH, s, layout)
-        grad_TH = torch.zeros_like(blocks.hidden_TH) if ctx.needs_input_grad[0] else None
-        grad_WH = torch.zeros_like(weight_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        shard, options, s, grad_WH = layout.shard, layout.options, localize(targets, labels_T, layout.shard), None
+        whole_TH = whole(hidden_TH, shard, layout.sequence_parallel)
+        if ctx.needs_input_grad[1]:
+            grad_WH = weight_gradient(weight_WH, layout, single=False)
+        blocks = Blocks(whole_TH, weight_WH, s, layout, gradients=True)
+        gradients = Gradients(blocks, layout, grad_WH, of_hidden=ctx.needs_input_grad[0])
         outputs = KDLoss(*(token_weight_T.new_zeros(len(labels_T), dtype=torch.float32) for _ in KDLoss._fields))
         numbers_T = torch.arange(len(labels_T), device=labels_T.device)
         for rows, logits_BW in blocks:
@@ -164,10 +223,9 @@ class GradientInForward(torch.autograd.Function):
             for all_T, block_B in zip(outputs, results, strict=True):
                 all_T[rows] = block_B
             factors = gradient_factors(token_weight_T[rows], stats.entry_logits_TK, part, saved, options)
-            blocks.backward(rows, logits_BW, factors, grad_TH, grad_WH)
-        if grad_TH is not None:
-            grad_TH = shard.sum_over_ranks(grad_TH, scatter=layout.sequence_parallel)
-        ctx.gradients, ctx.into_main_grad, ctx.weight = (grad_TH, grad_WH), layout.into_main_grad, weight_WH
+            blocks.backward(rows, logits_BW, factors, gradients)
+        ctx.gradients, ctx.weight = (gradients.finish(), grad_WH), weight_WH
+        ctx.into_main_grad = layout.into_main_grad and grad_WH is not None
         ctx.save_for_backward(s.supervised_T, token_weight_T)
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
@@ -177,16 +235,22 @@ class GradientInForward(torch.autograd.Function):
     def backward(ctx, grad_T, *_):
         if ctx.gradients is None:
             raise RuntimeError("gradient_in_forward gives its gradients away once; there is no second backward")
-        factor = common_factor(grad_T, *ctx.saved_tensors)
+        factor = common_factor(grad_T, *ctx.saved_tensors, is_one=ctx.into_main_grad)
         (grad_TH, grad_WH), ctx.gradients = ctx.gradients, None
+        if ctx.into_main_grad:
+            return grad_TH, hand_over(ctx.weight), None, None, None, None
         if grad_TH is not None:
             grad_TH *= factor
-        if grad_WH is not None and ctx.into_main_grad:
-            ctx.weight.main_grad.add_(grad_WH, alpha=factor)
-            grad_WH = hand_over(ctx.weight)
-        elif grad_WH is not None:
+        if grad_WH is not None:
             grad_WH = grad_WH.mul_(factor).to(ctx.weight.dtype)
         return grad_TH, grad_WH, None, None, None, None
+
+
+def weight_gradient(weight_WH: Tensor, layout: Layout, *, single: bool) -> Tensor:
+    """[W, H] to which products are added: main_grad, or zeros in float32, unless a single product is all there is."""
+    if layout.into_main_grad:
+        return weight_WH.main_grad
+    return torch.zeros_like(weight_WH, dtype=weight_WH.dtype if single else torch.float32)
 
 
 def nothing(s: Supervised, options: Options) -> Statistics:
@@ -197,22 +261,31 @@ def nothing(s: Supervised, options: Options) -> Statistics:
     return Statistics(none_T, torch.zeros_like(none_T), sum_at_one_T, none_T[:, None].repeat(1, top_k), none_T.clone())
 
 
-def common_factor(grad_T: Tensor, supervised_T: Tensor, token_weight_T: Tensor) -> float:
-    """The number by which the gradient of loss_T exceeds token_weight_T in the supervised rows.
+def common_factor(grad_T: Tensor, supervised_T: Tensor, token_weight_T: Tensor, *, is_one: bool) -> Tensor:
+    """The number by which the gradient of loss_T exceeds token_weight_T in the supervised rows; float64 [].
 
     Raises:
-        RuntimeError: there is no such number.
+        RuntimeError: there is no such number, or it must be 1 and is not. On CUDA nothing waits for the answer, and
+            the device stops with it.
     """
-    if not supervised_T.any():
-        return 0.0
-    grad_T, weight_T = grad_T[supervised_T].double(), token_weight_T[supervised_T].double()
-    factor = (grad_T * weight_T).sum() / (weight_T * weight_T).sum().clamp(min=1e-300)
-    if not (grad_T - factor * weight_T).abs().max() <= 1e-5 * factor.abs() * weight_T.abs().max():
-        raise RuntimeError(
-            "gradient_in_forward was told other token weights than those of the objective: the gradient of loss_T must "
-            "be a multiple of token_weight_T"
-        )
-    return float(factor)
+    if not len(grad_T):
+        return grad_T.new_zeros((), dtype=torch.float64)
+    grad_T, weight_T = (x_T.double().where(supervised_T, 0) for x_T in (grad_T, token_weight_T))
+    square = weight_T.square().sum()
+    factor = (grad_T * weight_T).sum() / square.clamp(min=1e-300)
+    fits = (grad_T - factor * weight_T).abs().amax() <= 1e-5 * factor.abs() * weight_T.abs().amax()
+    message = (
+        "gradient_in_forward was told other token weights than those of the objective: the gradient of loss_T must "
+        "be a multiple of token_weight_T"
+    )
+    if is_one:
+        fits &= ((factor - 1).abs() <= 1e-5) | (square == 0)
+        message += ", and where it went into main_grad, token_weight_T itself"
+    if fits.is_cuda:
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise RuntimeError(message)
+    return factor
 
 
 def hand_over(weight_WH: Tensor) -> Tensor | None:

@@ -214,11 +214,15 @@ def block_bytes(logits_TW: Tensor) -> int:
 
 
 def runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:
-    """The supervised rows in pieces of `length`; a piece without gaps as a slice, which copies nothing."""
-    index = supervised_T.nonzero()[:, 0]
+    """The supervised rows in pieces of `length`; a piece without gaps as a slice, which copies nothing.
+
+    Waits for the device once, however many pieces there are.
+    """
+    index = supervised_T.cpu().nonzero()[:, 0]
     for piece in index.split(length) if len(index) else ():
         first, last = int(piece[0]), int(piece[-1])
-        yield slice(first, last + 1) if last - first + 1 == len(piece) else piece
+        gaps = last - first + 1 > len(piece)
+        yield piece.to(supervised_T.device, non_blocking=True) if gaps else slice(first, last + 1)
 
 
 def finite(x: Tensor) -> Tensor:

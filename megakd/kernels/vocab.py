@@ -1,5 +1,6 @@
 """The vocabulary axis split over ranks: who owns which ids."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,12 +81,25 @@ class VocabShard:
 
         One all-reduce or reduce-scatter; none for a single rank.
         """
+        return self.start_sum_over_ranks(x_TH, scatter=scatter)()
+
+    def start_sum_over_ranks(self, x_TH: Tensor, *, scatter: bool = False) -> Callable[[], Tensor]:
+        """Starts `sum_over_ranks`, to go on beside what is computed next; calling the result waits, and gives the sum.
+
+        `x_TH` must be left alone until then.
+        """
         if self.ranks == 1:
-            return x_TH
-        if not scatter:
-            dist.all_reduce(x_TH, group=self.group)
-            return x_TH
-        mine = x_TH.new_empty((len(x_TH) // self.ranks, *x_TH.shape[1:]))
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter(mine, x_TH.contiguous(), group=self.group)
-        return mine
+            return lambda: x_TH
+        if scatter:
+            result = x_TH.new_empty((len(x_TH) // self.ranks, *x_TH.shape[1:]))
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            work = reduce_scatter(result, x_TH.contiguous(), group=self.group, async_op=True)
+        else:
+            result = x_TH
+            work = dist.all_reduce(x_TH, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return result
+
+        return wait

@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megakd.kernels import VocabShard
+from megakd.kernels.softcap import softcap_passes
 from megakd.models.architecture import DTYPES, layer_specs, transformer_config
 from megakd.models.blocks import needs_own_layers
 from megakd.models.initialization import initialize_weights
@@ -81,8 +82,17 @@ class GPT(GPTModel):
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
         """[T, W]: this rank's columns, padded ones included (the kernels leave those out)."""
         logits_TW = F.linear(self.head_input(hidden_SBH, rows_T), self.head_weight)
-        softcap = self.config.model.logit_softcap
-        return logits_TW if softcap is None else softcap * torch.tanh(logits_TW / softcap)
+        if self.softcap is None:
+            return logits_TW
+        if torch.is_grad_enabled():
+            return self.softcap * torch.tanh(logits_TW / self.softcap)
+        softcap_passes(logits_TW).cap(logits_TW, self.softcap, logits_TW)
+        return logits_TW
+
+    @property
+    def softcap(self) -> float | None:
+        """Of the logits."""
+        return self.config.model.logit_softcap
 
 
 def multiply_output(embedding, args, hidden_SBH: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -136,28 +135,42 @@ class StudentStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
         gpt, labels_T, rows_T = self.gpt, micro_batch.labels_T, micro_batch.rows_T
-        block = gpt.block_tokens(loss.logits_memory_budget_bytes)
+        ids: list[Tensor] = []
+
+        def predict_rows(rows: slice | Tensor, logits_BW: Tensor) -> None:
+            ids.append(predict(logits_BW, labels_T[rows], gpt.shard).id_T)
+
         compared = measure and self.teacher is not None
-        if len(labels_T) <= block or gpt.config.model.logit_softcap is not None:
+        if is_fused(gpt, micro_batch.labels_BS.numel(), loss):
+            loss_sum, sums = fused_objective(
+                gpt.head_input(hidden_SBH, rows_T, whole_gradient=True),
+                gpt.head_weight,
+                lesson.targets,
+                labels_T,
+                gpt.shard,
+                loss,
+                softcap=gpt.softcap,
+                block_tokens=gpt.block_tokens(loss.logits_memory_budget_bytes),
+                on_logits=predict_rows if compared else None,
+            )
+        else:
             logits_TW = gpt.logits(hidden_SBH, rows_T)
             loss_sum, sums = objective(logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True)
             if compared:
-                compare(sums, predict(logits_TW.detach(), labels_T, gpt.shard).id_T, lesson)
-        else:
-            hidden_TH = gpt.head_input(hidden_SBH, rows_T, whole_gradient=True)
-            loss_sum, sums = fused_objective(
-                hidden_TH, gpt.head_weight, lesson.targets, labels_T, gpt.shard, loss, block_tokens=block
-            )
-            if compared:
-                compare(sums, predicted_ids(gpt, hidden_TH, labels_T, block), lesson)
+                predict_rows(slice(None), logits_TW.detach())
+        if ids:
+            compare(sums, torch.cat(ids), lesson)
         return loss_sum, torch.tensor(len(labels_T), dtype=torch.int), sums
 
 
-@torch.no_grad()
-def predicted_ids(gpt: GPT, hidden_TH: Tensor, labels_T: Tensor, block: int) -> Tensor:
-    """The most likely ids, with the logits of one block of tokens at a time."""
-    parts = zip(hidden_TH.split(block), labels_T.split(block), strict=True)
-    return torch.cat([predict(F.linear(hidden, gpt.head_weight), labels, gpt.shard).id_T for hidden, labels in parts])
+def is_fused(gpt: GPT, tokens: int, loss: Loss) -> bool:
+    """Whether output layer and loss of a micro-batch are run together, in blocks of tokens.
+
+    Args:
+        tokens: of the whole micro-batch, supervised or not. All micro-batches of a step must be answered alike: where
+            one has added its weight gradient to main_grad, Megatron no longer looks at what another returns.
+    """
+    return tokens > gpt.block_tokens(loss.logits_memory_budget_bytes) or gpt.softcap is not None
 
 
 def describe_head(gpt: GPT, tokens: int, loss: Loss) -> str:
@@ -165,11 +178,10 @@ def describe_head(gpt: GPT, tokens: int, loss: Loss) -> str:
     width, size = gpt.shard.stop - gpt.shard.start, gpt.head_weight.element_size()
     need, budget = tokens * width * size, loss.logits_memory_budget_bytes
     seen = f"logits of up to {tokens:,} tokens take {need:,} bytes, loss.logits_memory_budget_bytes is {budget:,}"
-    if need <= budget:
+    if not is_fused(gpt, tokens, loss):
         return f"output layer and loss apart: {seen}"
-    if gpt.config.model.logit_softcap is not None:
-        return f"output layer and loss apart, for a soft cap on logits cannot be fused: {seen}"
-    return f"output layer and loss fused, {gpt.block_tokens(budget):,} tokens at a time: {seen}"
+    why = "" if need > budget else " for the soft cap's sake"
+    return f"output layer and loss fused{why}, {min(tokens, gpt.block_tokens(budget)):,} tokens at a time: {seen}"
 
 
 def compare(sums: Tensor, id_T: Tensor, lesson: Lesson) -> None:

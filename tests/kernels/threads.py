@@ -30,9 +30,9 @@ class ThreadShard(VocabShard):
     def all_gather(self, mine):
         return torch.stack(self.team.exchange(self.place, mine.detach().clone()))
 
-    def sum_over_ranks(self, x_TH, *, scatter=False):
+    def start_sum_over_ranks(self, x_TH, *, scatter=False):
         total = self.all_gather(x_TH).sum(0)
-        return total.chunk(self.ranks)[self.place] if scatter else x_TH.copy_(total)
+        return lambda: total.chunk(self.ranks)[self.place] if scatter else x_TH.copy_(total)
 
 
 class Team:

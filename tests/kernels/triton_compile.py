@@ -20,6 +20,7 @@ from megakd.kernels.terms import Saved
 from megakd.kernels.triton import chunks as triton_chunks
 from megakd.kernels.triton import rows as triton_rows
 from megakd.kernels.triton import selection_rows as triton_selection
+from megakd.kernels.triton import softcap as triton_softcap
 from megakd.kernels.triton import terms as triton_terms
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
@@ -62,6 +63,8 @@ def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float)
     triton_rows.statistics(*given)
     triton_rows.backward(*given, numbers_T, numbers_T, at_one_T, numbers_TK, numbers_T, logits_TW)
     triton_rows.extremes(logits_TW, label_columns_T, W)
+    triton_softcap.cap(logits_TW, 30.0, logits_TW)
+    triton_softcap.uncap(logits_TW, 30.0, logits_TW)
     triton_chunks.summarize(logits_TW, W, 128, temperature)
     shape = triton_selection.lane_shape(logits_TW)
     packed_TM, rest_3T = triton_selection.find_candidates(logits_TW, top_k, W, temperature, shape)
@@ -95,7 +98,7 @@ def main(capability: int) -> None:
     call_all(16, 9008, 64, torch.bfloat16, 1.0)  # numbers that are multiples of 16 are compiled apart, and so is 1
     call_all(3, 9000, 1000, torch.float32, 2.0)
     call_all(1, 4096, 1, torch.float16, 2.0)
-    modules = triton_rows, triton_chunks, triton_selection, triton_terms
+    modules = triton_rows, triton_chunks, triton_selection, triton_terms, triton_softcap
     launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
     assert set(gpu.compiled) == launched, launched ^ set(gpu.compiled)
     print(*sorted(f"{name} {len(hashes)}" for name, hashes in gpu.compiled.items()), sep="\n")
