@@ -87,7 +87,7 @@ def broken_rules(here: str, source: str, known: Mapping[str, str] = {}) -> Itera
 
 def circle(sources: Mapping[str, str]) -> list[str]:
     """Modules that import each other in a ring, in order; empty when there is none."""
-    edges = {name: sorted({i for i in imported(source, sources) if i in sources}) for name, source in sources.items()}
+    edges = {name: sorted(({*imported(source, sources)} & sources.keys()) - {name}) for name, source in sources.items()}
     done: set[str] = set()
 
     def search(name: str, above: tuple[str, ...]) -> list[str]:
