@@ -59,6 +59,10 @@ class Loss(Section):
         if self.tail not in row.tails:
             reason = row.refused.get(self.tail, f"{self.tail} has no meaning for {self.divergence}")
             yield "tail", f"{reason}; expected {' or '.join(sorted(row.tails))}"
+        for name, usual in PARAMETERS.items():
+            if getattr(self, name) != usual and row.parameter != name:
+                meant = "; how much the divergence weighs is kd_weight" if name == "alpha" else ""
+                yield name, f"{getattr(self, name)}, but {self.divergence} has no such number{meant}"
         rises = any(ramp is not None and ramp.to > 0 for ramp in (self.ramps.kd_weight, self.ramps.ce_weight))
         if self.kd_weight == 0 and self.ce_weight == 0 and not rises:
             yield "kd_weight", "0, and ce_weight is 0 too: nothing is left to minimise"

@@ -46,7 +46,6 @@ ELSEWHERE = {
     "model_name_or_path": "student.checkpoint",
     "teacher_model_name_or_path": "teacher.checkpoint",
     "kd_loss": "loss.divergence",
-    "alpha": "loss.kd_weight",
     "kd_loss_weight": "loss.kd_weight",
     "sft_loss_weight": "loss.ce_weight",
     "tau": "loss.temperature",

@@ -128,6 +128,14 @@ def test_an_unknown_key_names_the_nearest(build, key, meant):
     assert message(build, {key: 1}).startswith(f"here.yaml: {key}: unknown key; did you mean {meant}?\n")
 
 
+def test_a_number_that_the_divergence_does_not_have_is_refused(build):
+    """`alpha` is elsewhere the weight of the divergence."""
+    said = message(build, {"loss.alpha": 0.9, "loss.beta": 0.3})
+    assert "loss.alpha: 0.9, but forward_kl has no such number; how much the divergence weighs is kd_weight" in said
+    assert "loss.beta: 0.3, but forward_kl has no such number\n" in said
+    build({"loss.divergence": "alpha", "loss.alpha": 0.9})
+
+
 def test_words_of_other_projects_lead_to_keys_and_are_none():
     known = {key.name for key in iter_keys(Config)}
     assert set(ELSEWHERE.values()) <= known
