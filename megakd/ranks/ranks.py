@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.errors import ConfigError, MegakdError
+from megakd.progress import LogHandler
 from megakd.ranks.failure import FailureWatch
 from megakd.ranks.launch import Launch, open_store, read_launch, resolve_device
 
@@ -174,5 +175,7 @@ def part(launch: Launch, store: dist.Store, seconds: float) -> None:
 def start_logging(rank: int) -> None:
     """Sends log lines to stderr: information and warnings of rank 0, warnings alone of others, with their rank."""
     prefix = "" if rank == 0 else f"rank {rank}: "
-    logging.basicConfig(format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[LogHandler()]
+    )
     logging.getLogger("megakd").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -28,6 +28,7 @@ from megakd.cache.aligner import (
 from megakd.cache.publish import publishing
 from megakd.cache.shard import ShardWriter
 from megakd.errors import CacheError
+from megakd.progress import progress_bar
 from megakd.targets import sample_key
 
 
@@ -117,9 +118,7 @@ def read_through(path: pathlib.Path) -> tuple[int, str]:
 
 def read_samples(files: list[pathlib.Path]) -> Iterator[tuple[Sample | None, str]]:
     """(sample, where it stands) of every line of every file."""
-    from tqdm import tqdm
-
-    with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, leave=False) as bar:
+    with progress_bar(sum(path.stat().st_size for path in files), "importing", unit="B") as bar:
         for path in files:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):

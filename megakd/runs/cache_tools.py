@@ -101,13 +101,12 @@ def run_stat(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from megakd.cache import read_header
     from megakd.cache.verify import verify
+    from megakd.progress import progress_bar
 
     total = sum(shard.bytes for shard in read_header(arguments.cache).shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(arguments.cache), leave=False) as bar:
+    with progress_bar(total, "verifying", unit="B") as bar:
         header = verify(arguments.cache, lambda shard: bar.update(shard.bytes))
     held = f"{header.rows:,} samples and {header.tokens:,} tokens in {len(header.shards)} shards"
     print(f"{arguments.cache}: {held}, all whole")
