@@ -1,4 +1,4 @@
-"""`megakd cache stat|verify|merge|import|export`: tools for logit caches; none of them needs ranks or a GPU.
+"""`megakd cache stat|verify|merge|import|export`: tools for logit caches, without ranks or a GPU.
 
 megakd cache CONFIG.yaml [key=value ...]           record (see `megakd train --help` for the keys)
 megakd cache stat CACHE [--plot FILE.png]          samples, tokens, bytes a token, mass kept
