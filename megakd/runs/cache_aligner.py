@@ -34,10 +34,11 @@ from megakd.targets import sample_key
 
 def run_import(arguments: argparse.Namespace) -> int:
     """Import all chunks."""
+    from megakd.checkpoints.folder import tokenizer_path
     from megakd.data.indexed import TokenFileWriter
     from megakd.data.tokenizers.load import load_tokenizer
 
-    tokenizer, files = load_tokenizer(arguments.tokenizer), find_chunks(arguments.input)
+    tokenizer, files = load_tokenizer(tokenizer_path(arguments.tokenizer)), find_chunks(arguments.input)
     contents = [read_through(path) for path in files]
     vocab_size = arguments.vocab_size or tokenizer.vocab_size
     first = next((sample for sample, _ in read_samples(files[:1]) if sample is not None), None)

@@ -55,7 +55,7 @@ def add_import(tools) -> None:
     parser.add_argument(
         "--input", required=True, type=path_text, metavar="PATH_CHUNK_ID.jsonl", help="CHUNK_ID stands for 0, 1, 2, ..."
     )
-    parser.add_argument("--tokenizer", required=True, type=path_argument, help="the tokenizer of the ids")
+    parser.add_argument("--tokenizer", required=True, type=path_argument, help="of the ids: a file, or a checkpoint")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="real vocabulary (default: the tokenizer's)")
     parser.add_argument("--output", required=True, type=path_argument, metavar="CACHE", help="folder to make")
     parser.add_argument("--data", required=True, type=path_argument, metavar="PREFIX", help="token file to write")
