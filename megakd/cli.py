@@ -12,6 +12,7 @@ import importlib
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,16 +29,37 @@ class Verb:
         target: "module:function"; the function takes the arguments after the verb and returns an exit code or None.
         summary: one line for `megakd --help`.
         is_run: takes `CONFIG.yaml [key=value ...]`; else flags, parsed (with --help) by the target.
+        more: of a run, what its own --help says beside usage and keys.
     """
 
     target: str
     summary: str
     is_run: bool
+    more: str = ""
 
 
+EVALUATE = """\
+The student is the last checkpoint of run.dir, else student.checkpoint; the data are eval.samples
+samples of data.validation. One line of JSON is printed and appended to evaluations.jsonl in
+run.dir. Averages are over supervised tokens; logarithms are natural.
+
+  ce, perplexity   cross-entropy with the data's next token (nats), and its exponential
+  accuracy         share of tokens whose most likely next token is the data's
+  ece              calibration error: mean distance of confidence from accuracy, in 15 bins
+  loss             what training minimises: ce_weight * ce + kd_weight * temperature^2 * kd
+
+With a teacher, live or from a recording:
+
+  kd               divergence of the loss section (nats); the exact one where loss.top_k is the
+                   vocabulary
+  teacher_ce       the teacher's own cross-entropy (nats)
+  agreement        share of tokens where student and teacher find the same token most likely
+  teacher_mass, student_mass   probability that each gives to the teacher's top_k tokens"""
 VERBS = {
     "train": Verb("megakd.runs.train:main", "train a student, from a teacher or plainly on data", True),
-    "evaluate": Verb("megakd.runs.evaluate:main", "measure a student on held-out data, against its teacher", True),
+    "evaluate": Verb(
+        "megakd.runs.evaluate:main", "measure a student on held-out data, against its teacher", True, EVALUATE
+    ),
     "cache": Verb("megakd.runs.cache:main", "record a teacher's logits; look into, check and join caches", False),
     "generate": Verb("megakd.runs.generate:main", "complete a prompt with a checkpoint", False),
     "convert": Verb("megakd.runs.convert:main", "Hugging Face checkpoints to megakd and back, verified", False),
@@ -47,6 +69,7 @@ VERBS = {
     "report": Verb("megakd.runs.report:main", "one HTML page that shows and compares runs", False),
 }
 GRACE_SECONDS = 2.0
+WIDTH = 100
 HELP_FLAGS = ("-h", "--help")
 
 
@@ -125,16 +148,21 @@ def format_help() -> str:
         "       torchrun --nproc-per-node N -m megakd VERB CONFIG.yaml [key=value ...]",
         "",
         "verbs (`megakd VERB --help` says more):",
-        *(f"  {name:<10}  {verb.summary}" for name, verb in VERBS.items()),
+        *(line for name, verb in VERBS.items() for line in wrapped(name, verb.summary)),
         "",
         "sections of CONFIG.yaml (`megakd train --help` lists every key):",
-        *(f"  {name:<10}  {summary}" for name, summary in section_summaries().items()),
+        *(line for name, summary in section_summaries().items() for line in wrapped(name, summary)),
         "",
         "options:",
         "  -h, --help  this text",
         "  --version   the version",
     ]
     return "\n".join(lines)
+
+
+def wrapped(name: str, summary: str) -> list[str]:
+    """A name and what it is, in lines of at most WIDTH characters."""
+    return textwrap.wrap(summary, WIDTH, initial_indent=f"  {name:<10}  ", subsequent_indent=" " * 14)
 
 
 def format_run_help(name: str, verb: Verb) -> str:
@@ -147,9 +175,10 @@ def format_run_help(name: str, verb: Verb) -> str:
         f"usage: megakd {name} CONFIG.yaml [key=value ...]",
         f"       torchrun --nproc-per-node N -m megakd {name} CONFIG.yaml [key=value ...]",
         "",
-        "Overrides are dotted and in YAML: train.steps=20 student.model.tie_embeddings=false teacher.checkpoint=runs/t",
+        *([verb.more, ""] if verb.more else []),
+        "Overrides are dotted and in YAML: train.steps=20 teacher.checkpoint=runs/t log.progress=false",
         "The keys, each with its default and type:",
         "",
-        format_reference(shutil.get_terminal_size((100, 24)).columns),
+        format_reference(shutil.get_terminal_size((WIDTH, 24)).columns),
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,22 @@ def test_help_of_a_run_lists_the_keys():
     assert result.returncode == 0
     assert "usage: megakd train CONFIG.yaml [key=value ...]" in result.stdout
     assert "\n  optimizer.lr            required  number > 0\n      Peak learning rate." in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.VERBS)])
+def test_help_fits_into_100_columns(arguments):
+    result = run_cli(*arguments)
+    assert result.returncode == 0 and not [line for line in result.stdout.splitlines() if len(line) > 100]
+
+
+def test_help_of_evaluate_says_what_is_measured():
+    """Every figure that it prints, by its name."""
+    text = cli.format_run_help("evaluate", cli.VERBS["evaluate"])
+    losses = (ROOT / "megakd" / "losses.py").read_text("utf-8")
+    figures = re.findall(r'^    "(\w+)": "\w*tokens",$', losses, re.MULTILINE)
+    assert len(figures) == 7
+    for name in (*figures, "perplexity", "accuracy", "ece"):
+        assert re.search(rf"^  (\w+, )?{name}\b", text, re.MULTILINE), name
 
 
 def test_python_dash_m():

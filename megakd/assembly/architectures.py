@@ -1,6 +1,6 @@
 """What student and teacher start from, the tokenizer they share, and whether they fit each other and the layout."""
 
-from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.folder import Checkpoint, tokenizer_path
 from megakd.config import Config, Model, check_model
 from megakd.converters.direct import open_checkpoint
 from megakd.data.tokenizers.load import load_tokenizer
@@ -20,7 +20,7 @@ def choose_tokenizer(config: Config, student_from: Checkpoint | None):
             f"no tokenizer: data.tokenizer is null and {student_from.path} carries none",
             hint="set data.tokenizer to the tokenizer file the data was prepared with",
         )
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(tokenizer_path(path))
     if student_from and student_from.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise ConfigError(
             f"data.tokenizer {path} ({tokenizer.fingerprint[:12]}) is not the tokenizer of student.checkpoint "

@@ -19,12 +19,14 @@ def build_model(
     padded_size: int,
     device: torch.device,
     seed: int | None = None,
+    name: str = "model",
 ) -> GPT:
     """This rank's part of a model, with the weights of a checkpoint, or random ones drawn from `seed`.
 
     Args:
         model: its section.
         vocab_size, padded_size: real ids that count in the loss; columns that are there, over all ranks.
+        name: what the log calls it.
     Raises:
         CheckpointError: the weights cannot be read.
     Collectives: those of loading.
@@ -32,6 +34,7 @@ def build_model(
     gpt = build_gpt(
         model, parallel, train, groups,
         vocab_size=vocab_size, padded_size=padded_size, device=device, seed=None if checkpoint else seed,
+        name=name,
     )  # fmt: skip
     if checkpoint:
         load_weights(gpt, checkpoint, groups)

@@ -89,10 +89,14 @@ class Setup:
         indices = batch_indices(self.config.run.seed, step, train.global_batch_size, len(self.train_data))
         return split_batch(indices, dp.rank(), dp.size(), train.micro_batch_size)
 
+    @property
+    def validation_samples(self) -> int:
+        """Samples of one validation."""
+        return min(self.config.eval.samples or len(self.validation_data), len(self.validation_data))
+
     def validation_batches(self):
         """This rank's micro-batches of the validation set, batch by batch."""
-        size, data = self.config.train.global_batch_size, self.validation_data
-        samples = min(self.config.eval.samples or len(data), len(data))
+        size, data, samples = self.config.train.global_batch_size, self.validation_data, self.validation_samples
         for step in range(math.ceil(samples / size)):
             yield self._load(data, validation_indices(step, size, samples), packed=False)
 
@@ -129,18 +133,19 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     config.check_schedule(run_steps(config, train_data))
     groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
 
-    def build(section: Model, checkpoint: Checkpoint | None) -> GPT:
+    def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
         return build_model(
             section, checkpoint, config.parallel, config.train, groups,
             vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
+            name=name,
         )  # fmt: skip
 
-    student = build(model, student_from)
+    student = build("student", model, student_from)
     teacher, features, loss = None, None, loss_of(config)
     if cache:
         teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
-        gpt = build(teacher_from.model, teacher_from)
+        gpt = build("teacher", teacher_from.model, teacher_from)
         teacher = OnlineTeacher(
             gpt,
             top_k=loss.top_k,

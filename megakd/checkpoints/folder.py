@@ -139,6 +139,21 @@ def read_checkpoint(path) -> Checkpoint:
     return checkpoint
 
 
+def tokenizer_path(path) -> pathlib.Path:
+    """The tokenizer file of a checkpoint or a run folder, whatever its name; any other path as it is.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or the checkpoint carries none.
+    """
+    path = pathlib.Path(path)
+    if not (path / RECORD).is_file() and not (path / "checkpoints").is_dir():
+        return path
+    checkpoint = read_checkpoint(path)
+    if checkpoint.tokenizer_path is None:
+        raise CheckpointError(f"{checkpoint.path} carries no tokenizer", hint="name a tokenizer file")
+    return checkpoint.tokenizer_path
+
+
 def begin(path: pathlib.Path) -> pathlib.Path:
     """Make the empty folder that a save writes into, over the remains of an interrupted one. One rank calls it."""
     target = incomplete(path)

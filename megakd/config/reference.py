@@ -35,7 +35,10 @@ def _format_group(name: str, keys: list[Key], width: int) -> list[str]:
     defaults = [_default(key) for key in keys]
     widths = max(len(key.name) for key in keys), max(map(len, defaults))
     for key, default in zip(keys, defaults, strict=True):
-        lines.append(f"  {key.name:<{widths[0]}}  {default:<{widths[1]}}  {key.expected}")
+        named = f"  {key.name:<{widths[0]}}  {default:<{widths[1]}}  "
+        lines += textwrap.wrap(
+            key.expected, width, initial_indent=named, subsequent_indent=" " * min(len(named), width // 2)
+        )
         lines += textwrap.wrap(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return [*lines, ""]
 

@@ -118,8 +118,8 @@ class Data(Section):
     validation: LocalPath | list[LocalPath | Positive] | None = None
     """Held-out data, in the same forms (each part is read once, whatever its weight); null: no validation."""
     tokenizer: LocalPath | None = None
-    """Tokenizer: a SentencePiece model, a tokenizer.json or its folder, a tiktoken file; null: the student
-    checkpoint's."""
+    """Tokenizer: a SentencePiece model, a tokenizer.json or its folder, a tiktoken file, a checkpoint that carries one;
+    null: the student checkpoint's."""
     sequence_length: Count
     """Tokens of one sample; longer ones are cut, and left out if no supervised token remains."""
     format: Literal["auto", "text", "prompt_response", "nemo_chat", "messages"] = "auto"

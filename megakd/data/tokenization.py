@@ -30,6 +30,7 @@ from megakd.data.tokenizers.load import load_tokenizer
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
 from megakd.processes import follow_parent
+from megakd.progress import progress_bar
 
 _POOL_BYTES = 1 << 23  # smaller inputs are done before the workers have started
 _ENCODER: "Encoder"  # a worker process's own, made once when it starts
@@ -217,9 +218,7 @@ def _encode(block: Block, only_check: bool) -> Encoded:
 
 
 def _with_progress(blocks: Iterator[Block], total: int, shown: bool) -> Iterator[Block]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=not shown) as bar:
+    with progress_bar(total, "tokenizing", unit="B", shown=shown) as bar:
         for block in blocks:
             yield block
             bar.update(block.input_bytes)

@@ -105,7 +105,9 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: int, device, seed: int | None) -> GPT:
+def build_gpt(
+    model, parallel, train, groups, *, vocab_size: int, padded_size: int, device, seed: int | None, name: str = "model"
+) -> GPT:
     """Build this rank's part of a GPT.
 
     Args:
@@ -115,6 +117,7 @@ def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: i
         vocab_size, padded_size: the tokenizer's vocabulary and the columns that are really there.
         device: torch device of the weights.
         seed: draw initial weights from it, the same for every layout; None leaves them uninitialised (to be loaded).
+        name: what the log calls it.
     """
     transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not needs_own_layers(model)
     config = transformer_config(model, parallel, train, transformer_engine)
@@ -146,5 +149,5 @@ def build_gpt(model, parallel, train, groups, *, vocab_size: int, padded_size: i
     if seed is not None:
         initialize_weights(gpt, seed)
     parts = "Transformer Engine layers" if transformer_engine else "Megatron's local layers with torch SDPA attention"
-    LOG.info("model: %s, %d layers, hidden %d, %s", train.precision, model.num_layers, model.hidden_size, parts)
+    LOG.info("%s: %s, %d layers, hidden %d, %s", name, train.precision, model.num_layers, model.hidden_size, parts)
     return gpt

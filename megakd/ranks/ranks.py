@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.errors import ConfigError, MegakdError
+from megakd.progress import LogHandler
 from megakd.ranks import stuck
 from megakd.ranks.agreement import check_facts
 from megakd.ranks.failure import FailureWatch
@@ -229,5 +230,7 @@ def part(launch: Launch, store: dist.Store, seconds: float) -> None:
 def start_logging(rank: int) -> None:
     """Sends log lines to stderr: information and warnings of rank 0, warnings alone of others, with their rank."""
     prefix = "" if rank == 0 else f"rank {rank}: "
-    logging.basicConfig(format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        format=f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[LogHandler()]
+    )
     logging.getLogger("megakd").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -13,7 +13,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megakd import __version__
 from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
@@ -29,6 +28,7 @@ from megakd.errors import CacheError, ConfigError, MegakdError
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import build_micro_batch
+from megakd.progress import progress_bar
 from megakd.ranks import Ranks, from_rank_0
 from megakd.recording.part_writer import PartWriter
 from megakd.recording.reading_order import Samples
@@ -122,6 +122,7 @@ class RecordingSetup:
         return build_model(
             self.teacher_from.model, self.teacher_from, config.parallel, config.train, self.groups,
             vocab_size=self.vocab_size, padded_size=self.padded_size, device=self.device,
+            name="teacher",
         )  # fmt: skip
 
     @property
@@ -279,4 +280,4 @@ class Recording:
         """Progress of the first data-parallel rank, which stands for all."""
         shown = self.recorder.writes and self.setup.groups.dp.rank() == 0 and self.setup.config.log.progress
         total = sum(len(self.part_samples(part)) for part in mine)
-        return tqdm(total=total, unit="sample", disable=not shown, dynamic_ncols=True, desc=str(self.folder))
+        return progress_bar(total, "recording", shown=shown)

@@ -28,15 +28,17 @@ from megakd.cache.aligner import (
 from megakd.cache.publish import publishing
 from megakd.cache.shard import ShardWriter
 from megakd.errors import CacheError
+from megakd.progress import progress_bar
 from megakd.targets import sample_key
 
 
 def run_import(arguments: argparse.Namespace) -> int:
     """Import all chunks."""
+    from megakd.checkpoints.folder import tokenizer_path
     from megakd.data.indexed import TokenFileWriter
     from megakd.data.tokenizers.load import load_tokenizer
 
-    tokenizer, files = load_tokenizer(arguments.tokenizer), find_chunks(arguments.input)
+    tokenizer, files = load_tokenizer(tokenizer_path(arguments.tokenizer)), find_chunks(arguments.input)
     contents = [read_through(path) for path in files]
     vocab_size = arguments.vocab_size or tokenizer.vocab_size
     first = next((sample for sample, _ in read_samples(files[:1]) if sample is not None), None)
@@ -117,9 +119,7 @@ def read_through(path: pathlib.Path) -> tuple[int, str]:
 
 def read_samples(files: list[pathlib.Path]) -> Iterator[tuple[Sample | None, str]]:
     """(sample, where it stands) of every line of every file."""
-    from tqdm import tqdm
-
-    with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, leave=False) as bar:
+    with progress_bar(sum(path.stat().st_size for path in files), "importing", unit="B") as bar:
         for path in files:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, start=1):

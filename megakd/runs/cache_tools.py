@@ -1,4 +1,4 @@
-"""`megakd cache stat|verify|merge|import|export`: tools for logit caches; none of them needs ranks or a GPU.
+"""`megakd cache stat|verify|merge|import|export`: tools for logit caches, without ranks or a GPU.
 
 megakd cache CONFIG.yaml [key=value ...]           record (see `megakd train --help` for the keys)
 megakd cache stat CACHE [--plot FILE.png]          samples, tokens, bytes a token, mass kept
@@ -55,7 +55,7 @@ def add_import(tools) -> None:
     parser.add_argument(
         "--input", required=True, type=path_text, metavar="PATH_CHUNK_ID.jsonl", help="CHUNK_ID stands for 0, 1, 2, ..."
     )
-    parser.add_argument("--tokenizer", required=True, type=path_argument, help="the tokenizer of the ids")
+    parser.add_argument("--tokenizer", required=True, type=path_argument, help="of the ids: a file, or a checkpoint")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="real vocabulary (default: the tokenizer's)")
     parser.add_argument("--output", required=True, type=path_argument, metavar="CACHE", help="folder to make")
     parser.add_argument("--data", required=True, type=path_argument, metavar="PREFIX", help="token file to write")
@@ -101,13 +101,12 @@ def run_stat(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from megakd.cache import read_header
     from megakd.cache.verify import verify
+    from megakd.progress import progress_bar
 
     total = sum(shard.bytes for shard in read_header(arguments.cache).shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(arguments.cache), leave=False) as bar:
+    with progress_bar(total, "verifying", unit="B") as bar:
         header = verify(arguments.cache, lambda shard: bar.update(shard.bytes))
     held = f"{header.rows:,} samples and {header.tokens:,} tokens in {len(header.shards)} shards"
     print(f"{arguments.cache}: {held}, all whole")

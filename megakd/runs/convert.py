@@ -1,4 +1,4 @@
-"""`megakd convert`: Hugging Face folders and .nemo files to megakd checkpoints and back, verified by their logits.
+"""`megakd convert`: Hugging Face folders and .nemo files to checkpoints and back, with equal logits.
 
     megakd convert --from HF_FOLDER --to CHECKPOINT
     megakd convert --from MODEL.nemo --to CHECKPOINT
@@ -6,8 +6,8 @@
     megakd convert --from CHECKPOINT_OR_RUN --to MODEL.nemo --format nemo
     megakd convert --list
 
-One process, no GPU, one tensor in memory at a time. Afterwards the same prompts go through both models, and a
-conversion whose logits differ is thrown away.
+One process, no GPU, one tensor in memory at a time. Afterwards the same prompts go through both
+models, and a conversion whose logits differ is thrown away.
 """
 
 import argparse

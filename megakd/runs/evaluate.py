@@ -10,6 +10,7 @@ import pathlib
 
 from megakd.errors import ConfigError
 from megakd.megatron_on_cpu import install
+from megakd.progress import progress_bar
 from megakd.runs.start import start_run
 
 
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> None:
             )
         setup = build_setup(config, ranks.device)
         evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
-        metrics = evaluation(setup.validation_batches(), ranks.device)
+        shown = ranks.is_main and config.log.progress
+        with progress_bar(setup.validation_samples, "evaluating", shown=shown) as bar:
+            metrics = evaluation(counted(setup.validation_batches(), bar, config), ranks.device)
         if ranks.is_main:
             source = str(found[-1]) if found else config.student.checkpoint
             line = json.dumps({"student": source, "validation": config.data.validation, **metrics})
@@ -46,3 +49,10 @@ def main(argv: list[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "evaluations.jsonl", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def counted(batches, bar, config):
+    """Batches as they come, each counted when the next is asked for."""
+    for batch in batches:
+        yield batch
+        bar.update(min(config.train.global_batch_size, bar.total - bar.n))

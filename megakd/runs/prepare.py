@@ -93,7 +93,9 @@ def _add_on_error(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, metavar="TOK", help="the tokenizer to use: a file or its folder")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="TOK", help="a tokenizer file, its folder, or a checkpoint"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write, without ending")
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the tokenizer's eos")
 
@@ -158,10 +160,11 @@ def prepare_samples(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace, choose_format) -> int:
+    from megakd.checkpoints.folder import tokenizer_path
     from megakd.data.tokenization import write_token_file
     from megakd.data.tokenizers.load import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path(arguments.tokenizer))
     files = find_files(arguments.input, arguments.suffix.split(","))
     sample_format = choose_format(files)
     summary = write_token_file(
@@ -173,10 +176,11 @@ def _write(arguments: argparse.Namespace, choose_format) -> int:
 
 def prepare_adopt(arguments: argparse.Namespace) -> int:
     """Check every token of .bin/.idx files written elsewhere against a tokenizer, and describe them."""
+    from megakd.checkpoints.folder import tokenizer_path
     from megakd.data.indexed import describe
     from megakd.data.tokenizers.load import load_tokenizer
 
-    info = describe(arguments.prefix, load_tokenizer(arguments.tokenizer))
+    info = describe(arguments.prefix, load_tokenizer(tokenizer_path(arguments.tokenizer)))
     print(f"{arguments.prefix}: {info.documents:,} documents, {info.tokens:,} tokens, all below {info.vocab_size}")
     return 0
 
@@ -185,11 +189,12 @@ def prepare_inspect(arguments: argparse.Namespace) -> int:
     """Open data as a run would and print what is in it."""
     import sys
 
+    from megakd.checkpoints.folder import tokenizer_path
     from megakd.data.inspection import describe_dataset, draw_lengths
     from megakd.data.sources import open_data
     from megakd.data.tokenizers.load import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path(arguments.tokenizer))
     data = _data(arguments, arguments.data, arguments.sequence_length, packing=arguments.packing)
     dataset = open_data(data, data.train, tokenizer, seed=1234 if arguments.packing else None)
     color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())

@@ -53,7 +53,8 @@ def train(config: Config, ranks: Ranks) -> None:
             optimizer.reload_model_params()
         if is_last_stage(setup.groups):
             tokens = config.train.micro_batch_size * config.data.sequence_length
-            LOG.info("%s", describe_head(setup.student, tokens, setup.loss))
+            how = describe_head(setup.student, tokens, setup.loss)
+            LOG.log(logging.INFO if "fused" in how else logging.DEBUG, "%s", how)
         write_run_files(config)
         log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
         held.callback(log.close)

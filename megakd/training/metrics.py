@@ -3,19 +3,20 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import pathlib
-import sys
 import time
 import uuid
 
-from tqdm import tqdm
-
 from megakd.config import Config, Model
 from megakd.errors import ConfigError, TrainingError
+from megakd.progress import progress_bar
 from megakd.publish import publish_text
 
+LOG = logging.getLogger("megakd")
 METRICS_FILE = "metrics.jsonl"
-SHOWN = {"loss": "loss", "kd": "kd", "ce": "ce", "agreement": "agree", "tokens_per_second": "tok/s"}
+SHOWN = {"loss": ("loss", ".4g"), "kd": ("kd", ".4g"), "ce": ("ce", ".4g"), "agreement": ("agree", ".1%"),
+         "tokens_per_second": ("tok/s", ",.0f")}  # fmt: skip
 
 
 class MetricsLog:
@@ -36,14 +37,7 @@ class MetricsLog:
         self.path = run_dir / METRICS_FILE
         drop_lines_after(self.path, step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        self.bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            disable=not config.log.progress,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
-        )
+        self.bar = progress_bar(steps, start=step, shown=config.log.progress)
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -69,7 +63,7 @@ class MetricsLog:
         if self.wandb:
             self.wandb.log(named, step=step)
         if kind == "validation":
-            self.bar.write(f"step {step}: validation " + show(metrics))
+            LOG.info("step %d: validation %s", step, show(metrics))
 
     def advance(self, metrics: dict[str, float] | None) -> None:
         """One step is done; its metrics, if it has any, are shown beside the bar."""
@@ -89,7 +83,8 @@ class MetricsLog:
 
 
 def show(metrics: dict[str, float]) -> str:
-    return " ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+    """The numbers that matter, the most important first."""
+    return " ".join(f"{label} {metrics[name]:{form}}" for name, (label, form) in SHOWN.items() if name in metrics)
 
 
 def check_sinks(config: Config) -> None:

@@ -7,7 +7,6 @@ import shutil
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megakd.checkpoints.folder import KEPT
 from megakd.checkpoints.layout import Place, expected_shape, extra_states, place
@@ -18,6 +17,7 @@ from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, read
 from megakd.converters.rules import Rule, by_their_name
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import CheckpointError
+from megakd.progress import progress_bar
 
 WEIGHT_FILES = "weights.json"
 EXTRA = "extra.hf."
@@ -177,8 +177,8 @@ def import_hf(opened: HuggingFaceModel, target: pathlib.Path, *, progress: bool 
     keep_origin(opened, target / KEPT)
 
 
-def bytes_bar(total: int, what: str, progress: bool) -> tqdm:
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress)
+def bytes_bar(total: int, what: str, progress: bool):
+    return progress_bar(total, what, unit="B", shown=progress)
 
 
 def keep_origin(opened: HuggingFaceModel, folder: pathlib.Path) -> None:

@@ -10,11 +10,11 @@ import re
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from tqdm import tqdm
 
 from megakd.converters.huggingface.importing import HuggingFaceModel, open_hf
 from megakd.converters.parity.streaming import parameters_on_meta, put, take_away
 from megakd.errors import CheckpointError
+from megakd.progress import progress_bar
 
 FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<what>gate_up_proj|down_proj)$")
 EXPERT_NAMES = {  # transformers holds all experts of a layer in two tensors; files have them one by one
@@ -69,7 +69,7 @@ class HuggingFaceReference:
             if module._parameters or any(f"{name}.{leaf}" in self.persistent for leaf in module._buffers):
                 hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: self._fill(name, m)))
                 hooks.append(module.register_forward_hook(lambda m, args, output: take_away(m)))
-        with tqdm(total=len(self.layers), unit="layer", desc="transformers", disable=not progress) as bar:
+        with progress_bar(len(self.layers), "verifying: transformers", shown=progress) as bar:
 
             def record(layer: Module, args, kwargs, output) -> None:
                 hidden = args[0] if args else kwargs["hidden_states"]

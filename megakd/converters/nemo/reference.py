@@ -11,12 +11,12 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from megakd.config import Model
 from megakd.converters.huggingface.reference import Reference
 from megakd.converters.nemo.archive import read_config
 from megakd.converters.nemo.weights import NemoWeights
+from megakd.progress import progress_bar
 
 
 class NemoReference:
@@ -40,9 +40,11 @@ class NemoReference:
         if self.config.get("position_embedding_type", "learned_absolute") == "learned_absolute":
             hidden_PSH = hidden_PSH + self._pieces("embedding.position_embeddings.weight")[0][: ids_PS.shape[1]]
         layers = []
-        for i in tqdm(range(self.config["num_layers"]), unit="layer", desc="nemo", disable=not progress):
-            layers.append((hidden_PSH, self._layer(f"decoder.layers.{i}.", hidden_PSH)))
-            hidden_PSH = layers[-1][1]
+        with progress_bar(self.config["num_layers"], "verifying: nemo", shown=progress) as bar:
+            for i in range(self.config["num_layers"]):
+                layers.append((hidden_PSH, self._layer(f"decoder.layers.{i}.", hidden_PSH)))
+                hidden_PSH = layers[-1][1]
+                bar.update()
         hidden_PSH = self._norm("decoder.final_layernorm.", hidden_PSH)
         tied = self.config.get("share_embeddings_and_output_weights", True)
         head = torch.cat(self._pieces("embedding.word_embeddings.weight" if tied else "output_layer.weight"))

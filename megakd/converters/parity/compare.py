@@ -25,7 +25,6 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factory_merges,
 )
 from torch import Tensor
-from tqdm import tqdm
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.torch_dist import sharding_metadata
@@ -37,6 +36,7 @@ from megakd.converters.nemo.reference import NemoReference
 from megakd.converters.parity.streaming import parameters_on_meta, put, take_away
 from megakd.errors import CheckpointError
 from megakd.models.gpt import build_gpt, padded_vocab_size
+from megakd.progress import progress_bar
 
 PROMPTS, LENGTH, SEED = 4, 48, 20_240_607
 BOUND = 1e-4  # of a logit's difference, up to SHALLOW layers; correct conversions stay below 3e-5, mistakes above 1e-3
@@ -175,7 +175,7 @@ class StreamedGpt:
             module = self.gpt.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: self.fill(name + ".")))
             hooks.append(module.register_forward_hook(lambda m, args, output: take_away(m)))
-        with tqdm(total=self.model.num_layers, unit="layer", desc="megakd", disable=not progress) as bar:
+        with progress_bar(self.model.num_layers, "verifying: megakd", shown=progress) as bar:
 
             def compare(layer, args, kwargs, output):
                 alone.append(self._alone(layer, kwargs, reference, len(alone), output[0].shape))
