@@ -2,23 +2,23 @@
 
 import errno
 import pathlib
+import threading
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.writer import ThreadedSave
 from megakd.errors import CheckpointError
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
@@ -49,9 +49,9 @@ def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *
         path: the final folder; until it is whole it is called `path.incomplete`.
         state: Megatron sharded state dict, with whatever plain values belong to it.
         publish: completes and renames the folder; called on rank 0 when every rank has written.
-        asynchronous: return when the state has been copied, and let a forked process write.
+        asynchronous: return when the state has been copied to host memory, and let a thread write the copy.
     Returns:
-        None, or Megatron's AsyncRequest, to be scheduled; `publish` is then called when it is finalised.
+        None, or the save under way; `publish` is then called when it is completed.
     Raises:
         CheckpointError: on every rank; the incomplete folder is removed.
     Collectives: barriers, metadata exchange; all ranks call it.
@@ -74,7 +74,7 @@ def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *
     except OSError as error:
         failure = error
     raise_together(path, failure)
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), groups.dp_cp, True)
+    strategy = FullyParallelSaveStrategyWrapper(ThreadedSave(copy=asynchronous), groups.dp_cp, True)
     try:
         request = dist_checkpointing.save(
             state, str(folder.incomplete(path)), strategy, async_sharded_save=asynchronous
@@ -88,7 +88,46 @@ def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *
     if request is None:
         return finish()
     request.finalize_fns.append(finish)
-    return request
+    return PendingSave(path, request)
+
+
+class PendingSave:
+    """A save whose files a thread of this rank is writing.
+
+    Args:
+        path: the final folder.
+        request: Megatron's; its function writes, and its last parts make a checkpoint of what all ranks have written.
+    """
+
+    def __init__(self, path: pathlib.Path, request: AsyncRequest):
+        self.path, self.request = path, request
+        self._thread = threading.Thread(target=request.async_fn, name="megakd-save", daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether every rank has written its files.
+
+        Collectives: one all-reduce of 4 bytes.
+        """
+        busy = torch.tensor(int(self._thread.is_alive()), dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(busy)
+        return not busy
+
+    def complete(self) -> None:
+        """Wait for this rank's files, and make a checkpoint of all ranks'.
+
+        Raises:
+            CheckpointError: on every rank; the incomplete folder is removed.
+        Collectives: metadata exchange, barriers; all ranks call it.
+        """
+        self._thread.join()
+        try:
+            for finalize in self.request.finalize_fns:
+                finalize()
+        except FAILURES as error:
+            if dist.get_rank() == 0:
+                folder.discard(self.path)
+            raise save_error(self.path, f"in the background: {type(error).__name__}: {error}") from error
 
 
 def raise_together(path: pathlib.Path, failure: BaseException | None) -> None:

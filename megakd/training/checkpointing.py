@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megakd.checkpoints import folder, torch_dist
 from megakd.checkpoints.folder import Checkpoint
@@ -37,12 +36,16 @@ class Progress:
         step: optimizer steps, skipped ones included; with the seed it is the data position.
         tokens: supervised tokens seen.
         skipped: steps without supervised tokens.
+        broken: steps left out because their batch would have spoilt the weights.
+        recent: losses of the last steps, for what counts as a spike.
         best_loss, best_step: lowest validation loss and where.
     """
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    broken: int = 0
+    recent: list[float] = dataclasses.field(default_factory=list)
     best_loss: float | None = None
     best_step: int | None = None
 
@@ -55,14 +58,21 @@ class Saver:
         model: the student's model section, written into the folder.
         tokenizer: travels along.
         origin: the checkpoint that the student started from; what it kept of its origin travels along too.
+        saved_step: of the checkpoint that this launch continues from.
     """
 
     def __init__(
-        self, config: Config, student: StudentStep, model: Model, tokenizer, origin: pathlib.Path | None = None
+        self,
+        config: Config,
+        student: StudentStep,
+        model: Model,
+        tokenizer,
+        origin: pathlib.Path | None = None,
+        saved_step: int | None = None,
     ):
         self.config, self.student, self.model, self.tokenizer = config, student, model, tokenizer
-        self.queue = AsyncCallsQueue() if config.checkpoint.asynchronous else None
-        self.saved_step = None
+        self.pending: torch_dist.PendingSave | None = None
+        self.saved_step = saved_step
         self.origin = origin
 
     def save(self, progress: Progress, metrics: dict[str, float]) -> None:
@@ -86,11 +96,9 @@ class Saver:
             folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, **parts)
             self.prune(best_step)
 
-        request = torch_dist.save(
+        self.pending = torch_dist.save(
             path, state, self.student.groups, publish, asynchronous=self.config.checkpoint.asynchronous
         )
-        if request is not None:
-            self.queue.schedule_async_request(request)
         self.saved_step = progress.step
 
     def prune(self, best_step: int | None) -> None:
@@ -99,23 +107,19 @@ class Saver:
         folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
 
     def poll(self) -> None:
-        """Publish a background save that has finished."""
-        if self.queue is not None:
-            self.finalize(blocking=False)
+        """Publish a background save that has been written."""
+        if self.pending is not None and self.pending.is_written():
+            self.finish()
 
     def finish(self) -> None:
-        """Wait for a background save."""
-        if self.queue is not None:
-            self.finalize(blocking=True)
+        """Wait for a background save, and publish it.
 
-    def finalize(self, *, blocking: bool) -> None:
-        try:
-            self.queue.maybe_finalize_async_calls(blocking=blocking)
-        except torch_dist.FAILURES as error:
-            path = folder.step_folder(self.config.run.dir, self.saved_step)
-            if dist.get_rank() == 0:
-                folder.discard(path)
-            raise torch_dist.save_error(path, f"in the background: {type(error).__name__}: {error}") from error
+        Raises:
+            CheckpointError: on every rank; earlier checkpoints are untouched.
+        """
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.complete()
 
     def add_metrics(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Put metrics of the step that was just saved into its record, and remove the one that was best before."""
@@ -181,6 +185,11 @@ def write_stop_file(run_dir: str, step: int, *, finished: bool) -> None:
     Collectives: one barrier, after the file is there.
     """
     if dist.get_rank() == 0:
-        text = f'{{"step": {step}, "finished": {str(finished).lower()}}}\n'
-        publish_text(pathlib.Path(run_dir) / STOP_FILE, text)
+        write_stop_record(run_dir, step, finished=finished)
     dist.barrier()
+
+
+def write_stop_record(run_dir: str, step: int, *, finished: bool) -> None:
+    """As write_stop_file, on rank 0 alone and without collectives."""
+    text = f'{{"step": {step}, "finished": {str(finished).lower()}}}\n'
+    publish_text(pathlib.Path(run_dir) / STOP_FILE, text)
