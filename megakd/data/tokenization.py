@@ -29,6 +29,7 @@ from megakd.data.records import Block, Problems, read_blocks, records_of
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
+from megakd.processes import follow_parent
 
 _POOL_BYTES = 1 << 23  # smaller inputs are done before the workers have started
 _ENCODER: "Encoder"  # a worker process's own, made once when it starts
@@ -207,6 +208,7 @@ def _in_order(pool, blocks: Iterable[Block], only_check, most: int) -> Iterator[
 
 def _start_worker(tokenizer_path: Path, sample_format: SampleFormat) -> None:
     global _ENCODER
+    follow_parent()
     _ENCODER = Encoder(tokenizer_path, sample_format)
 
 
