@@ -12,6 +12,7 @@ from pydantic import Field
 from megakd.config.model import Model
 from megakd.config.paths import LocalPath
 from megakd.config.section import (
+    AboveOne,
     BelowOne,
     Count,
     CountOrZero,
@@ -39,6 +40,10 @@ class Run(Section):
     """Keys or sections (`train.steps`, `optimizer`) that may differ from the run folder's saved config on resume."""
     timeout_seconds: Count = 1800
     """Seconds that ranks wait for each other (a slow disk, data tokenized at the start) before the run is given up."""
+    watchdog_seconds: Positive | None = None
+    """Seconds that a step or a validation batch may take before the launch counts as stuck: every rank writes its
+    stacks into `stuck` in the run folder, the rank that the others wait for is named, and the launch ends. null: 5
+    times the longest seen, and at least 120."""
     stop_after: Count | None = None
     """Optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the end."""
 
@@ -166,6 +171,11 @@ class Train(Section):
     """Type of weights and activations; the optimizer keeps fp32 weights either way."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, those of attention, or whole layers."""
+    spike_factor: AboveOne | None = None
+    """A loss above this many times the median of the last 64 steps is a spike, which breaks the batch as a loss that
+    is not finite does; null: only the latter. Samples and losses of such a batch are kept in `broken`."""
+    max_skipped_steps: CountOrZero = 0
+    """Batches that break and are left out before the run stops with an error; 0: the first one stops it."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.steps is None) == (self.epochs is None):

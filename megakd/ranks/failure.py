@@ -1,114 +1,259 @@
-"""How a launch of several ranks ends when one of them fails.
+"""How a launch of several ranks ends: after a failure, a kill, a stop before the first step, or when it stands still.
 
-1. The first rank that fails writes its message to the store (key `failure`) and, in full, to stderr. It leaves with
-   os._exit, because destroying a process group whose peers wait in a collective can hang.
-2. A thread in every rank looks at that key once a second, over a connection of its own, since the main thread may be
-   blocked in a collective. It prints one line, "rank 1 stopped: rank 0 failed with ...", and leaves.
-3. A rank whose collective fails because its peer is gone prints that same line; when the peer left no message (killed,
-   out of memory), the line says so.
-4. A rank that cannot reach the store for a minute leaves too: its launcher, or the rank that carries it, is gone.
+1. The first rank that knows why the launch ends writes it to the store (key `end`); a failing rank also prints it in
+   full. Ranks leave with os._exit, because destroying a process group whose peers wait in a collective can hang.
+2. A thread in every rank, the watch, looks at that key once a second, over a connection of its own, since the main
+   thread may be blocked in a collective. It prints one line, "rank 1 stopped: rank 0 failed with ...", and leaves.
+3. The watch sees at once when a rank of its machine is killed, and says so in the killed rank's name.
+4. A rank whose collective fails because its peer is gone prints that same line; when the peer left no message (a whole
+   machine lost), the line says so.
+5. A rank whose launcher is gone asks to stop, as a signal would, and leaves in any case after 45 seconds. A rank that
+   cannot reach the store for a minute leaves too.
+6. Once a second the watch says where its rank is, and looks at the next rank. When its own rank or that one stands
+   still for longer than the phase may take, all ranks write their stacks and one is named (megakd.ranks.stuck).
 """
 
 import contextlib
 import json
 import multiprocessing
 import os
+import pathlib
+import select
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 from megakd.errors import MegakdError
-from megakd.ranks.launch import Launch, open_store
+from megakd.ranks.launch import Launch, open_store, read_json
+from megakd.ranks.peers import Peers
+from megakd.ranks.pulse import Pulse, write_heartbeat
+from megakd.ranks.signals import StopSignals, name_of
+from megakd.ranks.stuck import Standstill
 
 WATCH_SECONDS = 1.0
+HEARTBEAT_SECONDS = 10.0
 LOST_STORE_SECONDS = 60.0
+LOST_LAUNCHER_SECONDS = 45.0
 LAST_WORDS_SECONDS = 2.0
 INTERRUPTED = 130
+HEARTBEAT_FILE = "heartbeat.json"
 PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    "Application timeout caused pair closure",
-    "Timed out waiting",
     "ncclRemoteError",
     "NCCL communicator was aborted",
+)
+TIMED_OUT = (
+    "Application timeout caused pair closure",
+    "Timed out waiting",
+    "Watchdog caught collective operation timeout",
 )
 
 
 class FailureWatch:
-    """Tells the other ranks of a failure here, and ends this process after a failure there.
+    """Tells the other ranks how this one ends, and ends this process when another one has.
 
     Args:
-        launch: of this process; more than one rank.
-        store: the launch's store, used from the main thread alone.
+        launch: of this process. Of one rank alone, only a standstill is watched for.
+        store: the launch's store, used from the main thread alone when there are more ranks.
+        signals: installed.
+        pulse: marked by the main thread.
+        silent_seconds: how long another rank's watch may say nothing where no other limit is known.
+        reports: the run folder, for stacks and the heartbeat; None: none.
+
+    Attributes:
+        peers: set once the ranks have met; killed and stopped ones are seen from then on.
+        early_stop: what is done on rank 0 when the launch is asked to stop before the ranks first agree on that, and
+            then ends with code 0; None: nothing is done, and the code is 128 + the signal.
+        early: a stop request ends the launch at once; until the ranks first agree.
     """
 
-    def __init__(self, launch: Launch, store: dist.Store):
-        self.launch = launch
-        self.store = store
+    def __init__(
+        self,
+        launch: Launch,
+        store: dist.Store,
+        signals: StopSignals,
+        pulse: Pulse,
+        *,
+        silent_seconds: float,
+        reports: pathlib.Path | None,
+    ):
+        self.launch, self.store, self.signals, self.pulse = launch, store, signals, pulse
+        self.reports, self.standstill = reports, Standstill(launch, pulse, silent_seconds, reports)
+        self.peers: Peers | None = None
+        self.early_stop: Callable[[], None] | None = None
+        self.early = True
+        self._launcher, self._launcher_gone_at = os.getppid(), None
+        self._heartbeat_at = 0.0
         self._closing = threading.Event()
         self._leaving = threading.Lock()
-        threading.Thread(target=self._watch, name="megakd-failure-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="megakd-watch", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Ends the watch; from here on the peers' end is not a failure."""
         self._closing.set()
+        self.signals.poke()
+        self._thread.join()
+        if self.peers is not None:
+            self.peers.close()
 
     def fail(self, error: BaseException) -> None:
         """Reports an error of the main thread, here or as another rank's, and exits; never returns."""
+        rank = self.launch.rank
+        if self.early and self.signals.requested.is_set():
+            self._end_as(self._claim("stop", f"was asked to stop by {name_of(self.signals.number)}"))
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             code = getattr(error, "code", INTERRUPTED)
+            self._claim("leave", "was interrupted")
             self._leave("", code if isinstance(code, int) else 1)
-        rank = self.launch.rank
-        if is_peer_loss(error):
-            first = self._await_failure()
+        if says(error, TIMED_OUT) and self.peers is not None:
+            with contextlib.suppress(dist.DistError):
+                self._raise_alarm(self.store, f"rank {rank} waited in vain: {first_line(error)}")
+        elif says(error, PEER_LOST):
+            first = self._await_end()
             if first is None:
-                what = "a peer is gone and left no message (killed, or out of memory?)"
-                self._leave(f"rank {rank} stopped: {what}: {first_line(error)}")
-        else:
-            first = self._claim(error)
-        if first is not None:
-            self._leave(_stopped_by(first, rank))
+                what = f"lost a peer that left no message (its machine gone, or killed?): {first_line(error)}"
+                first = self._claim("failure", what)
+            self._end_as(first)
+        first = self._claim("failure", f"failed with {type(error).__name__}: {first_line(error)}")
+        if first["by"] != rank:
+            self._end_as(first)
         if isinstance(error, MegakdError):
             self._leave(f"{type(error).__name__}: {error}")
         self._leave(f"rank {rank} failed\n{''.join(traceback.format_exception(error))}".rstrip())
 
-    def _claim(self, error: BaseException) -> dict | None:
-        """Records this rank's failure as the first; returns the other rank's when that was earlier."""
-        own = json.dumps({"rank": self.launch.rank, "error": f"{type(error).__name__}: {first_line(error)}"})
-        try:
-            kept = self.store.compare_set("failure", "", own).decode()
-        except dist.DistError:
-            return None
-        return None if kept == own else json.loads(kept)
+    def _claim(self, kind: str, text: str, rank: int | None = None, store: dist.Store | None = None) -> dict:
+        """Records why the launch ends, unless it was recorded before; returns what is recorded, this if nothing can.
 
-    def _await_failure(self) -> dict | None:
-        """The failure that a vanished peer recorded; it may still be on its way."""
+        Args:
+            kind: `failure`, `killed`, `stuck`, `stop` (asked to, early) or `leave` (a person at the keyboard).
+            text: what follows "rank N " in the other ranks' message.
+            rank: of whom it is said, where that is not this one.
+        """
+        own = {"kind": kind, "rank": self.launch.rank if rank is None else rank, "text": text}
+        own["by"] = self.launch.rank
+        try:
+            return json.loads((store or self.store).compare_set("end", "", json.dumps(own)))
+        except dist.DistError:
+            return own
+
+    def _await_end(self) -> dict | None:
+        """Why the launch ends, as a vanished peer or its neighbours recorded it; it may still be on its way."""
         deadline = time.monotonic() + LAST_WORDS_SECONDS
-        failure = None
+        end = None
         with contextlib.suppress(dist.DistError):
-            while failure is None and time.monotonic() < deadline:
-                failure = _read_failure(self.store)
+            while end is None and time.monotonic() < deadline:
+                end = read_json(self.store, "end")
                 time.sleep(0.1)
-        return failure
+        return end
 
     def _watch(self) -> None:
-        store, answered = None, time.monotonic()
-        while not self._closing.wait(WATCH_SECONDS):
+        store, answered, turned = None, time.monotonic(), time.monotonic()
+        poll = select.poll()
+        poll.register(self.signals.wake, select.POLLIN)
+        peers = None
+        while True:
+            ended = []
+            if peers is None and self.peers is not None:
+                peers = self.peers
+                ended = peers.gone
+                for descriptor in peers.ranks:
+                    poll.register(descriptor, select.POLLIN)
+            for descriptor, _ in poll.poll(0 if ended else 1000 * WATCH_SECONDS):
+                if descriptor != self.signals.wake:
+                    poll.unregister(descriptor)
+                    ended.append(peers.ranks[descriptor])
+            if self._closing.is_set():
+                return
+            now = time.monotonic()
+            turn, turned = min(now - turned, 2 * WATCH_SECONDS), now  # a stopped watch has not been watching
+            self.signals.collect()
+            self._look_at_launcher()
+            self._beat(turn)
             try:
-                store = store or open_store(self.launch, hosts=False, seconds=LOST_STORE_SECONDS / 4)
-                failure = _read_failure(store)
+                store = store or self._connect()
+                self._look_at_store(store, turn)
                 answered = time.monotonic()
             except (dist.DistError, MegakdError) as error:
-                store, failure = None, None
-                if time.monotonic() - answered > LOST_STORE_SECONDS and not self._closing.is_set():
+                store = None
+                if time.monotonic() - answered > LOST_STORE_SECONDS:
                     what = f"the store at {self.launch.where} is gone (launcher or rank 0 killed?)"
                     self._leave(f"rank {self.launch.rank} stopped: {what}: {first_line(error)}")
-            if failure is not None and failure["rank"] != self.launch.rank and not self._closing.is_set():
-                self._leave(_stopped_by(failure, self.launch.rank))
+            for rank in ended:
+                self._look_at_ended(store, rank)
+
+    def _connect(self) -> dist.Store:
+        if self.launch.world_size == 1:
+            return self.store
+        return open_store(self.launch, hosts=False, seconds=LOST_STORE_SECONDS / 12)
+
+    def _look_at_launcher(self) -> None:
+        """Under torchrun: ask to stop when it is gone, and end when that takes too long."""
+        if not self.launch.torchrun or os.getppid() == self._launcher:
+            return
+        text = f"rank {self.launch.rank} stopped: its launcher (process {self._launcher}) is gone"
+        if self.early:
+            self._leave(text)
+        if self._launcher_gone_at is None:
+            self._launcher_gone_at = time.monotonic()
+            self.signals.requested.set()
+            sys.stderr.write(f"rank {self.launch.rank}: the launcher is gone: stopping after this step\n")
+        if time.monotonic() - self._launcher_gone_at > LOST_LAUNCHER_SECONDS:
+            self._leave(f"{text}, and no step has ended since")
+
+    def _look_at_store(self, store: dist.Store, turn: float) -> None:
+        end = read_json(store, "end")
+        if end is not None and end["by"] != self.launch.rank:
+            self._end_as(end)
+        if self.early and self.signals.requested.is_set() and self.launch.world_size > 1:
+            self._end_as(self._claim("stop", f"was asked to stop by {name_of(self.signals.number)}", store=store))
+        if self.peers is not None:
+            why = self.standstill.look(store, turn)
+            if why is not None:
+                threading.Thread(target=self._raise_alarm, args=(store, why), daemon=True).start()
+
+    def _raise_alarm(self, store: dist.Store, why: str) -> None:
+        """Has all ranks say where they are, and ends the launch in the name of the one that the others wait for."""
+        rank, text = self.standstill.find_laggard(store, self.peers, why)
+        self._end_as(self._claim("stuck", f"is stuck: {text}" if rank >= 0 else text, rank=rank, store=store))
+
+    def _look_at_ended(self, store: dist.Store | None, rank: int) -> None:
+        """A rank of this machine has ended: well, with a message, or killed; unknown when the store went first."""
+        try:
+            done = store is not None and store.check([f"done/{rank}"])
+        except dist.DistError:
+            done = False
+        if not done and self._launcher_gone_at is None and not self._closing.is_set():
+            who = self.peers.identities[rank]
+            text = f"was killed: process {who['pid']} on {who['host']} is gone without a word (out of memory?)"
+            self._end_as(self._claim("killed", text, rank=rank, store=store))
+
+    def _beat(self, turn: float) -> None:
+        self.pulse.turn(turn)
+        if self.launch.rank == 0 and time.monotonic() - self._heartbeat_at > HEARTBEAT_SECONDS:
+            self._heartbeat_at = time.monotonic()
+            if self.reports is not None:
+                with contextlib.suppress(OSError):  # no folder yet, or a full disk: the run will say so itself
+                    write_heartbeat(self.reports / HEARTBEAT_FILE, self.pulse, **self.launch.describe())
+
+    def _end_as(self, end: dict) -> None:
+        """Leaves for a recorded reason; never returns."""
+        rank = self.launch.rank
+        if end["kind"] == "leave":
+            self._leave("", INTERRUPTED)
+        if end["kind"] == "stop":
+            if rank == 0 and self.early_stop is not None:
+                self.early_stop()
+            text = f"rank {end['rank']} {end['text']} before the first step" if rank == 0 else ""
+            self._leave(text, 0 if self.early_stop is not None else 128 + (self.signals.number or 15))
+        about = f"rank {end['rank']} {end['text']}" if end["rank"] >= 0 else end["text"]
+        self._leave(f"rank {rank} stopped: {about}")
 
     def _leave(self, text: str, code: int = 1) -> None:
         """Prints, ends this process's own children, and exits without unwinding; never returns."""
@@ -126,11 +271,11 @@ class FailureWatch:
         os._exit(code)
 
 
-def is_peer_loss(error: BaseException | None) -> bool:
-    """True when this error, or what caused it, says that a connection to another rank broke."""
+def says(error: BaseException | None, texts: tuple[str, ...]) -> bool:
+    """True when this error, or what caused it, has one of the texts."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if any(text in str(error) for text in PEER_LOST):
+        if any(text in str(error) for text in texts):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
@@ -140,12 +285,3 @@ def is_peer_loss(error: BaseException | None) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of a message that may have none, without gloo's advice."""
     return str(error).partition("\n")[0].partition(". This is typically")[0]
-
-
-def _read_failure(store: dist.Store) -> dict | None:
-    """{"rank": int, "error": str} of the first failure that any rank has recorded."""
-    return json.loads(store.get("failure")) if store.check(["failure"]) else None
-
-
-def _stopped_by(failure: dict, rank: int) -> str:
-    return f"rank {rank} stopped: rank {failure['rank']} failed with {failure['error']}"

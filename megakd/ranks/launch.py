@@ -1,6 +1,8 @@
 """How this process was launched, and the store through which its ranks find each other."""
 
 import datetime
+import json
+import os
 import pathlib
 import shlex
 import socket
@@ -29,6 +31,7 @@ class Launch:
         address, port: of the store.
         hosts_store: this process carries the store; under torchrun the launcher does.
         attempt: how often torchrun has restarted the ranks.
+        torchrun: the parent process is torchrun's; without it, nothing follows from the parent's end.
     """
 
     rank: int = 0
@@ -39,11 +42,19 @@ class Launch:
     port: int = 0
     hosts_store: bool = False
     attempt: int = 0
+    torchrun: bool = False
 
     @property
     def where(self) -> str:
         """address:port, for messages."""
         return f"{self.address}:{self.port}"
+
+    def describe(self) -> dict:
+        """Of this process and its launch, for monitors outside."""
+        return {
+            "host": socket.gethostname(), "pid": os.getpid(), "rank": self.rank, "world_size": self.world_size,
+            "attempt": self.attempt,
+        }  # fmt: skip
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
@@ -77,7 +88,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
             hint="start ranks with `torchrun --nproc-per-node N -m megakd ...`, which sets both",
         )
     if world_size == 1:
-        return Launch(local_rank=number("LOCAL_RANK", "0"))
+        return Launch(local_rank=number("LOCAL_RANK", "0"), torchrun="TORCHELASTIC_RUN_ID" in environ)
     return Launch(
         rank=rank,
         world_size=world_size,
@@ -87,6 +98,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         port=number("MASTER_PORT"),
         hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         attempt=number("TORCHELASTIC_RESTART_COUNT", "0"),
+        torchrun="TORCHELASTIC_RUN_ID" in environ,
     )
 
 
@@ -185,3 +197,8 @@ def _wait_for_listener(launch: Launch, seconds: float) -> None:
                     hint="check that rank 0 (or its torchrun) is alive and that MASTER_ADDR and MASTER_PORT name it",
                 ) from error
             time.sleep(0.2)
+
+
+def read_json(store: dist.Store, key: str):
+    """What a rank has put into the store as JSON; None when none has."""
+    return json.loads(store.get(key)) if store.check([key]) else None

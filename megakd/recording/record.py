@@ -239,6 +239,7 @@ class Recording:
                 for first in range(0, size, self.group_samples):
                     if self.ranks.agree_to_stop():
                         return False
+                    self.ranks.pulse.mark("record", turn)
                     group = numbers[first : first + self.group_samples]
                     if group:
                         self.record_group(group, writer, bar)

@@ -18,10 +18,16 @@ def main(argv: list[str]) -> int:
     from megakd.config.checks import check_layout
     from megakd.megatron_on_cpu import install
     from megakd.ranks import Ranks, read_launch
+    from megakd.runs.facts import run_facts
 
     config = Config.from_arguments(argv)
     check_layout(config, read_launch(os.environ).world_size)  # whatever the batch: a recording has none
-    with Ranks(config.run.device, collective_seconds=config.run.timeout_seconds) as ranks:
+    with Ranks(
+        config.run.device,
+        collective_seconds=config.run.timeout_seconds,
+        watchdog_seconds=config.run.watchdog_seconds,
+        facts=run_facts(config),
+    ) as ranks:
         install(ranks.device.type)
         from megakd.recording.record import record
 

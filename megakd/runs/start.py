@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from megakd.config import Config, check_ranks
 from megakd.ranks import Ranks, read_launch
+from megakd.runs.facts import run_facts
 
 
 @contextlib.contextmanager
-def start_run(argv: Sequence[str]) -> Iterator[tuple[Config, Ranks]]:
+def start_run(argv: Sequence[str], *, reports: bool = False) -> Iterator[tuple[Config, Ranks]]:
     """Yields the config and the ranks of `megakd VERB CONFIG.yaml [key=value ...]`; the ranks part when the block ends.
 
     Args:
         argv: what follows the verb.
+        reports: heartbeat and, should the launch get stuck, stacks go to the run folder.
 
     Raises:
         ConfigError: before the ranks meet, when the config is wrong in itself or does not fit their number.
@@ -21,5 +23,11 @@ def start_run(argv: Sequence[str]) -> Iterator[tuple[Config, Ranks]]:
     """
     config = Config.from_arguments(argv)
     check_ranks(config, read_launch(os.environ).world_size)
-    with Ranks(config.run.device, collective_seconds=config.run.timeout_seconds) as ranks:
+    with Ranks(
+        config.run.device,
+        collective_seconds=config.run.timeout_seconds,
+        watchdog_seconds=config.run.watchdog_seconds,
+        reports=config.run.dir if reports else None,
+        facts=run_facts(config),
+    ) as ranks:
         yield config, ranks

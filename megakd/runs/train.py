@@ -6,7 +6,7 @@ from megakd.runs.start import start_run
 
 def main(argv: list[str]) -> None:
     """Run `megakd train ARGV...` on this rank."""
-    with start_run(argv) as (config, ranks):
+    with start_run(argv, reports=True) as (config, ranks):
         install(ranks.device.type)
         from megakd.training.loop import train
 
