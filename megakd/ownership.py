@@ -76,6 +76,7 @@ def _open_locked(path: pathlib.Path, wait: bool) -> IO:
             )  # fmt: skip
             return file
         if _has_name(file, path):
+            os.register_at_fork(after_in_child=file.close)  # a child that outlives this process must not hold it
             return file
         file.close()  # its owner has removed it while this process waited
 

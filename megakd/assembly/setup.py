@@ -83,6 +83,12 @@ class Setup:
             self.teacher.prefetch(self.ahead[step + 1])
         return micro_batches
 
+    def samples(self, step: int) -> list[list]:
+        """(epoch, index) of the samples of each of those micro-batches."""
+        train, dp = self.config.train, self.groups.dp
+        indices = batch_indices(self.config.run.seed, step, train.global_batch_size, len(self.train_data))
+        return split_batch(indices, dp.rank(), dp.size(), train.micro_batch_size)
+
     def validation_batches(self):
         """This rank's micro-batches of the validation set, batch by batch."""
         size, data = self.config.train.global_batch_size, self.validation_data

@@ -5,7 +5,7 @@ Legend: T supervised tokens of a micro-batch.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,14 @@ class Evaluation:
     loss: Loss
     groups: object
 
-    def __call__(self, batches: Iterable[list[MicroBatch]], device) -> dict[str, float]:
+    def __call__(
+        self, batches: Iterable[list[MicroBatch]], device, stopping: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """Average over all supervised tokens of all batches.
 
         Args:
             batches: this data-parallel rank's micro-batches, the same number on every rank.
+            stopping: asked before each batch, on all ranks alike; True gives up, and None is returned.
         Returns:
             Means as in training, with `perplexity` (of CE), `accuracy` (of the next token) and `ece` (expected
             calibration error of the most likely token, 15 equal bins, arXiv:1706.04599); equal on all ranks.
@@ -53,6 +56,8 @@ class Evaluation:
         totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         bins_3N = torch.zeros(3, BINS, dtype=torch.float64, device=device)
         for micro_batches in batches:
+            if stopping():
+                return None
             for sums, batch_bins_3N in self.judge(micro_batches):
                 totals += sums
                 bins_3N += batch_bins_3N

@@ -1,20 +1,26 @@
 """A training run from its config to its last checkpoint."""
 
 import contextlib
+import functools
 import logging
+import pathlib
 
 import torch.distributed as dist
 
 from megakd.assembly.setup import Setup, build_setup, check_teacher_knows
 from megakd.config import Config
+from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
+from megakd.models.micro_batch import MicroBatch
 from megakd.ranks import Ranks, from_rank_0
-from megakd.training.checkpointing import Progress, Saver, resume, write_stop_file
+from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
+from megakd.training.checkpointing import Progress, Saver, resume, write_stop_file, write_stop_record
 from megakd.training.evaluation import Evaluation
-from megakd.training.metrics import MetricsLog, Stopwatch, check_sinks, model_flops_per_token
+from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.run_folder import open_run_folder, write_run_files
-from megakd.training.step import StudentStep, check_finite, describe_head
+from megakd.training.step import BrokenBatch, StudentStep, check_finite, describe_head
+from megakd.training.stragglers import compare_ranks
 
 LOG = logging.getLogger("megakd")
 
@@ -30,6 +36,8 @@ def train(config: Config, ranks: Ranks) -> None:
     """
     with contextlib.ExitStack() as held:
         checkpoint = open_run_folder(config, held)
+        saved_step = checkpoint.step if checkpoint else None
+        ranks.on_early_stop(functools.partial(write_stop_record, config.run.dir, saved_step or 0, finished=False))
         from_rank_0(lambda: check_sinks(config))
         setup = build_setup(config, ranks.device)
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
@@ -53,10 +61,10 @@ def train(config: Config, ranks: Ranks) -> None:
             log.write("data", progress.step, setup.train_data.counts)
         else:
             LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
-        saver = Saver(config, student, setup.model, setup.tokenizer, setup.origin)
-        Loop(setup, student, saver, log, progress, ranks).run()
+        saver = Saver(config, student, setup.model, setup.tokenizer, setup.origin, saved_step)
+        finished = Loop(setup, student, saver, log, progress, ranks).run()
         saver.finish()
-        write_stop_file(config.run.dir, progress.step, finished=progress.step >= setup.steps)
+        write_stop_file(config.run.dir, progress.step, finished=finished)
         LOG.info(
             "at step %d of %d; checkpoints and metrics.jsonl are in %s", progress.step, setup.steps, config.run.dir
         )
@@ -73,30 +81,62 @@ class Loop:
         self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
         self.teacher_checked = False
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """All steps of this launch, each followed by what is due after it; True when the whole run is finished."""
         progress = self.progress
         last = self.setup.steps
         if self.config.run.stop_after:
             last = min(last, progress.step + self.config.run.stop_after)
-        while progress.step < last:
+        stop = self.ranks.agree_to_stop()
+        if not stop and self.owes_validation():
+            stop = not self.validate()
+        while progress.step < last and not stop:
             self.one_step()
             self.saver.poll()
             stop = self.ranks.agree_to_stop()
             ending = stop or progress.step == last
             if ending or due(self.config.checkpoint.every_steps, progress.step):
-                self.saver.save(progress, {})  # before validation, which may take long or fail
-            if stop:
-                LOG.info("asked to stop: checkpoint of step %d is written", progress.step)
-                return
-            if due(self.config.eval.every_steps, progress.step) or (ending and self.setup.validation_data):
-                self.validate()
+                self.save()  # before validation, which may take long or fail
+            if not stop and (
+                due(self.config.eval.every_steps, progress.step) or (ending and self.setup.validation_data)
+            ):
+                stop = not self.validate()
+        if stop:
+            self.save()
+            LOG.info("asked to stop: the checkpoint of step %d is written", progress.step)
+        return progress.step >= self.setup.steps and not self.owes_validation()
+
+    def save(self) -> None:
+        if self.progress.step > 0:
+            self.ranks.pulse.mark("save", self.progress.step)
+            self.saver.save(self.progress, {})
+
+    def owes_validation(self) -> bool:
+        """Whether the step reached was to be validated, and an end came before its line was written.
+
+        Collectives: one broadcast.
+        """
+        step, data = self.progress.step, self.setup.validation_data
+        if step == 0 or not data or not (due(self.config.eval.every_steps, step) or step == self.setup.steps):
+            return False
+        path = pathlib.Path(self.config.run.dir) / METRICS_FILE
+        return not from_rank_0(lambda: has_line(path, "validation", step))
 
     def one_step(self) -> None:
         progress, watch, check_teacher = self.progress, Stopwatch(), not self.teacher_checked
+        self.ranks.pulse.mark("data", progress.step + 1)
         micro_batches = self.setup.batch(progress.step)
         data_seconds = watch.lap()
+        self.ranks.pulse.mark("step", progress.step + 1)
         logged = due(self.config.log.every_steps, progress.step + 1)
-        metrics = self.student(micro_batches, step=progress.step + 1, measure=logged or check_teacher)
+        limit = loss_limit(progress.recent, self.config.train.spike_factor)
+        try:
+            metrics = self.student(
+                micro_batches, step=progress.step + 1, measure=logged or check_teacher, loss_limit=limit
+            )
+        except BrokenBatch as error:
+            self.leave_out(error, micro_batches)
+            return
         progress.step += 1
         if metrics is None:
             progress.skipped += 1
@@ -108,10 +148,30 @@ class Loop:
         tokens = metrics.pop("tokens")
         progress.tokens += int(tokens)
         positions = sum(micro_batch.ids_BS.numel() for micro_batch in micro_batches) * self.setup.groups.dp.size()
+        progress.recent = [*progress.recent, metrics["loss"]][-REMEMBERED:]
         metrics |= self.speed(data_seconds, watch.lap(), tokens, positions)
         if logged:
-            self.log.write("train", progress.step, metrics | {"tokens": progress.tokens, "skipped": progress.skipped})
+            metrics |= compare_ranks(data_seconds + self.student.own.read(), self.setup.device)
+            counts = {"tokens": progress.tokens, "skipped": progress.skipped, "broken": progress.broken}
+            self.log.write("train", progress.step, metrics | counts)
         self.log.advance(metrics)
+
+    def leave_out(self, error: BrokenBatch, micro_batches: list[MicroBatch]) -> None:
+        """Keep what is needed to look into a batch that breaks the run, and go on without it if that is allowed.
+
+        Raises:
+            TrainingError: on every rank, when train.max_skipped_steps have been left out before.
+        """
+        progress, why = self.progress, str(error).partition("\nhint:")[0]
+        samples = self.setup.samples(progress.step)
+        folder = keep_evidence(self.config.run.dir, progress.step + 1, why, self.student, micro_batches, samples)
+        if progress.broken >= self.config.train.max_skipped_steps:
+            kept = f"{why}; its samples and the loss of each token are in {folder}"
+            raise TrainingError(kept, hint=error.hint) from error
+        progress.step += 1
+        progress.broken += 1
+        LOG.warning("%s; left out (%d so far), see %s", why, progress.broken, folder)
+        self.log.advance(None)
 
     def speed(self, data_seconds: float, step_seconds: float, tokens: float, positions: int) -> dict[str, float]:
         """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
@@ -129,12 +189,20 @@ class Loop:
             "peak_memory_bytes": memory_peak_bytes(setup.device),
         }
 
-    def validate(self) -> None:
-        watch = Stopwatch()
-        self.evaluation.loss = self.setup.loss.at(self.progress.step)
-        metrics, progress = self.evaluation(self.setup.validation_batches(), self.setup.device), self.progress
+    def validate(self) -> bool:
+        """Measure, log and keep; False when asked to stop before the end, with nothing logged."""
+        watch, progress = Stopwatch(), self.progress
+
+        def stopping() -> bool:
+            self.ranks.pulse.mark("validation", progress.step)
+            return self.ranks.agree_to_stop()
+
+        self.evaluation.loss = self.setup.loss.at(progress.step)
+        metrics = self.evaluation(self.setup.validation_batches(), self.setup.device, stopping)
+        if metrics is None:
+            return False
         if "loss" not in metrics:  # no supervised token
-            return
+            return True
         check_finite(metrics, ["loss"], f"validation at step {progress.step}")
         self.log.write("validation", progress.step, metrics | {"seconds": watch.lap()})
         best = progress.best_loss is None or metrics["loss"] < progress.best_loss
@@ -144,6 +212,7 @@ class Loop:
             self.saver.add_metrics(progress, metrics)
         elif best and self.config.checkpoint.keep_best:
             self.saver.save(progress, metrics)
+        return True
 
 
 def due(every: int | None, step: int) -> bool:

@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always; progress bar, TensorBoard and Weights & Biases when asked for."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -118,6 +119,16 @@ def start_wandb(config: Config):
             f"log.wandb_project = {log.wandb_project!r}, but Weights & Biases refuses: {error}",
             hint="`wandb login`, or WANDB_MODE=offline in the environment",
         ) from error
+
+
+def has_line(path: pathlib.Path, kind: str, step: int) -> bool:
+    """Whether the metrics file has a whole line of this kind and step."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if (entry["kind"], entry["step"]) == (kind, step):
+                return True
+    return False
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -22,6 +22,7 @@ FREE = (
     "run.allow_change",
     "run.stop_after",
     "run.timeout_seconds",
+    "run.watchdog_seconds",
     "parallel",
     "train.micro_batch_size",
     "train.recompute",

@@ -22,6 +22,11 @@ from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
+from megakd.training.stragglers import OwnSeconds
+
+
+class BrokenBatch(TrainingError):
+    """A batch whose loss or gradient would spoil the weights; nothing has been changed by it."""
 
 
 @dataclasses.dataclass
@@ -35,6 +40,7 @@ class StudentStep:
         loss: the loss section; its ramps are followed step by step.
         optimizer, scheduler: Megatron's.
         groups: the run's process groups.
+        own: this rank's own seconds of the last step.
     """
 
     gpt: GPT
@@ -45,24 +51,32 @@ class StudentStep:
     optimizer: object
     scheduler: object
     groups: object
+    own: OwnSeconds = dataclasses.field(default_factory=OwnSeconds)
 
-    def __call__(self, micro_batches: list[MicroBatch], *, step: int, measure: bool) -> dict[str, float] | None:
+    def __post_init__(self):
+        self.gpt.config.finalize_model_grads_func = self.own.before(self.gpt.config.finalize_model_grads_func)
+
+    def __call__(
+        self, micro_batches: list[MicroBatch], *, step: int, measure: bool, loss_limit: float = math.inf
+    ) -> dict[str, float] | None:
         """Run one step.
 
         Args:
             micro_batches: this data-parallel rank's, in order.
             step: its number, for messages.
             measure: compute agreement and teacher CE too (one more read of both models' logits).
+            loss_limit: a larger loss is a spike, and refused.
         Returns:
             Averages over the supervised tokens of the global batch with learning rate and gradient norm, equal on all
             ranks; None for a batch without supervised tokens, which changes nothing.
         Raises:
-            TrainingError: loss or gradient are not finite; on every rank, before (loss) or after the update.
+            BrokenBatch: loss or gradient are not finite, or the loss is a spike; on every rank, before the update.
         Collectives: beside those of models and loss: one all-reduce of a count before, one of the sums after.
         """
         self.scheduler.step(increment=1)  # before the update: step 1 of a warm-up does not train at rate 0
         if self.supervised_tokens(micro_batches) == 0:
             return None
+        self.own.start()
         loss = self.loss.at(step)
         if self.features:
             self.features.begin(micro_batches)
@@ -85,9 +99,18 @@ class StudentStep:
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
             metrics["loss"] += metrics["features"]
-        check_finite(metrics, [name for name in ("loss", "kd", "ce", "features") if name in metrics], f"step {step}")
-        _, metrics["grad_norm"], _ = self.optimizer.step()
-        check_finite(metrics, ["grad_norm"], f"step {step}")
+        parts = [name for name in ("loss", "kd", "ce", "features") if name in metrics]
+        check_finite(metrics, parts, f"step {step}", BrokenBatch)
+        if metrics["loss"] > loss_limit:
+            raise BrokenBatch(
+                f"step {step}: loss = {metrics['loss']:.6g} is a spike: above train.spike_factor x the running median, "
+                f"{loss_limit:.6g}",
+                hint="look at the samples; to go on without such batches: train.max_skipped_steps=N",
+            )
+        self.optimizer.prepare_grads()  # the norm first: once a step is taken with it, the weights are spoilt
+        metrics["grad_norm"] = float(self.optimizer.get_grad_norm())
+        check_finite(metrics, ["grad_norm"], f"step {step}", BrokenBatch)
+        self.optimizer.step()
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return metrics | self.loss.moved(step)
 
@@ -169,11 +192,13 @@ def reduce_sums(sums: list[Tensor], groups, device) -> Tensor:
     return total
 
 
-def check_finite(metrics: dict[str, float], names: list[str], where: str) -> None:
+def check_finite(
+    metrics: dict[str, float], names: list[str], where: str, error: type[TrainingError] = TrainingError
+) -> None:
     wrong = {name: metrics[name] for name in names if not math.isfinite(metrics[name])}
     if wrong:
         values = ", ".join(f"{name} = {value}" for name, value in wrong.items())
-        raise TrainingError(
+        raise error(
             f"{where}: {values} (not finite); nothing of it is saved",
             hint="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the samples of this step; "
             "the last checkpoint is from before it",
