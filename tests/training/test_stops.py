@@ -1,0 +1,66 @@
+"""Where a run may be asked to stop, and what the next launch owes; who owns its folder."""
+
+import json
+import os
+
+import pytest
+
+from megakd.errors import ConfigError
+from tests.ranks import run_ranks
+from tests.training import runs
+from tests.training.test_runs import folder  # noqa: F401  token data, made once
+
+
+class StopsAtQuestion(runs.OneOfThePool):
+    """Is asked to stop when the loop has asked so many times whether it was."""
+
+    def __init__(self, rank, number):
+        super().__init__(rank)
+        self.left = number
+
+    def agree_to_stop(self):
+        self.left -= 1
+        return self.left == 0
+
+
+def train_until(rank, ranks, config, question):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(runs, "OneOfThePool", lambda rank: StopsAtQuestion(rank, question))
+        return runs.train(rank, ranks, config)
+
+
+def test_a_validation_given_up_is_made_up_for(folder, tmp_path):  # noqa: F811
+    """Questions: 1 at the start, then after steps 1, 2, before 4 batches of validation, after steps 3, 4, ..."""
+    config = runs.values(folder, tmp_path / "whole", train__steps=4, eval__every_steps=2, eval__samples=32)
+    config["student"]["model"]["hidden_dropout"] = 0.1
+    assert run_ranks(2, runs.train, config) == [None, None]
+    config["run"]["dir"] = str(tmp_path / "stopped")
+    stops = [(6, 2), (3, 2), (9, 4)]  # in the first validation; again, made up for; after it and in the last one
+    for question, step in stops:
+        assert run_ranks(2, train_until, config, question) == [None, None]
+        stopped = json.loads((tmp_path / "stopped" / "stopped.json").read_text())
+        assert stopped == {"step": step, "finished": False}, question
+        assert (tmp_path / "stopped" / "checkpoints" / f"step_{step:08d}" / "megakd.json").exists()
+    assert run_ranks(2, runs.train, config) == [None, None]
+    assert json.loads((tmp_path / "stopped" / "stopped.json").read_text()) == {"step": 4, "finished": True}
+    for kind in ("train", "validation"):
+        assert runs.lines(tmp_path / "stopped", kind) == runs.lines(tmp_path / "whole", kind)
+
+
+def test_a_forked_child_does_not_hold_the_folder(tmp_path):
+    from megakd.training.run_folder import take
+
+    lock = take(tmp_path)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        with pytest.raises(ConfigError, match="in use by another launch"):
+            take(tmp_path)
+        lock.close()
+        take(tmp_path).close()
+    finally:
+        os.write(write, b"x")
+        os.waitpid(child, 0)
