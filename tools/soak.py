@@ -196,7 +196,7 @@ class Launch:
 
 def soak_kind(soak: Soak, kind: str, asynchronous: bool, ends: int, until: float) -> dict:
     """End runs `ends` times in one way; returns the counts."""
-    counts = collections.Counter(kind=0)
+    counts = collections.Counter(ends=0, hangs=0, runs=0)
     name = f"{kind}_{'async' if asynchronous else 'sync'}"
     problems: list[str] = []
     number = 0
@@ -225,7 +225,6 @@ def soak_kind(soak: Soak, kind: str, asynchronous: bool, ends: int, until: float
             if not wrong:
                 shutil.rmtree(run_dir)
         number += 1
-    del counts["kind"]
     return {"kind": kind, "asynchronous": asynchronous, **counts, "problems": problems}
 
 
