@@ -50,17 +50,17 @@ def test_a_validation_given_up_is_made_up_for(folder, tmp_path):  # noqa: F811
 def test_a_forked_child_does_not_hold_the_folder(tmp_path):
     from megakd.training.run_folder import take
 
-    lock = take(tmp_path)
     read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.read(read, 1)
-        os._exit(0)
+    with take(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.read(read, 1)
+            os._exit(0)
+        with pytest.raises(ConfigError, match="in use by another launch"), take(tmp_path):
+            pass
     try:
-        with pytest.raises(ConfigError, match="in use by another launch"):
-            take(tmp_path)
-        lock.close()
-        take(tmp_path).close()
+        with take(tmp_path):
+            pass
     finally:
         os.write(write, b"x")
         os.waitpid(child, 0)
