@@ -71,9 +71,9 @@ class Soak:
             for name, files in (("train", text[:2]), ("validation", text[2:])):
                 main(["text", "--input", *files, "--tokenizer", tokenizer, "--output", f"{self.folder}/{name}"])
         if not self.stopped(self.folder / "reference").get("finished"):
-            launch = Launch(self, self.folder / "reference", asynchronous=False)
-            if launch.process.wait(600) != 0:
-                raise SystemExit(f"the reference run failed: {launch.output.read_text()}")
+            with Launch(self, self.folder / "reference", asynchronous=False) as launch:
+                if launch.process.wait(600) != 0:
+                    raise SystemExit(f"the reference run failed: {launch.output.read_text()}")
 
     def config(self, run_dir: pathlib.Path, asynchronous: bool) -> dict:
         model = {
@@ -121,6 +121,14 @@ class Launch:
                 [*command, "-m", "megakd", "train", str(config)],
                 cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pid in self.left():  # none, unless the soak itself was ended
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
     def lines(self) -> int:
         path = self.run_dir / "metrics.jsonl"
@@ -280,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="no further launch after that")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the launch under way
     soak = Soak(arguments.folder.resolve(), steps=arguments.steps, seed=arguments.seed)
     soak.prepare()
     until, bad = time.monotonic() + arguments.limit_seconds, 0
