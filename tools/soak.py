@@ -71,9 +71,9 @@ class Soak:
             for name, files in (("train", text[:2]), ("validation", text[2:])):
                 main(["text", "--input", *files, "--tokenizer", tokenizer, "--output", f"{self.folder}/{name}"])
         if not self.stopped(self.folder / "reference").get("finished"):
-            launch = Launch(self, self.folder / "reference", asynchronous=False)
-            if launch.process.wait(600) != 0:
-                raise SystemExit(f"the reference run failed: {launch.output.read_text()}")
+            with Launch(self, self.folder / "reference", asynchronous=False) as launch:
+                if launch.process.wait(600) != 0:
+                    raise SystemExit(f"the reference run failed: {launch.output.read_text()}")
 
     def config(self, run_dir: pathlib.Path, asynchronous: bool) -> dict:
         model = {
@@ -121,6 +121,14 @@ class Launch:
                 [*command, "-m", "megakd", "train", str(config)],
                 cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for pid in self.left():  # none, unless the soak itself was ended
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
     def lines(self) -> int:
         path = self.run_dir / "metrics.jsonl"
@@ -204,20 +212,21 @@ def soak_kind(soak: Soak, kind: str, asynchronous: bool, ends: int, until: float
         run_dir = soak.folder / "runs" / f"{name}_{number}"
         shutil.rmtree(run_dir, ignore_errors=True)
         launches = 0
-        while not soak.stopped(run_dir).get("finished") and time.monotonic() < until and launches < 100:
-            launch = Launch(soak, run_dir, asynchronous)
+        while not soak.stopped(run_dir).get("finished") and launches < 100:
             launches += 1
-            ended = counts["ends"] < ends and launch.wait_for_moment()
-            if ended:
-                launch.end(kind)
-                counts["ends"] += 1
-                counts["hangs"] += bool(launch.wait_until_gone())
-            elif launch.process.wait(600) != 0:
-                problems.append(f"{run_dir.name}: launch {launches} failed: {launch.output.read_text()[-2000:]}")
-                break
-            problems += [
-                f"{run_dir.name}, launch {launches}: {p}" for p in after_an_end(run_dir, kind if ended else "")
-            ]
+            with Launch(soak, run_dir, asynchronous) as launch:
+                more = counts["ends"] < ends and time.monotonic() < until
+                ended = more and launch.wait_for_moment()
+                if ended:
+                    launch.end(kind)
+                    counts["ends"] += 1
+                    counts["hangs"] += bool(launch.wait_until_gone())
+                elif launch.process.wait(600) != 0:
+                    problems.append(f"{run_dir.name}: launch {launches} failed: {launch.output.read_text()[-2000:]}")
+                    break
+            seen = after_an_end(run_dir, kind if ended else "")
+            problems += [f"{run_dir.name}, launch {launches}: {problem}" for problem in seen]
+            print(f"{run_dir.name}, launch {launches}: {dict(counts)}, {len(problems)} problems", file=sys.stderr)
         if soak.stopped(run_dir).get("finished"):
             counts["runs"] += 1
             wrong = differences(soak.folder / "reference", run_dir)
@@ -278,8 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=("sync", "async"), default=("sync", "async"))
     parser.add_argument("--steps", type=int, default=60, help="of a run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="no further launch after that")
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="no further end after that")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the launch under way
     soak = Soak(arguments.folder.resolve(), steps=arguments.steps, seed=arguments.seed)
     soak.prepare()
     until, bad = time.monotonic() + arguments.limit_seconds, 0

@@ -1,6 +1,5 @@
 """Where a run may be asked to stop, and what the next launch owes; who owns its folder."""
 
-import contextlib
 import json
 import os
 
@@ -51,17 +50,15 @@ def test_a_validation_given_up_is_made_up_for(folder, tmp_path):  # noqa: F811
 def test_a_forked_child_does_not_hold_the_folder(tmp_path):
     from megakd.training.run_folder import take
 
-    held = contextlib.ExitStack()
-    held.enter_context(take(tmp_path))
     read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.read(read, 1)
-        os._exit(0)
-    try:
+    with take(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.read(read, 1)
+            os._exit(0)
         with pytest.raises(ConfigError, match="in use by another launch"), take(tmp_path):
             pass
-        held.close()
+    try:
         with take(tmp_path):
             pass
     finally:
