@@ -63,6 +63,7 @@ VERBS = {
     "cache": Verb("megakd.runs.cache:main", "record a teacher's logits; look into, check and join caches", False),
     "generate": Verb("megakd.runs.generate:main", "complete a prompt with a checkpoint", False),
     "convert": Verb("megakd.runs.convert:main", "Hugging Face checkpoints to megakd and back, verified", False),
+    "check": Verb("megakd.runs.check:main", "read all of a checkpoint and say what of it is whole", False),
     "prepare": Verb(
         "megakd.runs.prepare:main", "train a tokenizer; records or text into token files; look at samples", False
     ),

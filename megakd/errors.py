@@ -30,6 +30,10 @@ class CheckpointError(MegakdError):
     """A checkpoint is missing, damaged, incomplete, or describes another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint does not hold what was saved in it."""
+
+
 class CacheError(MegakdError):
     """A logit cache is missing, damaged, or was recorded for something else."""
 

@@ -10,7 +10,8 @@ from megakd.errors import CheckpointError, ConfigError
 def read_both(config: Config) -> tuple[Checkpoint | None, Checkpoint | None]:
     """What student and teacher start from; of a run folder, its last checkpoint at this moment."""
     paths = (config.student.checkpoint, config.teacher.checkpoint if config.teacher else None)
-    return tuple(open_checkpoint(path, progress=config.log.progress) if path else None for path in paths)
+    verify, progress = config.checkpoint.verify, config.log.progress
+    return tuple(open_checkpoint(path, verify, progress=progress) if path else None for path in paths)
 
 
 def choose_tokenizer(config: Config, student_from: Checkpoint | None):

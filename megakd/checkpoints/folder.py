@@ -1,11 +1,12 @@
 """The checkpoint folder: a Megatron torch_dist folder, `megakd.json` that describes it, and the tokenizer's files.
 
 A folder is written under `NAME.incomplete` and renamed when everything, `megakd.json` last, is on disk. The record
-lists every file with its size, so that a truncated copy is refused before it is read.
+(megakd.checkpoints.record) lists every file with its size and digests; sizes and small files are compared when it is
+read, data files where they are read. `run_id.txt` in a run folder and the step in the record say where it belongs.
 """
 
 import dataclasses
-import json
+import itertools
 import logging
 import os
 import pathlib
@@ -13,15 +14,26 @@ import re
 import shutil
 
 from megakd import __version__
+from megakd.checkpoints.record import (
+    FORMAT_VERSION,
+    RECORD,
+    Files,
+    describe_files,
+    read_files,
+    read_record,
+    unreadable,
+    write_record,
+)
 from megakd.config import Model
+from megakd.digests import FileDigests, Verify
 from megakd.errors import CheckpointError, ConfigError
-from megakd.publish import INCOMPLETE, REPLACED, make_folder, publish_text, publish_written, settled, sync_folder
+from megakd.publish import INCOMPLETE, REPLACED, make_folder, publish_written, settled, sync_folder
 from megakd.publish import settle as settle_folder
 
 LOG = logging.getLogger("megakd")
-RECORD = "megakd.json"
 KEPT = "hf"  # folder inside, of a checkpoint that came from Hugging Face: what is needed to write the same files again
-FORMAT_VERSION = 1
+RUN_ID_FILE = "run_id.txt"
+DAMAGED = ".damaged"
 STEP_FOLDER = re.compile(r"step_(\d{8})$")
 
 
@@ -36,7 +48,10 @@ class Checkpoint:
         tokenizer: file name inside the folder (None: there was none), and its fingerprint.
         training: whether optimizer, schedule and random states are in it, so that a run can continue from it.
         metrics: the validation metrics it was saved with.
+        files: opens its files and compares what is read with what was saved.
         conversion: what `megakd convert` made it from and how that was verified; None for one that was trained.
+        run: identity of the run that saved it; None if no run did, or an older megakd.
+        layout: its ranks, {"tp", "pp", "dp"}; None likewise.
     """
 
     path: pathlib.Path
@@ -46,7 +61,10 @@ class Checkpoint:
     tokenizer_fingerprint: str | None
     training: bool
     metrics: dict
+    files: Files
     conversion: dict | None = None
+    run: str | None = None
+    layout: dict[str, int] | None = None
 
     @property
     def tokenizer_path(self) -> pathlib.Path | None:
@@ -63,9 +81,14 @@ def incomplete(path: pathlib.Path) -> pathlib.Path:
 
 def whole_checkpoints(run_dir) -> list[pathlib.Path]:
     """The published checkpoints of a run folder, oldest first; one whose replacement was cut short is among them."""
+    return [path for path in step_folders(run_dir) if (path / RECORD).is_file()]
+
+
+def step_folders(run_dir) -> list[pathlib.Path]:
+    """As whole_checkpoints, and folders that have the name of one and lack its record."""
     found = (pathlib.Path(run_dir) / "checkpoints").glob("step_*")
-    names = {f.with_name(f.name.removesuffix(REPLACED)) for f in found}
-    return [settled(f) for f in sorted(names) if STEP_FOLDER.match(f.name) and (settled(f) / RECORD).is_file()]
+    names = {path.with_name(path.name.removesuffix(REPLACED)) for path in found}
+    return [settled(path) for path in sorted(names) if STEP_FOLDER.match(path.name)]
 
 
 def settle(run_dir) -> None:
@@ -97,21 +120,18 @@ def last_checkpoint(path) -> pathlib.Path:
     return found[-1]
 
 
-def read_checkpoint(path) -> Checkpoint:
-    """Read and check a folder's record; no weights are read.
+def read_checkpoint(path, verify: Verify = "always") -> Checkpoint:
+    """Read and check a folder's record, the sizes of its files and the content of the small ones; no weights are read.
 
+    Args:
+        verify: how much of what is read, now and later, is compared with its digests.
     Raises:
-        CheckpointError: missing, unreadable, of a newer format, or files missing or of another size than recorded.
+        DamagedCheckpointError: the record or a file is not what was saved.
+        CheckpointError: missing, of a newer format, or in a place where it does not belong.
     """
     path = last_checkpoint(path)
+    record = read_record(path)
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        version = record["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has checkpoint format {version}, this megakd ({__version__}) reads up to {FORMAT_VERSION}",
-                hint=f"use megakd {record.get('megakd_version', 'of a later version')}",
-            )
         tokenizer = record["tokenizer"] or {}
         checkpoint = Checkpoint(
             path=path,
@@ -121,21 +141,20 @@ def read_checkpoint(path) -> Checkpoint:
             tokenizer_fingerprint=tokenizer.get("fingerprint"),
             training=record["training"],
             metrics=record["metrics"],
+            files=read_files(path, record, verify),
             conversion=record.get("conversion"),
+            run=record.get("run"),
+            layout=record.get("layout"),
         )
-        files = record["files"]
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path / RECORD} cannot be read: {type(error).__name__}: {error}",
-            hint="the file was edited or damaged; copy the checkpoint again",
-        ) from error
-    for name, size in files.items():
-        seen = (path / name).stat().st_size if (path / name).is_file() else None
-        if seen != size:
-            raise CheckpointError(
-                f"{path / name} is {'missing' if seen is None else f'{seen} bytes long'}, {size} bytes were saved",
-                hint="the checkpoint is truncated; copy it again or use an older one",
-            )
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise unreadable(path / RECORD, error) from error
+    try:
+        checkpoint.files.check()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="check the folder's permissions") from error
+    check_place(checkpoint)
+    if checkpoint.files.digests is None:
+        LOG.warning("%s was saved without digests by an older megakd: damage to it cannot be seen", path)
     return checkpoint
 
 
@@ -152,6 +171,34 @@ def tokenizer_path(path) -> pathlib.Path:
     if checkpoint.tokenizer_path is None:
         raise CheckpointError(f"{checkpoint.path} carries no tokenizer", hint="name a tokenizer file")
     return checkpoint.tokenizer_path
+
+
+def check_place(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when a folder has the name of another step, or lies among the checkpoints of another run.
+
+    Anywhere else, and under any other name, a checkpoint may be copied or moved.
+    """
+    path, named = checkpoint.path, STEP_FOLDER.match(checkpoint.path.name.removesuffix(REPLACED))
+    if named and int(named[1]) != checkpoint.step:
+        raise CheckpointError(
+            f"{path} holds step {checkpoint.step}: it was renamed",
+            hint=f"call it {step_folder('.', checkpoint.step).name}, or move it out of the run folder",
+        )
+    run_dir = path.parent.parent
+    here = run_id(run_dir) if named and path.parent.name == "checkpoints" else None
+    if None not in (here, checkpoint.run) and here != checkpoint.run:
+        raise CheckpointError(
+            f"{path} was saved by run {checkpoint.run}, {run_dir} is run {here}: it was copied there",
+            hint="move it out of the run folder; student.checkpoint starts a run from a checkpoint of another one",
+        )
+
+
+def run_id(run_dir: pathlib.Path) -> str | None:
+    """The identity of the run in a folder; None if it has none yet."""
+    try:
+        return (run_dir / RUN_ID_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
 
 
 def begin(path: pathlib.Path) -> pathlib.Path:
@@ -173,6 +220,9 @@ def publish(
     conversion: dict | None = None,
     origin: pathlib.Path | None = None,
     data: dict | None = None,
+    run: str | None = None,
+    layout: dict[str, int] | None = None,
+    written: dict[str, FileDigests] | None = None,
 ) -> None:
     """Complete the folder that `begin` made and give it its name. One rank calls it, after all have written.
 
@@ -181,6 +231,8 @@ def publish(
         conversion: see Checkpoint.
         data: how samples were made of records (templates, masks), for whoever uses the model.
         origin: checkpoint that training started from; what it has kept of its Hugging Face origin goes along.
+        run, layout: see Checkpoint.
+        written: digests that were made when the files were written, by name; other files are read for theirs.
     """
     source = incomplete(path)
     if origin is not None and (origin / KEPT).is_dir():
@@ -196,14 +248,15 @@ def publish(
         "megakd_version": __version__,
         "step": step,
         "training": training,
+        "run": run,
+        "layout": layout,
         "model": model.model_dump(),
         "tokenizer": tokenizer_record,
         "metrics": metrics,
         "conversion": conversion,
         "data": data,
-        "files": {str(f.relative_to(source)): f.stat().st_size for f in sorted(source.rglob("*")) if f.is_file()},
     }
-    (source / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_record(source, record | describe_files(source, written or {}))
     publish_written(source, path)  # over one that is there: a run that went back to an older one saves this step anew
 
 
@@ -226,6 +279,15 @@ def prune(run_dir, keep_last: int, keep: set[int]) -> None:
             shutil.rmtree(trash, ignore_errors=True)
 
 
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Give a damaged checkpoint a name under which it is no checkpoint any more; returns where it is now."""
+    names = (path.with_name(f"{path.name}{DAMAGED}{number or ''}") for number in itertools.count())
+    target = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, target)
+    sync_folder(path.parent)
+    return target
+
+
 def remove(folder: pathlib.Path) -> None:
     trash = incomplete(folder)  # renamed first: never a half-deleted "whole" one
     try:
@@ -239,5 +301,4 @@ def remove(folder: pathlib.Path) -> None:
 
 def record_metrics(path: pathlib.Path, metrics: dict) -> None:
     """Add metrics that were measured after a checkpoint was published to its record. One rank calls it."""
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    publish_text(path / RECORD, json.dumps(record | {"metrics": metrics}, indent=1))
+    write_record(path, read_record(path) | {"metrics": metrics})

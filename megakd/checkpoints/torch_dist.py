@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.writer import ThreadedSave
+from megakd.digests import FileDigests
 from megakd.errors import CheckpointError
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
@@ -42,13 +43,21 @@ def sharding_metadata(groups) -> dict:
     }
 
 
-def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *, asynchronous: bool = False):
+def save(
+    path: pathlib.Path,
+    state: dict,
+    groups,
+    publish: Callable[[dict[str, FileDigests]], None],
+    *,
+    asynchronous: bool = False,
+):
     """Write a sharded state and publish the folder.
 
     Args:
         path: the final folder; until it is whole it is called `path.incomplete`.
         state: Megatron sharded state dict, with whatever plain values belong to it.
-        publish: completes and renames the folder; called on rank 0 when every rank has written.
+        publish: completes and renames the folder, given the digests of the ranks' files by name; called on rank 0 when
+            every rank has written.
         asynchronous: return when the state has been copied to host memory, and let a thread write the copy.
     Returns:
         None, or the save under way; `publish` is then called when it is completed.
@@ -59,10 +68,10 @@ def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *
     rank_0 = dist.get_rank() == 0
 
     def finish():
-        failure = None
+        failure, written = None, gather_together(path, None, threaded.written)
         try:
             if rank_0:
-                publish()
+                publish({name: digests for part in written for name, digests in part.items()})
         except OSError as error:
             failure = error
         raise_together(path, failure)
@@ -74,7 +83,8 @@ def save(path: pathlib.Path, state: dict, groups, publish: Callable[[], None], *
     except OSError as error:
         failure = error
     raise_together(path, failure)
-    strategy = FullyParallelSaveStrategyWrapper(ThreadedSave(copy=asynchronous), groups.dp_cp, True)
+    threaded = ThreadedSave(copy=asynchronous)
+    strategy = FullyParallelSaveStrategyWrapper(threaded, groups.dp_cp, True)
     try:
         request = dist_checkpointing.save(
             state, str(folder.incomplete(path)), strategy, async_sharded_save=asynchronous
@@ -133,13 +143,21 @@ class PendingSave:
 def raise_together(path: pathlib.Path, failure: BaseException | None) -> None:
     """Raise on every rank if any rank failed, and leave nothing of the failed save behind.
 
-    Collectives: one all-gather of a short text.
+    Collectives: as gather_together.
     """
-    texts = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if failure is None else f"{type(failure).__name__}: {failure}")
-    failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+    gather_together(path, failure, None)
+
+
+def gather_together(path: pathlib.Path, failure: BaseException | None, own) -> list:
+    """Every rank's `own`, in their order, unless one failed: then raise on all, and leave nothing of the save behind.
+
+    Collectives: one all-gather of a short text and `own`.
+    """
+    both = [None] * dist.get_world_size()
+    dist.all_gather_object(both, (None if failure is None else f"{type(failure).__name__}: {failure}", own))
+    failed = [(rank, text) for rank, (text, _) in enumerate(both) if text is not None]
     if not failed:
-        return
+        return [value for _, value in both]
     if dist.get_rank() == 0:
         folder.discard(path)
     rank, text = failed[0]

@@ -7,7 +7,6 @@ the bytes take another way. Threads lose nothing to processes: writing and synci
 """
 
 import dataclasses
-import os
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +31,8 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megakd.digests import DigestingFile, FileDigests
+
 FILES = 2  # a rank's share is written as so many files at a time
 
 
@@ -40,11 +41,13 @@ class ThreadedSave(TorchDistSaveShardedStrategy):
 
     Args:
         copy: the request works on a copy in host memory, so that training may change the state before it is written.
+    Attributes:
+        written: digests of this rank's files by name, once they are written.
     """
 
     def __init__(self, *, copy: bool):
         super().__init__("torch_dist", 1)
-        self.copy = copy
+        self.copy, self.written = copy, {}
 
     def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: pathlib.Path) -> AsyncRequest:
         """Plan a save; the request's function writes this rank's files, from any thread and without collectives.
@@ -53,6 +56,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):
         """
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         writer = ThreadedWriter(checkpoint_dir, copy=self.copy)
+        self.written = writer.written
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(shards), writer, planner=planner)
         return AsyncRequest(writer.write, (), [lambda: save_state_dict_async_finalize(*planned)])
@@ -64,6 +68,8 @@ class ThreadedWriter(FileSystemWriter):
     Args:
         path: the folder.
         copy: see ThreadedSave.
+    Attributes:
+        written: digests of this rank's files by name, made while they were written.
     """
 
     can_run_decentralized_global_plan = True  # the plans are gathered for the metadata, and not sent back
@@ -74,6 +80,7 @@ class ThreadedWriter(FileSystemWriter):
         self.files: list[list[tuple[WriteItem, object]]] = []
         self.prefix = ""
         self.results: list[WriteResult] | WRAPPED_EXCEPTION = []
+        self.written: dict[str, FileDigests] = {}
 
     def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
         return dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
@@ -103,7 +110,7 @@ class ThreadedWriter(FileSystemWriter):
     def write_file(self, number: int, items: list[tuple[WriteItem, object]]) -> list[WriteResult]:
         name = f"{self.prefix}{number}{DEFAULT_SUFFIX}"
         results = []
-        with open(pathlib.Path(self.path) / name, "wb") as stream:
+        with DigestingFile(pathlib.Path(self.path) / name) as stream:
             for item, data in items:
                 start = stream.tell()
                 if item.type == WriteItemType.BYTE_IO:
@@ -112,8 +119,8 @@ class ThreadedWriter(FileSystemWriter):
                     torch.save(on_host(data), stream)
                 length = stream.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-            stream.flush()
-            os.fsync(stream.fileno())
+            stream.sync()
+        self.written[name] = stream.digester.digests()
         return results
 
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:

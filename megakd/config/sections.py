@@ -33,9 +33,10 @@ class Run(Section):
     """Seed of initial weights, dropout and the order of samples."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`cuda` (NCCL), `cpu` (gloo), or `auto`: cuda when torch sees a GPU, else cpu."""
-    resume: Literal["auto", "never", "required"] = "auto"
-    """`auto` continues from the folder's last whole checkpoint if there is one; `never` refuses a folder that has one;
-    `required` refuses a folder that has none."""
+    resume: Literal["auto", "never", "required", "newest_only"] = "auto"
+    """`auto` continues from the folder's last checkpoint if there is one, and sets it aside for the one before it if it
+    is damaged; `newest_only` refuses a damaged one; `never` refuses a folder that has a checkpoint; `required` refuses
+    a folder that has none."""
     allow_change: list[Text] = Field([])
     """Keys or sections (`train.steps`, `optimizer`) that may differ from the run folder's saved config on resume."""
     timeout_seconds: Count = 1800
@@ -254,6 +255,9 @@ class Checkpoint(Section):
     """Keep the checkpoint with the best validation as well."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    verify: Literal["always", "sampled", "never"] = "always"
+    """Which chunks (of 4 MiB) of a checkpoint's files have their digests compared when they are read: every one, one in
+    16, or none."""
 
 
 class Log(Section):

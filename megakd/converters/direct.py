@@ -12,6 +12,7 @@ from megakd.checkpoints import folder
 from megakd.converters.convert import Options, convert
 from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, is_hf_folder
 from megakd.converters.huggingface.safetensors_files import SafetensorsReader
+from megakd.digests import Verify
 from megakd.errors import CheckpointError
 from megakd.ownership import owning
 
@@ -19,15 +20,16 @@ LOG = logging.getLogger("megakd")
 SAMPLE_BYTES = 4096
 
 
-def open_checkpoint(path, *, progress: bool = False) -> folder.Checkpoint:
+def open_checkpoint(path, verify: Verify = "always", *, progress: bool = False) -> folder.Checkpoint:
     """What the checkpoint says of itself that a path stands for.
 
     Args:
+        verify: as of `megakd.checkpoints.folder.read_checkpoint`.
         progress: bars of a conversion.
     Raises:
         CheckpointError: as `find_checkpoint` and `megakd.checkpoints.folder.read_checkpoint`.
     """
-    return folder.read_checkpoint(find_checkpoint(path, progress=progress))
+    return folder.read_checkpoint(find_checkpoint(path, progress=progress), verify)
 
 
 def find_checkpoint(path, *, progress: bool = False) -> pathlib.Path:

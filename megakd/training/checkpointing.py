@@ -1,6 +1,7 @@
 """What a training checkpoint holds, when old ones go, and how a run continues from one."""
 
 import dataclasses
+import logging
 import pathlib
 
 import torch
@@ -11,10 +12,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megakd.checkpoints import folder, torch_dist
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
+from megakd.digests import FileDigests
+from megakd.errors import DamagedCheckpointError
 from megakd.publish import publish_text
+from megakd.training.fallback import older_checkpoint
 from megakd.training.run_folder import STOP_FILE, check_owner
 from megakd.training.step import StudentStep
 
+LOG = logging.getLogger("megakd")
 # What the data section says about how a sample is written; it belongs to the model as its tokenizer does.
 SAMPLE_KEYS = {
     "format",
@@ -86,14 +91,16 @@ class Saver:
         self.finish()
         path = folder.step_folder(self.config.run.dir, progress.step)
         state = training_state(self.student, loading=False)
-        state |= {"progress": dataclasses.asdict(progress), "layout": layout(self.student.groups)}
+        sizes = layout(self.student.groups)
+        state |= {"progress": dataclasses.asdict(progress), "layout": sizes}
         step, best_step = progress.step, progress.best_step  # a background save is published later
 
-        def publish():
-            parts = {"model": self.model, "step": step, "training": True, "metrics": metrics}
+        def publish(written: dict[str, FileDigests]):
+            parts = {"model": self.model, "step": step, "training": True, "metrics": metrics, "layout": sizes}
             check_owner(self.config.run.dir)
+            parts["run"] = folder.run_id(pathlib.Path(self.config.run.dir))
             data = self.config.data.model_dump(include=SAMPLE_KEYS)
-            folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, **parts)
+            folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, written=written, **parts)
             self.prune(best_step)
 
         self.pending = torch_dist.save(
@@ -154,6 +161,22 @@ def random_state(groups) -> ShardedObject:
     }
     axes = (groups.pp, groups.tp, groups.dp_cp)
     return ShardedObject("random", state, tuple(g.size() for g in axes), tuple(g.rank() for g in axes), replica_id=0)
+
+
+def resume_newest(student: StudentStep, checkpoint: Checkpoint, config: Config) -> Progress:
+    """Continue from a checkpoint; from the newest whole one before it, if it turns out to be damaged.
+
+    Raises:
+        CheckpointError: on every rank; none is whole, or run.resume is newest_only.
+    Collectives: those of `resume`, and one broadcast for each damaged checkpoint.
+    """
+    while True:
+        try:
+            progress = resume(student, checkpoint)
+            LOG.info("continuing from %s", checkpoint.path)
+            return progress
+        except DamagedCheckpointError as error:
+            checkpoint = older_checkpoint(config, checkpoint, error)
 
 
 def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:

@@ -2,16 +2,18 @@
 
 import contextlib
 import pathlib
+import secrets
 from collections.abc import Iterator
 
 from megakd import __version__, ownership
 from megakd.checkpoints import folder
-from megakd.checkpoints.folder import Checkpoint, read_checkpoint, whole_checkpoints
+from megakd.checkpoints.folder import Checkpoint, step_folders
 from megakd.config import Config
 from megakd.errors import ConfigError
 from megakd.ownership import Taken, owning
 from megakd.publish import make_folder, publish_text, sweep, sync_folder
 from megakd.ranks import from_rank_0
+from megakd.training.fallback import check_nothing_is_passed_over, newest_checkpoint
 
 CONFIG_FILE, OWNER_FILE, STOP_FILE = "config.yaml", "owner.lock", "stopped.json"
 # What may differ between launches of one run: where and how fast it runs, never what it computes.
@@ -104,7 +106,8 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     held.enter_context(take(run_dir))
     sweep(run_dir)
     folder.settle(run_dir)
-    found = whole_checkpoints(run_dir)
+    found = step_folders(run_dir)
+    check_nothing_is_passed_over(run_dir, found)
     if not found and config.run.resume == "required":
         raise ConfigError(
             f"run.resume is required, but {run_dir} holds no whole checkpoint",
@@ -115,9 +118,12 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
             f"run.resume is never, but {run_dir} already holds {found[-1].name}",
             hint="choose another run.dir, or run.resume=auto to continue",
         )
-    checkpoint = read_checkpoint(found[-1]) if found else None
+    checkpoint = newest_checkpoint(config) if found else None
     if checkpoint:
         check_same_run(Config.load(run_dir / CONFIG_FILE), config)
+    if folder.run_id(run_dir) is None:
+        known = checkpoint.run if checkpoint else None
+        publish_text(run_dir / folder.RUN_ID_FILE, f"{known or secrets.token_hex(8)}\n")
     (run_dir / STOP_FILE).unlink(missing_ok=True)  # it speaks of an earlier launch
     sync_folder(run_dir)
     return checkpoint

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 import torch
 
+from megakd.checkpoints.record import write_record
 from megakd.errors import CheckpointError
 from tests.ranks import run_ranks
 from tests.training import small
@@ -155,7 +156,7 @@ def test_an_interrupted_save_is_not_a_checkpoint(copy, tmp_path):
 def test_a_damaged_record_is_refused(copy, change, message):
     record = json.loads((copy / "megakd.json").read_text())
     change(record)
-    (copy / "megakd.json").write_text(json.dumps(record))
+    write_record(copy, record)
     with pytest.raises(CheckpointError, match=message):
         read(copy)
 

@@ -77,5 +77,5 @@ def load_and_save(rank: int, ranks: int, source: pathlib.Path, target: pathlib.P
             target,
             {"model": gpt.sharded_state_dict(metadata=torch_dist.sharding_metadata(groups))},
             groups,
-            lambda: folder.publish(target, origin=checkpoint.path, **parts),
+            lambda written: folder.publish(target, origin=checkpoint.path, written=written, **parts),
         )

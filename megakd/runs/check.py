@@ -1,0 +1,85 @@
+"""`megakd check CHECKPOINT ...`: read all of a checkpoint, or of all of a run, and say what of it is whole."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from megakd.errors import CheckpointError
+
+
+def main(argv: list[str]) -> int:
+    """Run `megakd check ARGV...`; returns 0 if everything is whole, 1 if something is damaged or cannot be told."""
+    arguments = build_parser().parse_args(argv)
+    return max(check(path) for given in arguments.checkpoints for path in checkpoints_of(given))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megakd check", description="read all of a checkpoint and say what of it is whole"
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", type=pathlib.Path, metavar="CHECKPOINT", help="checkpoint, or run folder for all"
+    )
+    return parser
+
+
+def checkpoints_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """A checkpoint folder as it is; of a run folder, every checkpoint that has its name."""
+    from megakd.checkpoints.folder import last_checkpoint, step_folders
+
+    return step_folders(path) or [last_checkpoint(path)]
+
+
+def check(path: pathlib.Path) -> int:
+    """Print what of one checkpoint is whole; the exit code."""
+    from megakd.checkpoints.folder import read_checkpoint
+
+    try:
+        checkpoint = read_checkpoint(path, verify="never")
+        files = checkpoint.files
+        said = f"{path}: step {checkpoint.step}"
+        if checkpoint.run is not None:
+            sizes = " x ".join(f"{axis} {size}" for axis, size in (checkpoint.layout or {}).items())
+            said += f" of run {checkpoint.run}, saved at {sizes}"
+        if files.digests is None:
+            print(f"{said}: {len(files.sizes)} files of the right size; without digests, no more can be told")
+            return 1
+        wrong = list(damage(checkpoint))
+    except CheckpointError as error:
+        print(f"{path}: damaged\n  {error.args[0]}")
+        return 1
+    total = f"{len(files.sizes)} files, {sum(files.sizes.values()):,} bytes"
+    print("\n  ".join([f"{said}: {total}, {'damaged' if wrong else 'whole'}", *wrong]))
+    return int(bool(wrong))
+
+
+def damage(checkpoint) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, one line for each."""
+    from megakd.digests import CHUNK_BYTES, READERS, digest_file
+
+    files = checkpoint.files
+
+    def look(name: str) -> str | None:
+        known = files.digests[name]
+        try:
+            found = digest_file(files.folder / name)
+        except OSError as error:
+            return f"{name}: cannot be read: {error.strerror}"
+        wrong = [number for number in range(known.count) if found.of(number) != known.of(number)]
+        if not wrong and found.size_bytes == known.size_bytes:
+            return None
+        starts = ", ".join(f"{number * CHUNK_BYTES:,}" for number in wrong[:8])
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        return f"{name}: {len(wrong)} of {known.count} chunks damaged, those at byte {starts}{more}"
+
+    with ThreadPoolExecutor(READERS) as threads:
+        yield from filter(None, progress(threads.map(look, files.digests), len(files.digests)))
+
+
+def progress(lines: Iterator, total: int) -> Iterator:
+    """The same, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(lines, total=total, unit="file", leave=False, disable=not sys.stderr.isatty())
