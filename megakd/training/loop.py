@@ -35,8 +35,6 @@ def train(config: Config, ranks: Ranks) -> None:
     """
     with contextlib.ExitStack() as held:
         checkpoint = open_run_folder(config, held)
-        saved_step = checkpoint.step if checkpoint else None
-        ranks.on_early_stop(functools.partial(write_stop_record, config.run.dir, saved_step or 0, finished=False))
         from_rank_0(lambda: check_sinks(config))
         saved_step = checkpoint.step if checkpoint else None
         ranks.on_early_stop(lambda: write_stop_record(config.run.dir, saved_step or 0, finished=False))
