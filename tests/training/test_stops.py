@@ -1,6 +1,5 @@
 """Where a run may be asked to stop, and what the next launch owes; who owns its folder."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -70,17 +69,6 @@ def test_a_forked_child_does_not_hold_the_folder(tmp_path):
         os.waitpid(child, 0)
 
 
-def helpers_of(pid):
-    """Processes in sessions of their own below a process: tokenizing workers, once they follow it."""
-    found = []
-    for entry in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == pid and os.getsid(int(entry.name)) == int(entry.name):
-                found.append(int(entry.name))
-    return found
-
-
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -96,8 +84,8 @@ def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  #
     config = runs.values(folder, tmp_path / "run", data__train=str(tmp_path / "long.jsonl"), data__workers=2)
     torchrun = runs.launch(tmp_path, 2, "train", config)
     try:
-        ranks = wait_for(lambda: helpers_of(torchrun.pid)[1:] and sorted(helpers_of(torchrun.pid)))
-        workers = wait_for(lambda: [worker for rank in ranks for worker in helpers_of(rank)])
+        ranks = wait_for(lambda: runs.session_leaders(torchrun.pid)[1:] and sorted(runs.session_leaders(torchrun.pid)))
+        workers = wait_for(lambda: [worker for rank in ranks for worker in runs.session_leaders(rank)])
         torchrun.send_signal(signal.SIGTERM)
         output = torchrun.communicate(timeout=60)[0]
         wait_for(lambda: not [p for p in (*ranks, *workers) if pathlib.Path(f"/proc/{p}").exists()], 60)
