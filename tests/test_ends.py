@@ -1,5 +1,6 @@
 """How launches end that are stopped early, lose a process, or stand still; and what ranks must have alike."""
 
+import json
 import os
 import pathlib
 import signal
@@ -8,10 +9,11 @@ import time
 
 import pytest
 
+from megakd.ranks import Ranks
 from megakd.ranks.agreement import differences
 from megakd.ranks.peers import Peers, is_stopped
 from megakd.ranks.pulse import Pulse
-from megakd.ranks.stuck import blame
+from megakd.ranks.stuck import blame, record_flight
 from tests.test_launch import TORCHRUN, environment, finish, free_port, script, start_by_hand  # noqa: F401
 
 GONE_SECONDS = 60
@@ -191,6 +193,25 @@ def test_who_is_blamed():
     assert rank == 1 and text == "why; the others wait for rank 1 (process 101 on n1) in step of step 5 for 130 s"
     rank, text = blame({rank: state(9, True) for rank in range(3)}, peers, 3, "why")
     assert rank == -1 and "none can be blamed" in text
+
+
+def test_the_heartbeat_says_that_a_launch_has_ended(monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with Ranks("cpu", reports=str(tmp_path)) as ranks:
+        ranks.agree_to_stop()
+        ranks.pulse.mark("step", 7)
+    said = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (said["phase"], said["step"], said["pid"], said["rank"]) == ("end", 7, os.getpid(), 0)
+    assert abs(said["time"] - time.time()) < 60
+
+
+def test_nccl_is_told_where_its_flight_record_goes(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
+    record_flight(tmp_path)
+    files = [value for name, value in os.environ.items() if name.endswith("TEMP_FILE")]
+    assert files == [f"{tmp_path}/stuck/nccl_"] and (tmp_path / "stuck").is_dir()
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0", "what the user has set stays"
 
 
 def test_a_stopped_process_is_seen():

@@ -100,6 +100,8 @@ class FailureWatch:
         self._closing.set()
         self.signals.poke()
         self._thread.join()
+        self.pulse.mark("end", self.pulse.step)
+        self._beat(0.0, last=True)
         if self.peers is not None:
             self.peers.close()
 
@@ -234,9 +236,9 @@ class FailureWatch:
             text = f"was killed: process {who['pid']} on {who['host']} is gone without a word (out of memory?)"
             self._end_as(self._claim("killed", text, rank=rank, store=store))
 
-    def _beat(self, turn: float) -> None:
+    def _beat(self, turn: float, *, last: bool = False) -> None:
         self.pulse.turn(turn)
-        if self.launch.rank == 0 and time.monotonic() - self._heartbeat_at > HEARTBEAT_SECONDS:
+        if self.launch.rank == 0 and (last or time.monotonic() - self._heartbeat_at > HEARTBEAT_SECONDS):
             self._heartbeat_at = time.monotonic()
             if self.reports is not None:
                 with contextlib.suppress(OSError):  # no folder yet, or a full disk: the run will say so itself

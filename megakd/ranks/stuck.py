@@ -17,6 +17,7 @@ from megakd.ranks.pulse import Pulse
 
 FOLDER = "stuck"  # in the run folder
 FLIGHT_RECORD = "nccl_"  # and the rank
+OLDER_NAMES = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 ANSWER_SECONDS = 10.0
 
 
@@ -104,14 +105,11 @@ def record_flight(reports: pathlib.Path) -> None:
     """Have NCCL write its last collectives into the run folder when one of them times out; before the group starts."""
     with contextlib.suppress(OSError):  # the run will say so itself
         (reports / FOLDER).mkdir(parents=True, exist_ok=True)
-    file = str(reports.absolute() / FOLDER / FLIGHT_RECORD)
-    for name, value in (
-        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
-        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
-        ("TORCH_FR_DUMP_TEMP_FILE", file),
-        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", file),  # its older name
-    ):
-        os.environ.setdefault(name, value)
+    named_anew = hasattr(torch._C._distributed_c10d, "_dump_fr_trace")  # and warns of the older names
+    size, file = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE") if named_anew else OLDER_NAMES
+    os.environ.setdefault(size, "2000")
+    os.environ.setdefault(file, str(reports.absolute() / FOLDER / FLIGHT_RECORD))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def flight_record() -> bytes | None:

@@ -1,5 +1,6 @@
 """Whole runs on real files: token data from this project's own sources, and the loop without a launcher."""
 
+import contextlib
 import functools
 import json
 import os
@@ -117,3 +118,14 @@ def launch(folder, ranks, verb, config, *overrides, program=("-m", "megakd")):
         text=True,
         start_new_session=True,
     )
+
+
+def session_leaders(pid):
+    """Children of a process with sessions of their own: torchrun's ranks, a rank's tokenizing workers."""
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and os.getsid(int(entry.name)) == int(entry.name):
+                found.append(int(entry.name))
+    return found

@@ -101,16 +101,24 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(number, folder, teacher, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "asynchronous", "whom"),
+    [(signal.SIGTERM, False, "all"), (signal.SIGINT, True, "all"), (signal.SIGUSR1, True, "one")],
+)
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(
+    number, asynchronous, whom, folder, teacher, tmp_path
+):
     config = distil(folder, teacher, tmp_path / "run", train__steps=5000)
+    config["checkpoint"] = {"every_steps": 3, "asynchronous": asynchronous}
     process = runs.launch(tmp_path, 2, "train", config)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    time.sleep(1)
-    process.send_signal(number)
+    wait_for(tmp_path / "run" / "checkpoints" / "step_00000003" / "megakd.json", process)
+    for _ in range(2):  # the launcher may repeat it
+        os.kill(process.pid if whom == "all" else runs.session_leaders(process.pid)[-1], number)
+        time.sleep(0.1)
     output = process.communicate(timeout=120)[0]
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["finished"] is False and 0 < stopped["step"] < 5000, output
+    assert (tmp_path / "run" / "checkpoints" / f"step_{stopped['step']:08d}" / "megakd.json").exists(), output
     config["train"]["steps"] = 5000
     config["run"]["stop_after"] = 2
     assert run_ranks(2, runs.train, config) == [None, None]
