@@ -18,6 +18,7 @@ from megakd.checkpoints.record import (
     FORMAT_VERSION,
     RECORD,
     Files,
+    check_shape,
     describe_files,
     read_files,
     read_record,
@@ -132,6 +133,7 @@ def read_checkpoint(path, verify: Verify = "always") -> Checkpoint:
     path = last_checkpoint(path)
     record = read_record(path)
     try:
+        check_shape(record)
         tokenizer = record["tokenizer"] or {}
         checkpoint = Checkpoint(
             path=path,

@@ -150,6 +150,20 @@ def read_record(folder: pathlib.Path) -> dict:
     return record
 
 
+def check_shape(record: dict) -> None:
+    """Raises TypeError or KeyError where a record's values are not of the kinds that are read."""
+    text, values = str | None, dict(record)
+    kinds = {"model": dict, "step": int, "training": bool, "metrics": dict, "tokenizer": dict | None, "files": dict}
+    added = {"conversion": dict | None, "run": text, "layout": dict | None}
+    kinds |= {key: kind for key, kind in added.items() if key in record}
+    if isinstance(record["tokenizer"], dict):
+        kinds |= {"tokenizer.file": str, "tokenizer.fingerprint": text}
+        values |= {f"tokenizer.{key}": record["tokenizer"].get(key) for key in ("file", "fingerprint")}
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} is {str(values[key])[:100]!r}")
+
+
 def read_files(folder: pathlib.Path, record: dict, verify: Verify) -> Files:
     """The files that a record lists.
 

@@ -13,13 +13,14 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.record import damaged
+from megakd.checkpoints.verified import VerifiedLoad
 from megakd.checkpoints.writer import ThreadedSave
-from megakd.digests import FileDigests
+from megakd.digests import DamagedFile, FileDigests
 from megakd.errors import CheckpointError
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
@@ -32,6 +33,10 @@ FAILURES = (
     ValueError,
     dist_checkpointing.core.CheckpointingException,
 )
+
+
+FOREIGN_CHARACTERS = 300
+TORCH_ADVICE = ". This file can still be loaded"  # by running what torch has just refused to run
 
 
 def sharding_metadata(groups) -> dict:
@@ -94,7 +99,7 @@ def save(
         # with the launch (megakd.ranks.failure).
         if rank_0:
             folder.discard(path)
-        raise save_error(path, f"rank {dist.get_rank()}: {type(error).__name__}: {error}") from error
+        raise save_error(path, f"rank {dist.get_rank()}: {in_words(error)}") from error
     if request is None:
         return finish()
     request.finalize_fns.append(finish)
@@ -137,7 +142,7 @@ class PendingSave:
         except FAILURES as error:
             if dist.get_rank() == 0:
                 folder.discard(self.path)
-            raise save_error(self.path, f"in the background: {type(error).__name__}: {error}") from error
+            raise save_error(self.path, f"in the background: {in_words(error)}") from error
 
 
 def raise_together(path: pathlib.Path, failure: BaseException | None) -> None:
@@ -154,7 +159,7 @@ def gather_together(path: pathlib.Path, failure: BaseException | None, own) -> l
     Collectives: one all-gather of a short text and `own`.
     """
     both = [None] * dist.get_world_size()
-    dist.all_gather_object(both, (None if failure is None else f"{type(failure).__name__}: {failure}", own))
+    dist.all_gather_object(both, (None if failure is None else in_words(failure), own))
     failed = [(rank, text) for rank, (text, _) in enumerate(both) if text is not None]
     if not failed:
         return [value for _, value in both]
@@ -168,7 +173,7 @@ def save_error(path: pathlib.Path, text: str) -> CheckpointError:
     full = f"Errno {errno.ENOSPC}" in text or "No space left" in text
     kept = "nothing of it was kept; the checkpoints before it are whole"
     hint = "the disk is full; free space or lower checkpoint.keep_last" if full else kept
-    return CheckpointError(f"checkpoint {path} could not be saved: {text.strip()[:2000]}", hint=hint)
+    return CheckpointError(f"checkpoint {path} could not be saved: {text}", hint=hint)
 
 
 def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
@@ -177,16 +182,39 @@ def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
     Data-parallel ranks read a share each and exchange it, so that the files are read once and not dp times.
 
     Raises:
+        DamagedCheckpointError: on every rank; what was read on one is not what was saved.
         CheckpointError: a tensor is missing, has another shape, or cannot be read.
     """
+    strategy = VerifiedLoad(checkpoint.files)
+    if groups.dp_cp.size() > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp_cp)
     try:
-        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), groups.dp_cp)
-        return dist_checkpointing.load(state, str(checkpoint.path), strategy if groups.dp_cp.size() > 1 else None)
+        return dist_checkpointing.load(state, str(checkpoint.path), strategy)
     except FAILURES as error:
+        if damage := damage_in(error):
+            raise damaged(damage) from error
         raise CheckpointError(
-            f"{checkpoint.path} could not be loaded: {type(error).__name__}: {str(error).strip()[:2000]}",
+            f"{checkpoint.path} could not be loaded: {in_words(error)}",
             hint="is it a checkpoint of this model, saved with the same optimizer settings?",
         ) from error
+
+
+def damage_in(error: BaseException | None) -> DamagedFile | None:
+    """The damaged file that a failed load goes back to, if it does."""
+    while error is not None and not isinstance(error, DamagedFile):
+        if isinstance(error, CheckpointException):
+            return next((cause for cause, _ in error.failures.values() if isinstance(cause, DamagedFile)), None)
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def in_words(error: BaseException) -> str:
+    """An error of Megatron, torch or the system on one line, without tracebacks of other ranks and advice of theirs."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {in_words(cause)}"
+    said = str(error).strip().partition("\n")[0].partition(TORCH_ADVICE)[0]
+    return f"{type(error).__name__}: {said[:FOREIGN_CHARACTERS]}"
 
 
 @torch.no_grad()

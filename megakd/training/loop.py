@@ -109,6 +109,7 @@ class Loop:
     def save(self) -> None:
         if self.progress.step > 0:
             self.ranks.pulse.mark("save", self.progress.step)
+            self.log.sync()
             self.saver.save(self.progress, {})
 
     def owes_validation(self) -> bool:

@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import time
 import uuid
+from collections.abc import Iterator
 
 from megakd.config import Config, Model
 from megakd.errors import ConfigError, TrainingError
@@ -35,8 +37,11 @@ class MetricsLog:
             return
         run_dir = pathlib.Path(config.run.dir)
         self.path = run_dir / METRICS_FILE
-        drop_lines_after(self.path, step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        try:
+            drop_lines_after(self.path, step)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        except OSError as error:
+            raise self.unwritable(error) from error
         self.bar = progress_bar(steps, start=step, shown=config.log.progress)
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,9 +58,7 @@ class MetricsLog:
             self.file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
             self.file.flush()
         except OSError as error:
-            raise TrainingError(
-                f"{self.path} cannot be written: {error}", hint="free space on that disk, then start the run again"
-            ) from error
+            raise self.unwritable(error) from error
         named = {f"{kind}/{name}": value for name, value in metrics.items()}
         if self.board:
             for name, value in named.items():
@@ -64,6 +67,20 @@ class MetricsLog:
             self.wandb.log(named, step=step)
         if kind == "validation":
             LOG.info("step %d: validation %s", step, show(metrics))
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk, so that no line of a saved step is lost with the power."""
+        if self.enabled:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise self.unwritable(error) from error
+
+    def unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self.path} cannot be written: {error}",
+            hint="free space on that disk, or make it writable, then start the run again",
+        )
 
     def advance(self, metrics: dict[str, float] | None) -> None:
         """One step is done; its metrics, if it has any, are shown beside the bar."""
@@ -118,26 +135,27 @@ def start_wandb(config: Config):
 
 def has_line(path: pathlib.Path, kind: str, step: int) -> bool:
     """Whether the metrics file has a whole line of this kind and step."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    return any((entry.get("kind"), entry["step"]) == (kind, step) for _, entry in read_lines(path))
+
+
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+    """The lines of a metrics file with their values; what is none (cut off by a kill, damaged) is left out."""
+    for content in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = content.decode("utf-8")
             entry = json.loads(line)
-            if (entry["kind"], entry["step"]) == (kind, step):
-                return True
-    return False
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield line + "\n", entry
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:
-    """Keep the lines up to a step; a last line cut off by a kill goes too."""
+    """Keep the lines up to a step; what is no line of metrics (one cut off by a kill, a damaged one) goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    publish_text(path, "".join(kept))
+    whole = list(read_lines(path))
+    if (others := len([line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]) - len(whole)) > 0:
+        LOG.warning("%s: %d damaged lines are left out", path, others)
+    publish_text(path, "".join(line for line, entry in whole if entry["step"] <= step))
 
 
 def model_flops_per_token(model: Model, vocab_size: int, sequence_length: int, *, backward: bool) -> float | None:

@@ -1,58 +1,58 @@
-"""Where metrics go: what is checked before anything is built, and what Weights & Biases is told."""
+"""metrics.jsonl: lines of steps that count, whatever state a kill or a disk has left the file in."""
 
-import importlib.util
-import sys
+import json
+import os
 
 import pytest
 
-from megakd.config import Config
-from megakd.errors import ConfigError
-from tests.training import runs
-
-WANDB = """
-class Error(Exception):
-    pass
-
-def init(**given):
-    if given["project"] == "refused":
-        raise Error("no API key")
-    return given
-"""
+from megakd.errors import TrainingError
+from megakd.training.metrics import MetricsLog, drop_lines_after, has_line
+from tests.training import small
 
 
-def config(tmp_path, **log) -> Config:
-    return Config.from_dict(runs.values("data", tmp_path, log=log))
+def line(step, kind="train"):
+    return json.dumps({"kind": kind, "step": step, "loss": 1.5}).encode() + b"\n"
 
 
-@pytest.fixture
-def wandb(tmp_path, monkeypatch):
-    """A package of that name that says what it is told; the real one wants an account."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "wandb.py").write_text(WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    yield
-    sys.modules.pop("wandb", None)
+DAMAGED = {
+    "not UTF-8": b'{"kind": "train", "step": 1, "note": "\xff\xfe"}\n',
+    "zeros": bytes(512) + b"\n",
+    "a list": b"[1, 2]\n",
+    "a number": b"7\n",
+    "a text": b'"step"\n',
+    "a step that is none": b'{"kind": "train", "step": "1"}\n',
+    "no step": b'{"kind": "train"}\n',
+    "brackets": b"[" * 100_000 + b"\n",
+}
 
 
-def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it(tmp_path):
-    from megakd.training.metrics import check_sinks
+@pytest.mark.parametrize("what", DAMAGED)
+def test_what_is_no_line_of_metrics_is_left_out_and_said(tmp_path, caplog, what):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1) + DAMAGED[what] + line(2) + line(3))
+    assert has_line(path, "train", 3) and not has_line(path, "validation", 3)
+    drop_lines_after(path, 2)
+    assert path.read_bytes() == line(1) + line(2)
+    assert "1 damaged lines are left out" in caplog.text
 
-    if importlib.util.find_spec("wandb"):
-        pytest.skip("wandb is installed")
-    check_sinks(config(tmp_path))
-    with pytest.raises(ConfigError, match=r"log\.wandb_project = 'p', but .*not installed\nhint: .*megakd\[wandb\]"):
-        check_sinks(config(tmp_path, wandb_project="p"))
+
+def test_a_line_cut_off_by_a_kill_goes_without_a_word(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1) + line(2)[:-7])
+    drop_lines_after(path, 2)
+    assert path.read_bytes() == line(1) and not caplog.text
 
 
-def test_wandb_gets_project_entity_group_and_tags_and_a_run_keeps_its_identity(tmp_path, wandb):
-    from megakd.training.metrics import check_sinks, start_wandb
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    os.mkdir(tmp_path / "metrics.jsonl")
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be written: .*\nhint: free space"):
+        MetricsLog(small.config(run__dir=str(tmp_path)), 0, 8, enabled=True)
 
-    told = config(tmp_path, wandb_project="p", wandb_entity="e", wandb_group="g", wandb_tags=["a", "b"])
-    check_sinks(told)
-    first, again = start_wandb(told), start_wandb(told)
-    assert {name: first[name] for name in ("project", "entity", "group", "tags")} == {
-        "project": "p", "entity": "e", "group": "g", "tags": ["a", "b"],
-    }  # fmt: skip
-    assert first["id"] == again["id"] and first["resume"] == "allow"
-    with pytest.raises(ConfigError, match=r"Weights & Biases refuses: no API key\nhint: `wandb login`"):
-        start_wandb(config(tmp_path, wandb_project="refused"))
+
+def test_lines_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
+    log, synced = MetricsLog(small.config(run__dir=str(tmp_path), log__progress=False), 0, 8, enabled=True), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    log.write("train", 1, {"loss": 1.5})
+    log.sync()
+    log.close()
+    assert synced == [str(tmp_path / "metrics.jsonl")]
