@@ -9,7 +9,7 @@ ARGS   ?=
 
 PY := $(CURDIR)/.venv/bin/python
 
-.PHONY: help quickstart test check bench
+.PHONY: help quickstart test check format bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,10 @@ check: .venv/.installed ## formatting, lint, import layers
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests/test_layers.py
+
+format: .venv/.installed ## formatting and what lint can put right
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 bench: .venv/.installed ## time and memory of the loss beside its peers
 	$(PY) tools/benchmarks/loss.py $(ARGS)

@@ -105,7 +105,14 @@ def test_makefile_targets():
         assert plan.returncode == 0, plan.stderr
         assert "-c constraints.txt -e '.[dev]'" in plan.stdout, f"{target} does not set up its environment"
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert re.findall(r"^make (\w+)", listed, re.MULTILINE) == ["help", "quickstart", "test", "check", "bench"]
+    assert re.findall(r"^make (\w+)", listed, re.MULTILINE) == [
+        "help",
+        "quickstart",
+        "test",
+        "check",
+        "format",
+        "bench",
+    ]
     plan = subprocess.run(["make", "-n", "test", "ARGS=-k x"], cwd=ROOT, capture_output=True, text=True).stdout
     assert re.search(r"OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 \S+ -m pytest -k x", plan)
 

@@ -3,9 +3,14 @@
 python report.py RUNS_FOLDER
 """
 
+import contextlib
 import json
+import os
 import pathlib
+import platform
 import sys
+
+from megakd.config import Config
 
 NAMES = {"teacher": "teacher", "student_kd": "student, distilled", "student_ce": "student, data alone"}
 
@@ -17,7 +22,7 @@ def main(folder: str) -> int:
     scores["teacher"] = curves["teacher"][-1]
     report = "\n".join([*table(scores), "", verdict(curves), "", *completions(out)])
     (out / "report.md").write_text(report + "\n", encoding="utf-8")
-    draw(curves, out / "curves.png")
+    draw(curves, title(out), out / "curves.png")
     print(report)
     print(f"\ncurves: {out / 'curves.png'}")
     return 0
@@ -71,7 +76,23 @@ def completions(out: pathlib.Path) -> list[str]:
     return lines
 
 
-def draw(curves: dict[str, list[dict]], path: pathlib.Path) -> None:
+def title(out: pathlib.Path) -> str:
+    """Which models, seed and machine the curves are of."""
+    teacher, student = (Config.load(out / name / "config.yaml") for name in ("teacher", "student_kd"))
+    sizes = [f"{c.student.model.num_layers} layers of {c.student.model.hidden_size}" for c in (teacher, student)]
+    return f"teacher {sizes[0]}, student {sizes[1]}; seed {student.run.seed}; {machine()}"
+
+
+def machine() -> str:
+    """The processor's name, as far as the system tells it, and how many of it there are."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{os.cpu_count()} x {name}"
+
+
+def draw(curves: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,6 +108,7 @@ def draw(curves: dict[str, list[dict]], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out cross-entropy (nats)")
     axes[1].legend()
+    figure.suptitle(title, fontsize="medium")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -92,7 +92,7 @@ def describe(stats: Statistics) -> str:
 
 
 def plot(stats: Statistics, path) -> None:
-    """A PNG: how much of the teacher's mass the entries hold, as the share of tokens that have less than that.
+    """Writes the picture of `draw` as a PNG.
 
     Raises:
         CacheError: it cannot be written.
@@ -102,6 +102,17 @@ def plot(stats: Statistics, path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figure = draw(stats)
+    with publishing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def draw(stats: Statistics):
+    """A figure: how much of the teacher's mass the entries hold, as the share of tokens that have less than that."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     scale = "log" if len(stats.mass_T) else "linear"  # without tokens there is nothing to take logarithms of
     missing_T = np.sort(np.maximum(1 - stats.mass_T, 1e-9))
@@ -110,7 +121,12 @@ def plot(stats: Statistics, path) -> None:
     left.grid(alpha=0.3)
     right.hist(stats.mass_T, bins=50, range=(0, 1))
     right.set(xlabel="mass of the entries", ylabel="tokens", yscale=scale)
+    if scale == "log":  # whole decades, and a number at some of them: between them numbers would overlap
+        decades = np.floor(np.log10(missing_T[0])), np.floor(np.log10(missing_T[-1])) + 1
+        left.set_xlim(*10.0 ** np.array(decades))
+        right.set_ylim(bottom=0.7)
+        for axis in (left.xaxis, right.yaxis):
+            axis.set_major_locator(LogLocator(numticks=6))
+            axis.set_minor_formatter(NullFormatter())
     figure.suptitle(f"{stats.header.contents.top_k} entries a token, {stats.header.tokens:,} tokens")
-    with publishing(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
+    return figure

@@ -34,9 +34,9 @@ class Run(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`cuda` (NCCL), `cpu` (gloo), or `auto`: cuda when torch sees a GPU, else cpu."""
     resume: Literal["auto", "never", "required", "newest_only"] = "auto"
-    """`auto` continues from the folder's last checkpoint if there is one, and sets it aside for the one before it if it
-    is damaged; `newest_only` refuses a damaged one; `never` refuses a folder that has a checkpoint; `required` refuses
-    a folder that has none."""
+    """Of train: `auto` continues from the folder's last checkpoint if there is one, and sets it aside for the one
+    before it if it is damaged; `newest_only` refuses a damaged one; `never` refuses a folder that has a checkpoint;
+    `required` refuses a folder that has none. A recording always continues."""
     allow_change: list[Text] = Field([])
     """Keys or sections (`train.steps`, `optimizer`) that may differ from the run folder's saved config on resume."""
     timeout_seconds: Count = 1800
@@ -46,7 +46,8 @@ class Run(Section):
     stacks into `stuck` in the run folder, the rank that the others wait for is named, and the launch ends. null: 5
     times the longest seen, and at least 120."""
     stop_after: Count | None = None
-    """Optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the end."""
+    """Of train: optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the
+    end."""
 
 
 class Parallel(Section):

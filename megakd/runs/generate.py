@@ -6,6 +6,8 @@ import sys
 from megakd.config.paths import path_argument
 from megakd.errors import ConfigError
 
+CONVERSION_SECONDS = 1800  # how long ranks wait for the one that converts a Hugging Face folder
+
 
 def main(argv: list[str]) -> None:
     """Run `megakd generate ARGV...` on this rank; rank 0 prints prompt and completion."""
@@ -13,7 +15,7 @@ def main(argv: list[str]) -> None:
     from megakd.megatron_on_cpu import install  # torch, after --help has been answered
     from megakd.ranks import Ranks
 
-    with Ranks(arguments.device) as ranks:
+    with Ranks(arguments.device, collective_seconds=CONVERSION_SECONDS) as ranks:
         install(ranks.device.type)
         from megakd.assembly.models import build_model
         from megakd.config import Parallel, Train

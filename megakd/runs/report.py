@@ -1,7 +1,7 @@
-"""`megakd report RUN [RUN ...]`: one page of HTML about runs, to look at in a browser, with or without a network.
+"""`megakd report RUN [RUN ...]`: one page of HTML about runs, for a browser, with or without a network.
 
-Curves over steps, tokens and seconds, final and best values, time of a step's phases, and the settings in which the
-runs differ. Reads the run folders alone; a run may still be going on.
+Curves over steps, tokens and seconds, final and best values, time of a step's phases, and the
+settings in which the runs differ. Reads the run folders alone; a run may still be going on.
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """verify, merge and stat, through the command line's own function."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from megakd.cache import CacheReader, read_header, writing
 from megakd.cache.fingerprint import BLOCK_BYTES, folder_fingerprint
-from megakd.cache.stat import measure
+from megakd.cache.stat import draw, measure
 from megakd.cache.verify import verify
 from megakd.cache.writer import finish
 from megakd.errors import CacheError
@@ -117,6 +118,26 @@ def test_imported_caches_are_merged_only_where_their_teacher_is_said_to_be_one(t
     main([*command, "--same-teacher"])
     assert "5 samples" in capsys.readouterr().out
     main(["merge", "--output", str(tmp_path / "again"), str(tmp_path / "a")])  # one alone is no question
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.02, 0.09), (1e-9, 0.5), (0.3, 0.9), (1e-6, 2e-6)])
+def test_numbers_at_the_axes_do_not_overlap(tmp_path, least, most):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    make_cache(tmp_path)
+    missing_T = np.exp(np.random.default_rng(0).uniform(np.log(least), np.log(most), 3000))
+    figure = draw(dataclasses.replace(measure(tmp_path), mass_T=1 - missing_T))
+    figure.canvas.draw()
+    left, right = figure.axes
+    for axis, place in ((left.xaxis, "x"), (right.yaxis, "y")):
+        labels = axis.get_ticklabels(which="both")
+        boxes = [label.get_window_extent() for label in labels if label.get_text() and label.get_visible()]
+        ends = sorted((getattr(box, f"{place}0"), getattr(box, f"{place}1")) for box in boxes)
+        assert len(ends) >= 2 and all(a[1] < b[0] for a, b in itertools.pairwise(ends)), ends
+    pyplot.close(figure)
 
 
 def test_a_damaged_or_unfinished_input_is_not_merged(tmp_path):

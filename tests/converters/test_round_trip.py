@@ -189,14 +189,20 @@ def test_choosing_a_family(tmp_path):
         config_of(Model(**small), "lama")
 
 
-def test_direct_use_converts_once_and_notices_a_change(tmp_path):
+def test_direct_use_converts_once_and_notices_a_change(tmp_path, caplog):
     source = hf_models.build("llama2", tmp_path / "hf")
-    made = converted(source)
+    with caplog.at_level("INFO", "megakd"):
+        made = converted(source)
+    assert [record.levelname for record in caplog.records if "converting it once" in record.message] == ["INFO"]
+    assert "better converted before the launch: `megakd convert --from" in caplog.text
+    caplog.clear()
     assert made.parent == tmp_path and made.name == f"hf.megakd-{content_key(source)}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", made.name], "no lock stays"
     stamp = (made / "megakd.json").stat().st_mtime_ns
     assert "bound" in open_checkpoint(source).conversion["verified"]
-    assert find_checkpoint(source) == made
+    with caplog.at_level("INFO", "megakd"):
+        assert find_checkpoint(source) == made
+    assert not caplog.records
     assert (made / "megakd.json").stat().st_mtime_ns == stamp
     key = content_key(source)
     weights = load_file(source / "model.safetensors")

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def line(number: int, padded: int = 20) -> dict:
+def line(number: int, padded: int = 20, top_k: int = K) -> dict:
     """A padded sample as compute_topk_logits.py writes it, its logits those of a made-up teacher."""
     generator = np.random.default_rng(number)
     length = int(generator.integers(6, padded))
@@ -38,7 +38,7 @@ def line(number: int, padded: int = 20) -> dict:
     mask[generator.integers(1, length) : length] = 1
     logits = generator.normal(0, 2, (padded, runs.PIECES))
     logits -= logits.max(1, keepdims=True)
-    ids = np.argsort(-logits, axis=1)[:, :K]
+    ids = np.argsort(-logits, axis=1)[:, :top_k]
     return {
         "tokens": tokens[:-1].tolist(),
         "labels": tokens[1:].tolist(),

@@ -324,12 +324,14 @@ def losses_that_apply(rank, ranks, config):
     install("cpu")
     from megakd.assembly.setup import LOG, loss_of
 
-    said = logging.handlers.BufferingHandler(9)
+    said, level = logging.handlers.BufferingHandler(9), LOG.level
     LOG.addHandler(said)
+    LOG.setLevel(logging.INFO)
     try:
         return loss_of(Config.from_dict(config)).model_dump(), [record.getMessage() for record in said.buffer]
     finally:
         LOG.removeHandler(said)
+        LOG.setLevel(level)
 
 
 def test_teacher_null_alone_is_the_baseline_on_the_data(folder, tmp_path):
