@@ -81,7 +81,7 @@ def part(title: str, content: Markup) -> Markup:
 def how_to_read() -> str:
     return (
         "Where many steps share a column, the line is their mean and the band reaches from the lowest to the highest. "
-        "A cross at the top: a value that is not finite. Time is that of training steps; steps that were not logged "
+        "A mark at the top: a value that is not finite. Time is that of training steps; steps that were not logged "
         "count as long as the next one that was."
     )
 

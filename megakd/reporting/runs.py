@@ -7,6 +7,7 @@ as it goes; what could not be read is said in `Run.notes`.
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Iterable
 
 import yaml
@@ -102,7 +103,7 @@ def no_run(folder: pathlib.Path) -> ReportError:
     below = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
     hint = "name the run.dir of a run; it has been started when the file is there"
     if below:
-        hint = "its folders are runs: megakd report " + " ".join(below[:MOST_NAMED])
+        hint = "its folders are runs: megakd report " + " ".join(map(shlex.quote, below[:MOST_NAMED]))
         hint += " ..." if len(below) > MOST_NAMED else ""
     return ReportError(f"{folder} is no run: it holds no {METRICS_FILE}", hint=hint)
 
