@@ -112,8 +112,7 @@ def unique_names(folders: list[pathlib.Path]) -> list[str]:
     """For each folder as few of its last parts as tell it from the others."""
 
     def tail(folder: pathlib.Path, parts: int) -> str:
-        text = str(pathlib.Path(*folder.parts[-parts:]))
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a name need not be UTF-8, the page is
+        return str(pathlib.Path(*folder.parts[-parts:]))
 
     deepest = max((len(folder.parts) for folder in folders), default=1)
     names = []

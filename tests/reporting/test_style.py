@@ -26,9 +26,7 @@ def linear(color):
 
 
 def lab(rgb):
-    x, y, z = np.cbrt(
-        XYZ @ np.clip(rgb, 0, 1) / [0.9505, 1.0, 1.089]
-    )  # none of them is dark enough for the other branch
+    x, y, z = np.cbrt(XYZ @ np.clip(rgb, 0, 1) / [0.9505, 1.0, 1.089])  # none is so dark that it is linear
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
