@@ -34,6 +34,11 @@ def join(*children: str) -> Markup:
     return Markup("".join(child if isinstance(child, Markup) else html.escape(child) for child in children))
 
 
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: of names of files and keys of JSON that are none, the code of what is not."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def table(head: list[str], rows: list[list[str]], **attributes: str) -> Markup:
     """A table whose rows begin with a heading; it scrolls by itself where it is wider than the page."""
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))

@@ -7,7 +7,7 @@ import math
 from megakd import __version__
 from megakd.reporting import tables
 from megakd.reporting.curves import Charts, color, short
-from megakd.reporting.markup import Markup, join, tag
+from megakd.reporting.markup import Markup, join, printable, tag
 from megakd.reporting.quantities import quantity
 from megakd.reporting.runs import Run
 from megakd.reporting.scales import AXES
@@ -16,6 +16,7 @@ from megakd.reporting.style import STYLE
 
 ALONE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # nothing is fetched
 MOST_ROWS = 1000  # of a run and kind, for the pointer
+RANKS = "slowest_over_median"
 # Title, kind of line, metrics that are said to be missing where they are, and those that are not.
 SECTIONS = (
     ("Held out", "validation", ("ce", "kd", "agreement", "accuracy"), ("loss", "features")),
@@ -23,7 +24,12 @@ SECTIONS = (
     ("Calibration", "validation", ("ece",), ()),
     ("Optimizer", "train", ("grad_norm", "lr"), ("kd_weight", "ce_weight", "temperature")),
     ("Teacher", "train", ("teacher_ce", "teacher_mass", "student_mass"), ()),
-    ("Speed and memory", "train", ("tokens_per_second", "seconds"), ("tflops_per_rank", "peak_memory_bytes")),
+    (
+        "Speed and memory",
+        "train",
+        ("tokens_per_second", "seconds"),
+        ("tflops_per_rank", "peak_memory_bytes", "slowest_over_median"),
+    ),
 )
 REMARKS = {
     "Calibration": "Mean distance between the confidence in the most likely token and how often it is right. "
@@ -34,6 +40,10 @@ REMARKS = {
 }
 BESIDE = {("validation", "teacher_ce"), ("validation", "seconds")}  # shown in another chart or a table
 AXIS_KEYS = ("tokens",)
+COUNTED = {  # over the whole run; said among the notes when it is not 0
+    "skipped": "batches without a supervised token were left out",
+    "broken": "batches that broke a step were left out",
+}
 
 
 def page(runs: list[Run], made: datetime.datetime) -> str:
@@ -51,7 +61,7 @@ def page(runs: list[Run], made: datetime.datetime) -> str:
         tag("title", title),
         tag("style", Markup(STYLE + rules(runs))),
     )
-    return "<!doctype html>\n" + tag("html", head, body(runs, title, made), lang="en") + "\n"
+    return printable("<!doctype html>\n" + tag("html", head, body(runs, title, made), lang="en") + "\n")
 
 
 def body(runs: list[Run], title: str, made: datetime.datetime) -> Markup:
@@ -81,7 +91,7 @@ def part(title: str, content: Markup) -> Markup:
 def how_to_read() -> str:
     return (
         "Where many steps share a column, the line is their mean and the band reaches from the lowest to the highest. "
-        "A cross at the top: a value that is not finite. Time is that of training steps; steps that were not logged "
+        "A mark at the top: a value that is not finite. Time is that of training steps; steps that were not logged "
         "count as long as the next one that was."
     )
 
@@ -124,9 +134,9 @@ def notes(runs: list[Run]) -> Markup:
     """What was found wrong in the folders."""
     items = [tag("li", tables.name_of(run, i), f" {note}") for i, run in enumerate(runs) for note in run.notes]
     for i, run in enumerate(runs):
-        if skipped := run.of("train").columns.get("skipped", [0])[-1]:
-            text = f" {skipped:,.0f} batches had no supervised token and were skipped"
-            items.append(tag("li", tables.name_of(run, i), text))
+        for key, what in COUNTED.items():
+            if number := (run.of("train").points(key)[1] or [0])[-1]:
+                items.append(tag("li", tables.name_of(run, i), f" {number:,.0f} {what}"))
     return tag("ul", *items, class_="notes") if items else Markup()
 
 
@@ -143,7 +153,7 @@ def chart_sections(runs: list[Run], drawn: Charts) -> list[Markup]:
         above = tables.speeds(runs) if title.startswith("Speed") else Markup()
         parts.append(section(title, above, charts, missing))
         known |= {(kind, key) for key in keys}
-    rest = [(kind, key) for kind, keys in recorded.items() for key in keys if key not in (*AXIS_KEYS, "skipped")]
+    rest = [(kind, key) for kind, keys in recorded.items() for key in keys if key not in (*AXIS_KEYS, *COUNTED)]
     charts = [drawn.chart(kind, key) for kind, key in rest if (kind, key) not in known]
     if charts:
         content = tag("details", tag("summary", f"{len(charts)} more"), tag("div", *charts, class_="charts"))

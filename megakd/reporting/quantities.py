@@ -46,6 +46,7 @@ KNOWN = {
     "tokens_per_second": Quantity("supervised tokens a second", "tokens/s", from_zero=True),
     "tflops_per_rank": Quantity("model FLOP a second and rank", "TFLOP/s", from_zero=True),
     "peak_memory_bytes": Quantity("peak memory of a rank", "GB", 1e-9, from_zero=True),
+    "slowest_over_median": Quantity("slowest rank over the median one", log_from=10),
     "seconds": Quantity("seconds of a step", "s", from_zero=True, log_from=10),
 }
 

@@ -7,6 +7,7 @@ as it goes; what could not be read is said in `Run.notes`.
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Iterable
 
 import yaml
@@ -102,7 +103,7 @@ def no_run(folder: pathlib.Path) -> ReportError:
     below = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
     hint = "name the run.dir of a run; it has been started when the file is there"
     if below:
-        hint = "its folders are runs: megakd report " + " ".join(below[:MOST_NAMED])
+        hint = "its folders are runs: megakd report " + " ".join(map(shlex.quote, below[:MOST_NAMED]))
         hint += " ..." if len(below) > MOST_NAMED else ""
     return ReportError(f"{folder} is no run: it holds no {METRICS_FILE}", hint=hint)
 
@@ -111,8 +112,7 @@ def unique_names(folders: list[pathlib.Path]) -> list[str]:
     """For each folder as few of its last parts as tell it from the others."""
 
     def tail(folder: pathlib.Path, parts: int) -> str:
-        text = str(pathlib.Path(*folder.parts[-parts:]))
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a name need not be UTF-8, the page is
+        return str(pathlib.Path(*folder.parts[-parts:]))
 
     deepest = max((len(folder.parts) for folder in folders), default=1)
     names = []

@@ -5,7 +5,8 @@ from megakd.reporting.runs import Run
 OF_A_FOLDER = ("run.dir",)  # of course it differs
 TEACHER = ("teacher.checkpoint", "teacher.cache")
 DIVERGENCE = tuple(
-    f"loss.{name}" for name in ("divergence", "tail", "beta", "skew", "top_k", "temperature", "student_temperature")
+    f"loss.{name}"
+    for name in ("divergence", "tail", "beta", "skew", "alpha", "top_k", "temperature", "student_temperature")
 )
 # Settings that a metric depends on by its definition, and not by what was learnt; a key stands for those below it too.
 DEFINES = {

@@ -4,10 +4,10 @@ on they come around with another kind of line."""
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d2129;--soft:#5d6470;--faint:#8a919c;--rule:#e3e6ea;--back:#fff;--raised:#f6f7f9;
 --accent:#0b5cad;--warn:#8a4b00;--warn-back:#fff6e6;
---c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#b5489a;--c4:#7a5c00;--c5:#5f6b7a}
+--c0:#0068ad;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#6b4a00;--c5:#30363f}
 @media screen and (prefers-color-scheme:dark){:root{--ink:#e7e9ec;--soft:#a8afba;--faint:#7d8591;--rule:#2d333c;
 --back:#14171b;--raised:#1c2026;--accent:#6cb6ff;--warn:#ffc46b;--warn-back:#2b2213;
---c0:#56b4e9;--c1:#ff8f4a;--c2:#2cc99c;--c3:#e68fd0;--c4:#d8b84a;--c5:#aab4c2}}
+--c0:#62b6f5;--c1:#e0602a;--c2:#1f9f80;--c3:#cf6fae;--c4:#f0dc5a;--c5:#e8ebef}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "Noto Sans","Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}
@@ -82,6 +82,8 @@ overflow:hidden;text-overflow:ellipsis}
 summary{cursor:pointer;color:var(--accent);margin:.6rem 0}
 @media (max-width:40rem){header,main,footer{padding-left:.9rem;padding-right:.9rem}.axes{margin-left:0}
 .plot{margin-right:3.6rem;margin-left:3rem}.plot .end{display:none}.plot .unit{left:calc(100% + .8rem)}}
-@media print{body{font-size:10pt}header{position:static}.charts{grid-template-columns:1fr 1fr}.plot{height:9rem}
-section{margin:1rem 0}.bar span,.notes{print-color-adjust:exact}.axes,summary{display:none}}
+@media print{html{font-size:10px}body{font-size:8.5pt}header{position:static}.charts{grid-template-columns:1fr 1fr}
+main,footer,header{padding-left:0;padding-right:0}section{margin:1.4rem 0}.bar span,.notes{print-color-adjust:exact}
+.axes,summary,section:has(>h2+details:not([open])){display:none}.scroll{overflow:visible}th,td{padding-right:.8rem}
+thead th,th[scope=row],td small{white-space:normal}h2,.remark{break-after:avoid}tr{break-inside:avoid}}
 """

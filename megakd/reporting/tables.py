@@ -35,7 +35,7 @@ def facts(runs: list[Run]) -> Markup:
     for run in runs:
         last = {axis: places[-1] for axis, places in run.of("train").axes.items()}
         steps = max((lines.steps[-1] for lines in run.lines.values()), default=0)
-        rows["folder"].append(str(run.folder).encode("utf-8", "backslashreplace").decode())
+        rows["folder"].append(str(run.folder))
         rows["state"].append(state(run))
         rows["steps"].append(f"{steps:,}{planned(run)}")
         rows["supervised tokens"].append(number(last["tokens"]) if "tokens" in last else "not measured")

@@ -1,14 +1,12 @@
 """`megakd report RUN [RUN ...]`: one page of HTML about runs, for a browser, with or without a network.
 
-Curves over steps, tokens and seconds, final and best values, time of a step's phases, and the
+Curves over steps, tokens and seconds, final and best values, the time of a step's phases, and the
 settings in which the runs differ. Reads the run folders alone; a run may still be going on.
 """
 
 import argparse
 import datetime
-import os
 import pathlib
-import secrets
 
 from megakd.errors import ReportError
 
@@ -16,15 +14,22 @@ from megakd.errors import ReportError
 def main(argv: list[str]) -> int:
     """Run `megakd report ARGV...`; returns the exit code 0, or raises ReportError."""
     arguments = build_parser().parse_args(argv)
+    from megakd.publish import publish_text
+    from megakd.reporting.markup import printable
     from megakd.reporting.page import page
     from megakd.reporting.runs import read_runs
 
     runs = read_runs(arguments.runs)
-    write(arguments.output, page(runs, datetime.datetime.now()))
-    for run in runs:
-        for note in run.notes:
-            print(f"{run.name}: {note}")
-    print(f"{arguments.output}: {', '.join(run.name for run in runs)}; open it in a browser")
+    try:
+        publish_text(arguments.output, page(runs, datetime.datetime.now()))
+    except OSError as error:
+        raise ReportError(
+            f"{arguments.output} cannot be written: {error.strerror}",
+            hint="--output names a file in a folder that is there",
+        ) from error
+    said = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    said.append(f"{arguments.output}: {', '.join(run.name for run in runs)}; open it in a browser")
+    print(printable("\n".join(said)))
     return 0
 
 
@@ -39,23 +44,3 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to write; a file of that name is replaced (default: %(default)s)",
     )  # fmt: skip
     return parser
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Write a file that is whole or not there; what it was before stays when it cannot be written.
-
-    Raises:
-        ReportError: it cannot.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ReportError(
-            f"{path} cannot be written: {error.strerror}", hint="--output names a file in a folder that is there"
-        ) from error

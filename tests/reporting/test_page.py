@@ -166,8 +166,10 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
-    folder = made.write(tmp_path / "a", made.lines_of(3)).rename(tmp_path / "run_\udcff")
-    assert "run_\\udcff" in page(read_runs([folder]), MADE).encode("utf-8").decode("utf-8")
+    lines = [*made.lines_of(3), made.train_line(4, **{"key_\ud800": 1.5})]
+    folder = made.write(tmp_path / "a", lines).rename(tmp_path / "run_\udcff")
+    text = page(read_runs([folder]), MADE).encode("utf-8").decode("utf-8")
+    assert "run_\\udcff" in text and "key \\ud800" in text
 
 
 def test_markup_escapes_all_but_markup():
@@ -258,11 +260,12 @@ def test_facts_and_settings(runs):
 
 
 def test_notes_are_on_the_page(tmp_path):
-    lines = [made.train_line(1), made.train_line(2, skipped=3)]
+    lines = [made.train_line(1), made.train_line(2, skipped=3, broken=1200)]
     runs = read_runs([made.write(tmp_path / "a", lines, torn="{")])
     (notes,) = Document(page(runs, MADE)).all("ul", class_="notes")
     assert "a the last line of metrics.jsonl was cut off: left out" in notes[2]
-    assert "a 3 batches had no supervised token and were skipped" in notes[2]
+    assert "a 3 batches without a supervised token were left out" in notes[2]
+    assert "a 1,200 batches that broke a step were left out" in notes[2]
 
 
 def test_runs_without_a_step_give_a_page_that_says_so(tmp_path):
