@@ -14,6 +14,7 @@ from torch import Tensor
 from megakd.kernels import VocabShard, sample_targets, select_top_k
 from megakd.kernels.paths import row_passes
 from megakd.kernels.predictions import predict
+from megakd.kernels.selection import select_and_predict
 from megakd.targets import TeacherTargets
 
 UNLIKELY = 1000.0  # nats below the likeliest other id: e^-1000 is 0
@@ -73,10 +74,11 @@ def choose_entries(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, recip
         logits_TW: the teacher's; not modified.
         labels_T: int64 global ids.
         shard: which ids the columns are.
-    Collectives: those of `select_top_k` with gather and of `predict`; for each further temperature, and for all of
+    Collectives: those of `select_and_predict` with gather; for each further temperature, and for all of
         them with keep_label, one of 2 floats and one of K floats per token and rank.
     """
-    targets = select_top_k(logits_TW, recipe.top_k, shard, recipe.temperatures[0], gather=True)
+    first = recipe.temperatures[0]
+    targets, said = select_and_predict(logits_TW, labels_T, recipe.top_k, shard, first, gather=True)
     ids_TK, known = targets.ids_TK, [(targets.logprobs_TK, targets.log_tail_T)]
     if recipe.keep_label:
         ids_TK, known = with_label(ids_TK, targets.logprobs_TK, labels_T), []
@@ -86,7 +88,6 @@ def choose_entries(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, recip
     if recipe.mode == "top_p":
         kept_TK = reaches(logprobs_XTK[0], recipe.top_p) | (recipe.keep_label & (ids_TK == labels_T[:, None]))
         ids_TK, logprobs_XTK, log_tail_XT = drop_entries(ids_TK, logprobs_XTK, log_tail_XT, kept_TK)
-    said = predict(logits_TW, labels_T, shard)
     return Entries(ids_TK, logprobs_XTK[0], log_tail_XT, said.label_logprob_T, said.id_T)
 
 

@@ -6,8 +6,7 @@ Legend: T supervised tokens of a micro-batch, S sequence, B micro-batch, H hidde
 from torch import Tensor
 
 from megakd.errors import TrainingError
-from megakd.kernels import select_top_k
-from megakd.kernels.predictions import predict
+from megakd.kernels.selection import select_and_predict
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
@@ -47,6 +46,5 @@ class OnlineTeacher:
 
     def _lesson(self, hidden_SBH: Tensor, rows_T: Tensor, labels_T: Tensor) -> Lesson:
         logits_TW = self.gpt.logits(hidden_SBH, rows_T)
-        said = predict(logits_TW, labels_T, self.gpt.shard)
-        targets = select_top_k(logits_TW, self.top_k, self.gpt.shard, self.temperature)
+        targets, said = select_and_predict(logits_TW, labels_T, self.top_k, self.gpt.shard, self.temperature)
         return Lesson(targets, said.label_logprob_T, said.id_T)

@@ -5,9 +5,11 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from megakd.kernels import rows
+from megakd.kernels import rows, select_top_k
 from megakd.kernels.predictions import predict
+from megakd.kernels.selection import select_and_predict
 from tests.kernels.dense import cut, draw
+from tests.kernels.test_kd_loss import count_collectives, on_ranks
 from tests.ranks import run_ranks
 
 T, V = 11, 101
@@ -54,3 +56,45 @@ def test_a_shard_without_real_columns():
     got = rows.extremes(torch.full((3, 5), torch.nan), torch.full((3,), -1), 0)
     assert got.max_T.isneginf().all() and got.label_logit_T.isneginf().all()
     assert not got.sum_T.any() and not got.column_T.any()
+
+
+def check_selected(rank, ranks):
+    """The selection's own read says what `predict` says: the same ids, and log-probabilities to rounding."""
+    logits, labels = logits_and_labels(torch.bfloat16)
+    logits[5] = logits[7]  # a teacher is finite
+    mine, shard = cut(logits, rank, ranks)
+    for top_k in (1, 3, 60, V):
+        for temperature in (1.0, 2.0):
+            for gather in (False, True):
+                targets, said = select_and_predict(mine, labels, top_k, shard, temperature, gather=gather)
+                alone = select_top_k(mine, top_k, shard, temperature, gather=gather)
+                assert torch.equal(targets.ids_TK, alone.ids_TK) and torch.equal(targets.logprobs_TK, alone.logprobs_TK)
+                assert torch.equal(targets.log_tail_T, alone.log_tail_T)
+                want = predict(mine, labels, shard)
+                assert torch.equal(said.id_T, want.id_T) and said.id_T.dtype == torch.int64
+                assert_close(said.logprob_T, want.logprob_T, atol=1e-6, rtol=1e-6)
+                assert_close(said.label_logprob_T, want.label_logprob_T, atol=2e-6, rtol=1e-6)
+                assert (said.label_logprob_T[labels < 0] == 0).all()
+    with count_collectives() as sent:
+        select_and_predict(mine, labels, 3, shard)
+    assert ranks == 1 or [(dtype, elements) for _, dtype, elements in sent] == [
+        (torch.bfloat16, 3 * T), (torch.float32, 6 * T)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_from_the_read_of_a_selection(ranks):
+    on_ranks(ranks, check_selected)
+
+
+def test_the_selection_reads_the_logits_once(monkeypatch):
+    reads = []
+    for read in (rows.summarize, rows.extremes):
+        monkeypatch.setattr(rows, read.__name__, lambda *a, f=read: (reads.append(f.__name__), f(*a))[1])
+    logits, labels = logits_and_labels(torch.bfloat16)
+    logits[5] = logits[7]
+    mine, shard = cut(logits, 0, 1)
+    select_and_predict(mine, labels, 3, shard)
+    assert reads == ["summarize"]
+    select_and_predict(mine, labels, 3, shard, 2.0)
+    assert reads[1:] == ["summarize", "extremes"]

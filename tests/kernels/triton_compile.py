@@ -14,10 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import divergences
 from megakd.kernels.rows import Statistics
 from megakd.kernels.terms import Saved
 from megakd.kernels.triton import chunks as triton_chunks
+from megakd.kernels.triton import records as triton_records
 from megakd.kernels.triton import rows as triton_rows
 from megakd.kernels.triton import selection_rows as triton_selection
 from megakd.kernels.triton import softcap as triton_softcap
@@ -75,16 +77,19 @@ def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float)
     stats = Statistics(numbers_T, numbers_T, at_one_T, numbers_TK, numbers_T)
     saved = Saved(*numbers_T.double().expand(len(Saved._fields), T).clone())
     for sampled in (False, True):
-        record_TL = triton_terms.build_record(stats, numbers_TK, temperature, sampled=sampled)
-        for divergence, tails in divergences.TAILS.items():
-            if (sampled and divergence != "forward_kl") or divergences.mixes(divergence):
-                continue
-            for tail in tails:
+        record_TL = triton_records.build_record(stats, numbers_TK, temperature, sampled=sampled)
+        records_RTL = record_TL.expand(2, *record_TL.shape).contiguous()
+        for divergence, row in DIVERGENCES.items():
+            for tail in () if sampled and divergence != "forward_kl" else row.tails:
+                kind, sums_RT2 = (divergence, tail, 0.5), None
+                if divergences.mixes(divergence):
+                    sums_T2 = triton_terms.entry_sums(records_RTL, numbers_TK, numbers_TK, *kind, temperature)
+                    sums_RT2 = sums_T2.expand(2, T, 2).contiguous()
                 triton_terms.evaluate(
-                    record_TL.expand(2, *record_TL.shape).contiguous(), on_T, numbers_T, numbers_T if sampled else None,
-                    labels_T, W, divergence, tail, (0.5, 0.5), temperature, 1e-3,
+                    records_RTL, sums_RT2, on_T, numbers_T, numbers_T if sampled else None, labels_T, W, *kind,
+                    (0.5, 0.5), temperature, 1e-3,
                 )  # fmt: skip
-    for divergence in divergences.FORMS:
+    for divergence in DIVERGENCES:
         triton_terms.gradient_factors(
             numbers_T, numbers_TK, numbers_TK, columns_TK, label_columns_T, saved, divergence, 0.5, (0.5, 0.5),
             temperature,
@@ -98,7 +103,7 @@ def main(capability: int) -> None:
     call_all(16, 9008, 64, torch.bfloat16, 1.0)  # numbers that are multiples of 16 are compiled apart, and so is 1
     call_all(3, 9000, 1000, torch.float32, 2.0)
     call_all(1, 4096, 1, torch.float16, 2.0)
-    modules = triton_rows, triton_chunks, triton_selection, triton_terms, triton_softcap
+    modules = triton_rows, triton_chunks, triton_selection, triton_records, triton_terms, triton_softcap
     launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
     assert set(gpu.compiled) == launched, launched ^ set(gpu.compiled)
     print(*sorted(f"{name} {len(hashes)}" for name, hashes in gpu.compiled.items()), sep="\n")

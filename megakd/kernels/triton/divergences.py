@@ -25,20 +25,37 @@ def log1p(x):
     return tl.where(tl.abs(x) < 0.3, near, tl.log(1 + x))
 
 
-OPERATIONS = {
-    "absolute": tl.abs,
-    "at_least": tl.maximum,
-    "at_most": tl.minimum,
-    "exp": tl.exp,
-    "expm1": expm1,
-    "log1p": log1p,
-    "where": tl.where,
-}
+@triton.jit
+def absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def at_least(x, bound):
+    return tl.maximum(x, bound)
+
+
+@triton.jit
+def at_most(x, bound):
+    return tl.minimum(x, bound)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+OPERATIONS = (absolute, at_least, at_most, exp, expm1, log1p, where)
 
 
 def compile_forms() -> dict:
     """Each form, and what forms call, as a Triton function."""
-    names = {"tl": tl, "__name__": __name__, **OPERATIONS}
+    names = {"tl": tl, "__name__": __name__, **{f.__name__: f for f in OPERATIONS}}
     for function in (*divergences.SHARED, *divergences.FORMS.values()):
         names[function.__name__] = triton.jit(FunctionType(function.__code__, names, function.__name__))
     return {name: names[name] for name in divergences.FORMS}

@@ -78,8 +78,8 @@ def merge(records, ranks, tokens, some, temperature, AT_ONE: tl.constexpr, L: tl
             entry_at_one += lane(records, rank, tokens, 9, some, L) * tl.exp(entry_gap)
     if not AT_ONE:
         outside_at_one, entry_at_one = outside_sum, entry_sum
-    maxima_ = outside_max, entry_max, label_logit
-    return maxima_, (outside_sum, entry_sum, mass), (cross, drift), (outside_at_one, entry_at_one)
+    tops, masses = (outside_max, entry_max, label_logit), (outside_sum, entry_sum, mass)
+    return tops, masses, (cross, drift), (outside_at_one, entry_at_one)
 
 
 @triton.jit

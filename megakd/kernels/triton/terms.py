@@ -83,9 +83,9 @@ def _entry_sums(
     FORM: tl.constexpr, TAIL: tl.constexpr, AT_ONE: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    (outside_max, entry_max, _), (outside_sum, entry_sum, mass), _, _ = merge(
-        records + t * L, ranks, tokens, t < tokens, temperature, AT_ONE, L, 1
-    )
+    tops, masses, _, _ = merge(records + t * L, ranks, tokens, t < tokens, temperature, AT_ONE, L, 1)
+    outside_max, entry_max, _ = tops
+    outside_sum, entry_sum, mass = masses
     top = finite(tl.maximum(outside_max, entry_max))
     outside, _, lse = log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature)
     p_shift, q_shift, _, _ = compare(entry_max, entry_sum, mass, top, outside, lse, temperature, TAIL)
@@ -171,9 +171,10 @@ def _evaluate(
     log_p_tail = tl.where(on, tl.load(log_tails + t, mask=some, other=0.0), 0.0).to(tl.float64)
     temperature = tl.cast(temperature, tl.float64)
 
-    (outside_max, entry_max, label_logit), (outside_sum, entry_sum, mass), (cross, drift), at_one = merge(
-        records + t * L, ranks, tokens, some, temperature, AT_ONE, L, B
-    )
+    tops, masses, gaps, at_one = merge(records + t * L, ranks, tokens, some, temperature, AT_ONE, L, B)
+    outside_max, entry_max, label_logit = tops
+    outside_sum, entry_sum, mass = masses
+    cross, drift = gaps
     top = finite(tl.maximum(outside_max, entry_max))
     outside, entry, lse = log_masses(outside_max, outside_sum, entry_max, entry_sum, top, temperature)
     lse_at_one = logaddexp(tl.log(at_one[0]) + (outside_max - top), tl.log(at_one[1]) + (entry_max - top))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import (
     VocabShard,
+    divergences,
     kd_loss,
     kd_loss_reference,
     paths,
@@ -16,7 +18,7 @@ from megakd.kernels import (
     select_top_k,
     terms,
 )
-from megakd.kernels.divergences import TAILS, mixes
+from megakd.kernels.divergences import mixes
 from megakd.kernels.predictions import predict
 from megakd.kernels.triton import rows as triton_rows
 from megakd.targets import TeacherTargets
@@ -49,20 +51,20 @@ def test_the_loss_runs_on_these_passes(temperature, dtype, monkeypatch):
 class Slices:
     """Two shards of one vocabulary, in one process: stands in for the VocabShard of the first."""
 
-    def __init__(self, parts, size, records_RTL):
-        self.start, self.real_width, self.size, self.records_RTL = 0, parts, size, records_RTL
+    def __init__(self, parts, size, sent_by_the_second):
+        self.start, self.real_width, self.size, self.sent = 0, parts, size, iter(sent_by_the_second)
 
     def columns(self, ids):
         return torch.where((ids >= 0) & (ids < self.real_width), ids, -1)
 
     def all_gather(self, mine):
-        assert mine.shape == self.records_RTL.shape[1:]
-        return torch.cat([mine[None], self.records_RTL[1:]])
+        other = next(self.sent)
+        assert mine.shape == other.shape
+        return torch.stack([mine, other])
 
 
 def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monkeypatch):
-    """Everything around the row passes, for two slices of a vocabulary of 300 of which the first holds 200; and for
-    divergences that mix P and Q, the factors of the backward alone."""
+    """Everything around the row passes, for two slices of a vocabulary of 300 of which the first holds 200."""
     top_k, tokens, size, split = 9, 7, 300, 200
     if not use_triton:
         monkeypatch.setattr(paths, "fused", lambda *_: None)
@@ -86,7 +88,7 @@ def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monk
     options = terms.Options(divergence, tail, 0.3, temperature, *weights, sampled)
     parts, stats, sent = [], [], []
     for first, last in ((0, split), (split, size)):
-        shard = Slices(last - first, size, None)
+        shard = Slices(last - first, size, ())
         local = dataclasses.replace(targets, ids_TK=torch.where(ids >= first, ids - first, -1))
         own = torch.where((labels >= first) & (labels < last), labels - first, -1).where(labels != -100, -100)
         s = terms.localize(local, own, shard)
@@ -95,14 +97,17 @@ def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monk
         sent.append(records.build_record(stats[-1], s.logprobs_TK, temperature, sampled=sampled))
         parts.append(s._replace(supervised_T=on))
     sent = torch.stack(sent)
+    messages = [sent[1]]
     if mixes(divergence):
-        saved = terms.Saved(*torch.rand(8, tokens, generator=generator, dtype=torch.float64).to(DEVICE))
-        outputs = ()
-    else:
-        outputs, saved = terms.evaluate(
-            sent[0], stats[0].entry_logits_TK, parts[0], targets, labels, Slices(split, size, sent), options
-        )
-        assert not any(part._is_view() for part in outputs)
+        merged = records.merge_records(sent, temperature)
+        compared = divergences.compare(merged, targets.log_tail_T.where(on, 0), tail)
+        above = (stats[1].entry_logits_TK - merged.entry_max_T[:, None].float()) / temperature
+        logs = divergences.entry_logs(compared, parts[1].logprobs_TK, above)
+        messages.append(divergences.entry_sums(divergence, *logs, options.parameter))
+    outputs, saved = terms.evaluate(
+        sent[0], stats[0].entry_logits_TK, parts[0], targets, labels, Slices(split, size, messages), options
+    )
+    assert not use_triton or not any(part._is_view() for part in outputs)
     grad = torch.rand(tokens, generator=generator).to(DEVICE)
     factors = []
     for part, read in zip(parts, stats, strict=True):
@@ -111,7 +116,7 @@ def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monk
     return parts, sent, outputs, [part[on] for part in saved], [part[on] for part in factors if part is not None]
 
 
-PAIRS = [(name, tail, False) for name, tails in TAILS.items() for tail in tails[: 1 if mixes(name) else None]]
+PAIRS = [(name, tail, False) for name, row in DIVERGENCES.items() for tail in row.tails]
 
 
 @pytest.mark.parametrize(
