@@ -11,7 +11,7 @@ import pytest
 # Packages from the ground up; those on one line do not import each other.
 LAYERS = [
     "errors",
-    "ownership publish",
+    "limits ownership publish",
     "config ranks targets megatron_on_cpu",
     "kernels",
     "cache",
