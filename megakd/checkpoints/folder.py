@@ -13,8 +13,10 @@ import re
 import shutil
 
 from megakd import __version__
+from megakd.checkpoints.inside import below, check_folder, plain_name
 from megakd.config import Model
 from megakd.errors import CheckpointError, ConfigError
+from megakd.limits import read_json
 from megakd.publish import INCOMPLETE, REPLACED, make_folder, publish_text, publish_written, settled, sync_folder
 from megakd.publish import settle as settle_folder
 
@@ -101,11 +103,13 @@ def read_checkpoint(path) -> Checkpoint:
     """Read and check a folder's record; no weights are read.
 
     Raises:
-        CheckpointError: missing, unreadable, of a newer format, or files missing or of another size than recorded.
+        CheckpointError: missing, unreadable, of a newer format, files missing or of another size than recorded, or
+            names or links that lead out of the folder.
     """
     path = last_checkpoint(path)
+    check_folder(path)
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = read_json(path / RECORD, CheckpointError)
         version = record["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(
@@ -117,23 +121,23 @@ def read_checkpoint(path) -> Checkpoint:
             path=path,
             model=Model.model_validate(record["model"]),
             step=record["step"],
-            tokenizer_file=tokenizer.get("file"),
+            tokenizer_file=plain_name(tokenizer["file"], path / RECORD) if tokenizer else None,
             tokenizer_fingerprint=tokenizer.get("fingerprint"),
             training=record["training"],
             metrics=record["metrics"],
             conversion=record.get("conversion"),
         )
-        files = record["files"]
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        files = {name: (below(path, name, path / RECORD), size) for name, size in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{path / RECORD} cannot be read: {type(error).__name__}: {error}",
             hint="the file was edited or damaged; copy the checkpoint again",
         ) from error
-    for name, size in files.items():
-        seen = (path / name).stat().st_size if (path / name).is_file() else None
+    for file, size in files.values():
+        seen = file.stat().st_size if file.is_file() else None
         if seen != size:
             raise CheckpointError(
-                f"{path / name} is {'missing' if seen is None else f'{seen} bytes long'}, {size} bytes were saved",
+                f"{file} is {'missing' if seen is None else f'{seen} bytes long'}, {size} bytes were saved",
                 hint="the checkpoint is truncated; copy it again or use an older one",
             )
     return checkpoint
