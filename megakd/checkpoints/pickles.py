@@ -53,6 +53,8 @@ METADATA_NAMES = frozenset(
         ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),  # where torch's own writer put the folder
+        ("pathlib._local", "PosixPath"),
         ("torch", "Size"),
         ("collections", "OrderedDict"),
     ]

@@ -123,6 +123,9 @@ class ThreadedWriter(FileSystemWriter):
         self.written[name] = stream.digester.digests()
         return results
 
+    def storage_meta(self) -> None:
+        """Nothing of where the folder was on this machine goes into it."""
+
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
         return self.results
 
