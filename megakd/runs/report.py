@@ -1,4 +1,4 @@
-"""`megakd report RUN [RUN ...]`: one page of HTML about runs, for a browser, with or without a network.
+"""`megakd report RUN [RUN ...]`: one page of HTML about runs, for a browser without a network too.
 
 Curves over steps, tokens and seconds, final and best values, the time of a step's phases, and the
 settings in which the runs differ. Reads the run folders alone; a run may still be going on.
