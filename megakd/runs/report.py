@@ -8,6 +8,7 @@ import argparse
 import datetime
 import pathlib
 
+from megakd.config.paths import path_argument
 from megakd.errors import ReportError
 
 
@@ -38,9 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megakd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="run folders: what run.dir named")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folders: what run.dir named")
     parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("report.html"), metavar="FILE.html",
+        "--output", type=path_argument, default=pathlib.Path("report.html"), metavar="FILE.html",
         help="what to write; a file of that name is replaced (default: %(default)s)",
     )  # fmt: skip
     return parser
