@@ -30,6 +30,7 @@ HOMES = {
     "megatron": {"megatron_on_cpu", "models", "checkpoints", "converters", "training", "data"},
     "triton": {"kernels"},
     "transformers": {"data", "converters", "megatron_on_cpu"},
+    "tqdm": {"progress"},
     "tests": set(),
     "tools": set(),
 }
