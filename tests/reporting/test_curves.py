@@ -134,7 +134,7 @@ def test_a_long_curve_that_begins_high_shows_what_comes_after(tmp_path):
     ]
     runs = read_runs([made.write(tmp_path / "a", lines)])
     chart = Charts(runs).chart("train", "ce")
-    assert "begins above, at 9 nats" in chart and ends_of(chart)[0] < 3.0 and 3.025 < ends_of(chart)[1] < 3.1
+    assert "begins above, at 9 nats" in chart and 2.99 < ends_of(chart)[0] < 3.0016 and 3.025 < ends_of(chart)[1] < 3.1
     assert points(chart, 0)[0][1] == pytest.approx(9.0, rel=1e-3), "drawn where it is, above the box"
     assert points(chart, 0)[-1][1] == pytest.approx(lines[-1]["ce"], rel=1e-4)
     assert "begins above" not in Charts(runs).chart("train", "agreement"), "that is to rise"
