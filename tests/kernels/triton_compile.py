@@ -16,9 +16,11 @@ from triton.runtime.jit import JITFunction
 
 from megakd.divergences import DIVERGENCES
 from megakd.kernels import divergences
+from megakd.kernels.dense_rows import Scale
 from megakd.kernels.rows import Statistics
 from megakd.kernels.terms import Saved
 from megakd.kernels.triton import chunks as triton_chunks
+from megakd.kernels.triton import dense_rows as triton_dense
 from megakd.kernels.triton import records as triton_records
 from megakd.kernels.triton import rows as triton_rows
 from megakd.kernels.triton import selection_rows as triton_selection
@@ -91,6 +93,21 @@ def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float,
                                       divergence, 0.5, half, temperature)  # fmt: skip
 
 
+def call_dense(T: int, W: int, dtype: torch.dtype, temperature: float, names: list[str]) -> None:
+    """The passes over both models' rows, for some divergences."""
+    student_TW, teacher_TW = torch.randn(2, T, W).to(dtype)
+    columns_T, on_T, numbers_T = torch.arange(T), torch.ones(T, dtype=torch.bool), torch.zeros(T)
+    scale, scale_at_one = Scale(numbers_T, numbers_T, temperature), Scale(numbers_T, numbers_T, 1.0)
+    for name in names:
+        triton_dense.dense_record(student_TW, teacher_TW, columns_T, on_T, W, (temperature, temperature), name)
+        triton_dense.dense_sums(student_TW, teacher_TW, on_T, W, (scale, scale), name, 0.5)
+        for ce_T in (None, numbers_T) if name == "forward_kl" else (numbers_T,):
+            triton_dense.dense_backward(
+                student_TW, teacher_TW, columns_T, on_T, W, (scale, scale), name, 0.5, numbers_T, numbers_T,
+                scale_at_one, ce_T, student_TW,
+            )  # fmt: skip
+
+
 def main(capability: int) -> None:
     gpu = AbsentGPU(capability)
     driver.set_active(gpu)
@@ -102,7 +119,9 @@ def main(capability: int) -> None:
     call_all(16, 9008, 64, torch.bfloat16, 1.0, few)  # numbers that are multiples of 16 are compiled apart, and so is 1
     call_all(3, 9000, 1000, torch.float32, 2.0, every)
     call_all(1, 4096, 1, torch.float16, 2.0, few)
-    modules = triton_rows, triton_chunks, triton_selection, triton_records, triton_terms
+    call_dense(16, 9008, torch.bfloat16, 1.0, list(DIVERGENCES))
+    call_dense(3, 9000, torch.float32, 2.0, ["forward_kl", "jsd"])
+    modules = triton_dense, triton_rows, triton_chunks, triton_selection, triton_records, triton_terms
     launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
     assert set(gpu.compiled) == launched, launched ^ set(gpu.compiled)
     print(*sorted(f"{name} {len(hashes)}" for name, hashes in gpu.compiled.items()), sep="\n")

@@ -225,7 +225,7 @@ def _dense_backward(
             if KD:
                 log_q_SNE = below_SNE * z_factor - tl.load(z_log_sum + row)
                 above_SNE = load_tile(teacher, first, stop, teacher_column_stride, S, E) - tl.load(t_max + row)
-                _, u_SNE = FORM(above_SNE * t_factor - tl.load(t_log_sum + row), log_q_SNE, parameter, rest)
+                _f_SNE, u_SNE = FORM(above_SNE * t_factor - tl.load(t_log_sum + row), log_q_SNE, parameter, rest)
                 q_SNE = tl.exp2(log_q_SNE * IN_LOG2)
                 grad_SNE = tl.load(kd + row) * (u_SNE - tl.load(u_total + row) * q_SNE)
             if CE:
