@@ -187,7 +187,7 @@ def _outside(x, top, factor, factor_at_one, scale, AT_ONE: tl.constexpr):
     """The gradient of a column that is neither the label's nor an entry's."""
     value = factor * tl.exp2((x - top) * scale)
     if AT_ONE:
-        value += factor_at_one * tl.exp(x - top)
+        value += factor_at_one * tl.exp2((x - top) * IN_LOG2)
     return value
 
 
