@@ -20,6 +20,7 @@ from megakd.digests import (
     digest_of,
 )
 from megakd.errors import CheckpointError, DamagedCheckpointError
+from megakd.limits import parse_json
 from megakd.publish import publish_text
 
 RECORD = "megakd.json"
@@ -134,7 +135,7 @@ def read_record(folder: pathlib.Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint="check the folder's permissions") from error
     try:
-        record = json.loads(content.decode("utf-8"))
+        record = parse_json(content.decode("utf-8"), path, CheckpointError)
         version = record["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise unreadable(path, error) from error
