@@ -17,11 +17,13 @@ from tests.checkpoints.planted import Plant
 
 
 def load_values(path):
-    return pickles.load_values(open(path, "rb", buffering=0), path)
+    with open(path, "rb", buffering=0) as file:
+        return pickles.load_values(file, path)
 
 
 def load_metadata(path):
-    return pickles.load_metadata(open(path, "rb", buffering=0), path)
+    with open(path, "rb", buffering=0) as file:
+        return pickles.load_metadata(file, path)
 
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "megakd"
