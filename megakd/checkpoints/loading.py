@@ -4,6 +4,8 @@ Their loaders unpickle whatever `.metadata` and the objects in .distcp files nam
 `dist_checkpointing.load` is given strategies of ours for both parts of a checkpoint, and works out only who reads what.
 """
 
+import pathlib
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -16,18 +18,16 @@ from megakd.checkpoints.record import Files, damaged
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.digests import DamagedFile
 from megakd.errors import CheckpointError
-from megakd.limits import parse_json
+from megakd.limits import read_json
 
 FORMAT_FILE, COMMON_FILE = "metadata.json", "common.pt"
 
 
-def check_format(files: Files) -> None:
+def check_format(folder: pathlib.Path) -> None:
     """Raises CheckpointError unless the folder says that it is a torch_dist one."""
-    path = files.folder / FORMAT_FILE
+    path = folder / FORMAT_FILE
     try:
-        said = parse_json(files.read(FORMAT_FILE).decode("utf-8"), path, CheckpointError)
-    except DamagedFile as error:
-        raise damaged(error) from error
+        said = read_json(path, CheckpointError)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}", hint="the checkpoint is damaged; copy it again"
@@ -44,11 +44,19 @@ def load_common(files: Files) -> dict:
     """The plain values of a checkpoint.
 
     Raises:
+        DamagedCheckpointError: they are not those that were saved.
         CheckpointError: they cannot be read, or hold more than plain values.
     """
-    values = load_values(files, COMMON_FILE)
+    path = files.folder / COMMON_FILE
+    try:
+        with files.open(COMMON_FILE) as file:
+            values = load_values(file, path)
+    except DamagedFile as error:
+        raise damaged(error) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="copy the checkpoint again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{files.folder / COMMON_FILE} holds no values by name", hint="copy the checkpoint again")
+        raise CheckpointError(f"{path} holds no values by name", hint="copy the checkpoint again")
     return values
 
 
@@ -82,8 +90,6 @@ def read_shard(reader: TorchDistReader, part: ShardedTensor) -> Tensor:
 class Sharded(LoadShardedStrategy):
     """Tensors and objects of a torch_dist folder, for one rank.
 
-    Args:
-        files: of the checkpoint.
     Collectives: `load` gathers a short text from all ranks, so that they fail together.
     """
 
@@ -96,7 +102,7 @@ class Sharded(LoadShardedStrategy):
     def load(self, sharded_state_dict: dict, checkpoint_dir) -> dict:
         failure, loaded = None, {}
         try:
-            self.reader = self.reader or TorchDistReader(self.files)
+            self.reader = self.reader or TorchDistReader(self.files.folder, self.files)
             loaded = dict_list_map_outplace(self._read, sharded_state_dict)
         except CheckpointError as error:
             failure = error
@@ -124,8 +130,6 @@ class Sharded(LoadShardedStrategy):
 class Common(LoadCommonStrategy):
     """The plain values of a torch_dist folder.
 
-    Args:
-        files: of the checkpoint.
     Collectives: as Sharded.
     """
 
@@ -153,12 +157,13 @@ class Common(LoadCommonStrategy):
 def fail_together(failure: CheckpointError | None) -> None:
     """Raise on every rank if any rank failed.
 
-    Collectives: one all-gather of a short message.
+    Collectives: one all-gather of a short text and hint.
     """
-    failures = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if failure is None else (type(failure), failure.args[0], failure.hint))
     if failure is not None:
         raise failure
-    for rank, other in enumerate(failures):
-        if other is not None:
-            raise type(other)(f"rank {rank}: {other.args[0]}", hint=other.hint)
+    for rank, text in enumerate(said):
+        if text is not None:
+            kind, message, hint = text
+            raise kind(f"rank {rank}: {message}", hint=hint)

@@ -184,9 +184,10 @@ def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
 
     Raises:
         DamagedCheckpointError: on every rank; what was read on one is not what was saved.
-        CheckpointError: a tensor is missing, has another shape, or cannot be read; a pickle names what it should not.
+        CheckpointError: on every rank; a tensor is missing, has another shape, or cannot be read; a pickle names what
+            it should not.
     """
-    check_format(checkpoint.files)
+    check_format(checkpoint.path)
     wanted = without_extra_states(state)
     strategy = Sharded(checkpoint.files)
     if groups.dp_cp.size() > 1:
@@ -213,7 +214,7 @@ def common_values(checkpoint: Checkpoint) -> dict:
     Raises:
         CheckpointError: they cannot be read.
     """
-    check_format(checkpoint.files)
+    check_format(checkpoint.path)
     return load_common(checkpoint.files)
 
 

@@ -6,6 +6,7 @@ before memory is taken, and no pickle in it can run code (megakd.checkpoints.pic
 
 import dataclasses
 import math
+import pathlib
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from megakd.digests import DamagedFile, VerifiedFile
 from megakd.errors import CheckpointError
 
 DESCRIPTION = ".metadata"
-OPEN_FILES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,10 @@ class Entry:
 
 
 class TorchDistReader:
-    """Reads tensors, whole or by slice, and objects; what is read is compared with the digests that the files have.
+    """Reads tensors, whole or by slice, and objects.
 
     Args:
-        files: of the folder; `unrecorded(folder)` of one that has no record yet.
-
+        files: opens the folder's files, comparing them with what was saved; None: nothing is compared.
     Attributes:
         tensors: key -> Entry.
         objects: key -> Chunk.
@@ -66,11 +65,11 @@ class TorchDistReader:
             files.
     """
 
-    def __init__(self, files: Files):
-        self.files, self.folder = files, files.folder
-        self._open: dict[str, VerifiedFile] = {}
-        folder, where = self.folder, self.folder / DESCRIPTION
-        description = load_metadata(files, DESCRIPTION)
+    def __init__(self, folder: pathlib.Path, files: Files | None = None):
+        self.folder, self.files = folder, files or Files(folder, {}, None)
+        where = folder / DESCRIPTION
+        with self._opened(DESCRIPTION) as file:
+            description = load_metadata(file, where)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
         try:
             places = _places(description, where, sizes)
@@ -143,19 +142,20 @@ class TorchDistReader:
         chunk = self.objects[key]
         return self._load(key, chunk)
 
-    def _load(self, key: str, chunk: Chunk):
-        """What is saved there. The last files stay open: many small parts of a file then cost one comparison."""
-        path = self.folder / chunk.file
+    def _opened(self, name: str) -> VerifiedFile:
         try:
-            file = self._open.pop(chunk.file, None) or self.files.open(chunk.file)
+            return self.files.open(name)
         except DamagedFile as error:
             raise damaged(error) from error
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", hint="check the folder's permissions") from error
-        self._open[chunk.file] = file
-        if len(self._open) > OPEN_FILES:
-            self._open.pop(next(iter(self._open))).close()
-        return load_window(file, f"{path}: {key}", chunk.start, chunk.length)
+            raise CheckpointError(
+                f"{self.folder / name} cannot be read: {error}",
+                hint="the folder is no torch_dist checkpoint, or it is damaged; copy it again",
+            ) from error
+
+    def _load(self, key: str, chunk: Chunk):
+        with self._opened(chunk.file) as file:
+            return load_window(file, chunk.start, chunk.length, f"{self.folder / chunk.file}: {key}")
 
     def _chunk(self, key: str, entry: Entry, chunk: Chunk) -> Tensor:
         tensor = self._load(key, chunk)

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.checkpoints import folder
-from megakd.checkpoints.record import unrecorded
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.converters.convert import Options, convert
 from megakd.errors import CheckpointError
@@ -155,7 +154,7 @@ def test_a_torch_dist_description_that_runs_code(tmp_path):
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(CheckpointError, match=r"\.metadata refers to builtins\.getattr"):
-        TorchDistReader(unrecorded(tmp_path))
+        TorchDistReader(tmp_path)
 
 
 def test_destination_that_exists_is_left_alone(source, tmp_path):

@@ -36,7 +36,7 @@ class MegatronWeights:
 
     def __init__(self, checkpoint: Checkpoint):
         self.model = checkpoint.model
-        self.reader = TorchDistReader(checkpoint.files)
+        self.reader = TorchDistReader(checkpoint.path, checkpoint.files)
 
     def load(self, name: str) -> Tensor:
         if self._is_absent(name):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megakd.checkpoints.layout import LAYER, Place, place
 from megakd.checkpoints.pickles import load_file
-from megakd.checkpoints.record import unrecorded
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.config import Model
 from megakd.converters.nemo.zarr import read_zarr, zarr_shapes
@@ -193,7 +192,7 @@ def open_distributed(folder: pathlib.Path):
             f"{folder / 'metadata.json'} cannot be read: {error}", hint="the archive is damaged; copy it"
         ) from error
     if backend == "torch_dist":
-        reader = TorchDistReader(unrecorded(folder))
+        reader = TorchDistReader(folder)
         shapes = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
         return Distributed(shapes, lambda key, where: reader.read(Place(key, where.index, where.sizes)))
     if backend == "zarr":

@@ -132,7 +132,7 @@ class StreamedGpt:
         with parameters_on_meta():
             self.gpt = build_gpt(model, parallel, train, groups, **sizes, device="meta", seed=None).eval()
         self.sharded = self.gpt.sharded_state_dict(metadata=sharding_metadata(groups))
-        self.reader = TorchDistReader(checkpoint.files)
+        self.reader = TorchDistReader(checkpoint.path, checkpoint.files)
 
     def fill(self, prefix: str) -> None:
         """Read this rank's parts of the parameters whose names start with `prefix`, as Megatron describes them."""
