@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megakd.data.indexed import TokenFile
 from megakd.data.order import permute
+from megakd.data.token_files.reader import TokenFile
 from megakd.errors import DataError
 
 IGNORED = -100  # the label of a position that is not supervised

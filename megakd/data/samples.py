@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megakd.data.dataset import IGNORED
-from megakd.data.indexed import TokenFile
 from megakd.data.packing import pack_best_fit
+from megakd.data.token_files.reader import TokenFile
 from megakd.errors import DataError
 
 

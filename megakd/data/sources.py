@@ -16,10 +16,10 @@ from megakd.config import Data
 from megakd.data.blend import BlendedDataset
 from megakd.data.dataset import TextDataset
 from megakd.data.formats import SampleFormat
-from megakd.data.indexed import load_info, part
 from megakd.data.nemo_chat import ChatTokens
 from megakd.data.records import DEFAULT_SUFFIXES, RECORD_SUFFIXES, TEXT_SUFFIXES, find_files
 from megakd.data.samples import PackedDataset, SampleDataset
+from megakd.data.token_files.layout import load_info, part
 from megakd.data.tokenization import detect, write_token_file
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import ConfigError, DataError

@@ -24,8 +24,8 @@ from megakd.data.formats import (
     detect_format,
     encode_segments,
 )
-from megakd.data.indexed import TokenFileWriter
 from megakd.data.records import Block, Problems, read_blocks, records_of
+from megakd.data.token_files.writer import TokenFileWriter
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError

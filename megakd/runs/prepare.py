@@ -177,7 +177,7 @@ def _write(arguments: argparse.Namespace, choose_format) -> int:
 def prepare_adopt(arguments: argparse.Namespace) -> int:
     """Check every token of .bin/.idx files written elsewhere against a tokenizer, and describe them."""
     from megakd.checkpoints.folder import tokenizer_path
-    from megakd.data.indexed import describe
+    from megakd.data.token_files.adoption import describe
     from megakd.data.tokenizers.load import load_tokenizer
 
     info = describe(arguments.prefix, load_tokenizer(tokenizer_path(arguments.tokenizer)))

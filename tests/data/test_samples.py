@@ -5,11 +5,13 @@ import pytest
 
 from megakd.data.blend import BlendedDataset
 from megakd.data.dataset import TextDataset, batch_length, load_batch
-from megakd.data.indexed import NEVER, TokenFile, TokenFileWriter, part
 from megakd.data.order import batch_indices
 from megakd.data.samples import PackedDataset, SampleDataset
+from megakd.data.token_files.layout import NEVER, part
+from megakd.data.token_files.reader import TokenFile
+from megakd.data.token_files.writer import TokenFileWriter
 from megakd.errors import DataError
-from tests.data.test_indexed import write
+from tests.data.test_token_files import write
 
 X = -100
 SAMPLES = [  # (ids, mask)

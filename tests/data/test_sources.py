@@ -19,11 +19,6 @@ from tests.data import hf_tokenizers
 from tests.data.byte_tokenizer import EOS, byte_tokenizer
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
-
-
 @pytest.fixture
 def qa(tmp_path):
     path = tmp_path / "qa.jsonl"

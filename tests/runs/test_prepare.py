@@ -6,8 +6,8 @@ import json
 import pytest
 
 from megakd.data import tokenization
-from megakd.data.indexed import TokenFile
 from megakd.data.records import read_blocks
+from megakd.data.token_files.reader import TokenFile
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import DataError
 from megakd.runs.prepare import main
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_nothing(corpus, model, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megakd.data.indexed.os.fsync", full)
+    monkeypatch.setattr("megakd.data.token_files.layout.os.fsync", full)
     with pytest.raises(DataError, match="is full"):
         prepare(corpus, model, tmp_path / "x")
     assert not list(tmp_path.glob("x*"))

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megakd.data.indexed import TokenFile, TokenFileWriter, part
+from megakd.data.token_files.layout import part
+from megakd.data.token_files.reader import TokenFile
+from megakd.data.token_files.writer import TokenFileWriter
 from megakd.errors import DataError
 
 DOCUMENTS = [[5, 6, 7, 2], [2], [9, 9, 2], list(range(3, 31)), [8, 2]]
@@ -105,7 +107,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, monkeypatch, call):
             real = writer._bin
             monkeypatch.setattr(writer, "_bin", type("Full", (), {"write": full, "close": lambda self: real.close()})())
         else:
-            monkeypatch.setattr("megakd.data.indexed.os.fsync", full)
+            monkeypatch.setattr("megakd.data.token_files.layout.os.fsync", full)
         writer.add([1, 2, 3])
     assert not list(tmp_path.iterdir())
 
