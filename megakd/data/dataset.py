@@ -55,6 +55,11 @@ class TextDataset:
         """Samples of an epoch."""
         return -(-self.tokens_per_epoch // self.sequence_length)
 
+    @property
+    def mean_length(self) -> float:
+        """Ids of a sample on average."""
+        return self.tokens_per_epoch / len(self)
+
     def length(self, epoch: int, index: int) -> int:
         """Ids of one sample: sequence_length for all."""
         return self.sequence_length

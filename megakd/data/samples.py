@@ -55,6 +55,11 @@ class SampleDataset:
     def __len__(self) -> int:
         return len(self._documents)
 
+    @property
+    def mean_length(self) -> float:
+        """Ids of a sample on average."""
+        return float(self._lengths.mean())
+
     def length(self, epoch: int, index: int) -> int:
         """Ids of one sample."""
         return int(self._lengths[index])
@@ -110,6 +115,11 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    @property
+    def mean_length(self) -> float:
+        """Ids of a pack on average."""
+        return float(self._filled.mean())
 
     def length(self, epoch: int, index: int) -> int:
         """Ids of one pack."""

@@ -4,19 +4,14 @@ import json
 
 import pytest
 
+from megakd.data.blocks import pieces
 from megakd.data.chat_template import BadRecord, Segment
-from megakd.data.formats import (
-    SampleFormat,
-    _pieces,
-    check_format,
-    detect_format,
-    encode_segments,
-    texts_of,
-)
+from megakd.data.formats import Sample, SampleFormat, check_format, detect_format, texts_of
+from megakd.data.tokenization import encode_sample
 from megakd.errors import DataError
 from tests.data import hf_tokenizers
 from tests.data.byte_tokenizer import BOS, END, EOS, START
-from tests.data.encoding import NO, YES, encode, table, turns
+from tests.data.encoding import NO, YES, encode, encode_with_notes, table, turns
 
 
 @pytest.mark.parametrize(
@@ -59,7 +54,7 @@ def test_dummy_prefix_is_put_once(tmp_path, monkeypatch):
     spelled = [tokenizer.id_to_bytes(i) for i in ids]
     answer = b"".join(piece for piece, learnt in zip(spelled, mask, strict=True) if learnt)
     assert b"".join(spelled) == b" hello name</s>" and answer == b" name</s>"
-    monkeypatch.setattr("megakd.data.formats._pieces", lambda text, real=_pieces: real(text, 8))
+    monkeypatch.setattr("megakd.data.encoding.pieces", lambda text, real=pieces: real(text, 8))
     ids, _ = encode({"text": "hello to all of you"}, tokenizer)
     assert b"".join(map(tokenizer.id_to_bytes, ids)) == b" hello to all of you</s>"
 
@@ -146,12 +141,12 @@ def test_long_texts_have_the_tokens_of_short_ones(tmp_path, tokenizer, monkeypat
 
     tokenizer = load_tokenizer(kind(tmp_path)) if kind else tokenizer
     text = ("def greet(name):\n    return  'hello, ' + name\n\n\n" * 9) + "x" * 90 + " end"
-    monkeypatch.setattr("megakd.data.formats._pieces", lambda text, real=_pieces: real(text, 80))
-    pieces = list(_pieces(text, 80))
-    assert "".join(pieces) == text and max(map(len, pieces)) == 80 and len(pieces) > 6
+    monkeypatch.setattr("megakd.data.encoding.pieces", lambda text, real=pieces: real(text, 80))
+    cut = list(pieces(text, 80))
+    assert "".join(cut) == text and max(map(len, cut)) == 80 and len(cut) > 6
     sample_format = SampleFormat("text", add_eos=False)
-    ids, mask = encode_segments([Segment(text[:-94], True)], tokenizer, sample_format)
-    assert ids == tokenizer.encode(text[:-94]) and mask == [True] * len(ids)
+    ids, mask, _ = encode_sample(Sample([Segment(text[:-94], True)], []), tokenizer, sample_format)
+    assert ids.tolist() == tokenizer.encode(text[:-94]) and mask.all()
 
 
 def test_unknown_keys_are_named_and_columns_help():
@@ -182,3 +177,46 @@ def test_what_tokens_depend_on_is_json(letters):
         SampleFormat("prompt_response").relevant(letters)
         != SampleFormat("prompt_response", template="x{output}").relevant(letters)
     )  # fmt: skip
+
+
+QUESTION = {"context": "0123456789", "input": "abcdefgh", "output": "XY"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "most", "expected"),
+    [
+        ({"truncation": "left"}, 18, [("0123456789|fgh:", NO), ("XY", YES), (EOS, YES)]),
+        ({"truncation": "right"}, 18, [("0123456789|abc:", NO), ("XY", YES), (EOS, YES)]),
+        ({"truncation": "right", "truncation_field": "context"}, 18,
+         [("01234|abcdefgh:", NO), ("XY", YES), (EOS, YES)]),
+        ({"truncation": "left", "add_bos": True}, 22, [(BOS, NO), ("0123456789|cdefgh:", NO), ("XY", YES), (EOS, YES)]),
+        ({"truncation": "left"}, 5, [("0123456789|:", NO), ("XY", YES), (EOS, YES)]),
+        ({"truncation": "left"}, 23, [("0123456789|abcdefgh:", NO), ("XY", YES), (EOS, YES)]),
+        ({"truncation": "end"}, None, [("0123456789|abcdefgh:", NO), ("XY", YES), (EOS, YES)]),
+    ],
+)  # fmt: skip
+def test_prompts_are_shortened_as_far_as_it_helps(letters, choices, most, expected):
+    """The template's own text and the answer stay whole; what is still too long is cut at its end when it is read."""
+    ids, mask, notes = encode_with_notes(
+        QUESTION, letters, name="prompt_response", template="{context}|{input}:{output}", most_tokens=most, **choices
+    )
+    whole = len("0123456789|abcdefgh:XY") + 1 + choices.get("add_bos", False)
+    assert (ids, mask) == (table(*expected)) and bool(notes) == (len(ids) < whole)
+
+
+def test_shortened_prompts_of_a_tokenizer_with_longer_tokens(tokenizer):
+    """Whole tokens are left out, and what is left is what the tokens of the whole text were."""
+    choices = {"template": "Q: {input}\nA: {output}", "truncation": "left"}
+    record = {"input": "def greet(name): print name, " * 9, "output": "hello"}
+    whole, mask, _ = encode_with_notes(record, tokenizer, **choices)
+    ids, shorter, _ = encode_with_notes(record, tokenizer, **choices, most_tokens=len(whole) - 40)
+    assert len(ids) == len(whole) - 40 and sum(shorter) == sum(mask)
+    text = tokenizer.decode(ids)
+    assert text.startswith("Q: ") and text.endswith(" print name, \nA: hello") and ids[-60:] == whole[-60:]
+
+
+def test_truncation_of_what_has_no_such_prompt(letters):
+    with pytest.raises(DataError, match=r"truncation_field is context, which is not in the prompt .*\n.* of input"):
+        check_format(SampleFormat("prompt_response", truncation="left", truncation_field="context"), letters)
+    with pytest.raises(DataError, match="samples of text are cut at their end"):
+        check_format(SampleFormat("text", truncation="left"), letters)

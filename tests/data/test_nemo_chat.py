@@ -2,6 +2,7 @@
 
 import pytest
 
+from megakd.data.chat_template import BadRecord
 from megakd.data.nemo_chat import ChatTokens
 from tests.data.byte_tokenizer import END, START
 from tests.data.encoding import NO, YES, encode, table, turns
@@ -57,3 +58,14 @@ def test_nemo_chat_with_other_tokens(letters):
         (START, NO), ("System\nS", NO), (END, NO), ("\n", NO), (START, NO), ("User\nu", NO), (END, NO), ("\n", NO),
         (START, NO), ("Assistant\n", NO), ("a", YES), (END, YES), ("\n", YES), (START, YES),
     )  # fmt: skip
+
+
+def test_nemo_chat_with_several_masked_roles(letters):
+    """As "mask": "User,Context" in NeMo: a turn of any of them is not learnt, its start after an answer is."""
+    said = turns(("User", "u"), ("Context", "c"), ("Assistant", "a"), ("Context", "d"))
+    record = {"mask": "User, Context", "conversations": said}
+    assert encode(record, letters) == table(
+        ("\0System\n\n\x11User\nu\n\x11Context\nc\n\x11Assistant\n", NO), ("a\n\x11", YES), ("Context\nd\n", NO)
+    )
+    with pytest.raises(BadRecord, match="the role to mask is 'Tool', the roles are Assistant, Context, User"):
+        encode(record | {"mask": "User,Tool"}, letters)

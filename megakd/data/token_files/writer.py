@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import hashlib
+import re
+import secrets
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import numpy as np
 
 from megakd.data.token_files.layout import CODES, HEADER, MAGIC, NEVER, TokenFileInfo, flush, part, write_info
 from megakd.errors import DataError
+from megakd.ownership import Taken, check_owner, owning
+from megakd.publish import INCOMPLETE, sync_folder
 
 
 class TokenFileWriter:
@@ -24,7 +28,7 @@ class TokenFileWriter:
         skipped: to be set before the block ends, as in `TokenFileInfo`.
 
     Raises:
-        DataError: the disk is full or cannot be written, or no document was added.
+        DataError: the disk is full or cannot be written, no document was added, or another process is writing PREFIX.
     """
 
     def __init__(
@@ -49,28 +53,45 @@ class TokenFileWriter:
         )
         self._lengths: list[np.ndarray] = []
         self._firsts: list[np.ndarray] = []
+        self._private = f".{secrets.token_hex(4)}{INCOMPLETE}"  # no other writer's
+        self._ownership = contextlib.ExitStack()
         self._digest = hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> "TokenFileWriter":
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._ownership.enter_context(owning(part(self.prefix, ".lock"), remove=True))
+            self._remove_leftovers()
             self._bin = self._incomplete(".bin").open("wb")
             self._mask = self._incomplete(".mask").open("wb") if self._described["masked"] else None
+        except Taken as owner:
+            raise DataError(
+                f"{self.prefix} is being written by {owner}", hint="wait for it, or write elsewhere"
+            ) from owner
         except OSError as error:
+            self._ownership.close()
             raise self._explain(error) from error
         return self
+
+    def _remove_leftovers(self) -> None:
+        """Remove what writers of this prefix that were killed have left; as its owner, nobody else is writing it."""
+        name = re.compile(re.escape(self.prefix.name) + r"\.(bin|mask|idx|json)(\.[0-9a-f]{8})?\.incomplete")
+        for path in self.prefix.parent.iterdir():
+            if name.fullmatch(path.name):
+                path.unlink()
 
     def add(self, ids, mask=None) -> None:
         """Append one document: its ids, and for a masked file whether each is supervised."""
         self.add_many(ids, [len(ids)], mask)
 
-    def add_many(self, ids, lengths, mask=None) -> None:
+    def add_many(self, ids, lengths, mask=None, *, continues: bool = False) -> None:
         """Append documents.
 
         Args:
             ids: their ids in a row, each in [0, vocab_size).
             lengths: tokens of each, at least 1.
             mask: for a masked file, whether each id is supervised.
+            continues: the first is the rest of the document added last (not in a masked file).
         """
         ids, lengths = np.asarray(ids, np.int64), np.asarray(lengths, np.int32)
         vocab_size = self._described["vocab_size"]
@@ -86,10 +107,23 @@ class TokenFileWriter:
         except OSError as error:
             raise self._explain(error) from error
         self._digest.update(content)
+        if continues:
+            self._continue(int(lengths[0]))
+            lengths = lengths[1:]
         self._lengths.append(lengths)
         self.documents += len(lengths)
         self.tokens += len(ids)
         self.supervised += len(ids) if mask is None else int(mask.sum())
+
+    def _continue(self, more: int) -> None:
+        last = next(lengths for lengths in reversed(self._lengths) if lengths.size)
+        if int(last[-1]) + more > np.iinfo(np.int32).max:
+            raise DataError(
+                f"document {self.documents} of {self.prefix} has more than {np.iinfo(np.int32).max:,} tokens, which "
+                "Megatron's index cannot count",
+                hint="split the file",
+            )
+        last[-1] += more
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -103,6 +137,7 @@ class TokenFileWriter:
                     _ = file and file.close()
             for suffix in (".bin", ".mask", ".idx", ".json"):
                 self._incomplete(suffix).unlink(missing_ok=True)
+            self._ownership.close()
 
     def _publish(self) -> None:
         if not self._lengths:
@@ -131,13 +166,15 @@ class TokenFileWriter:
             skipped=self.skipped,
         )
         write_info(self._incomplete(".json"), info)
+        check_owner(part(self.prefix, ".lock"))
         part(self.prefix, ".json").unlink(missing_ok=True)  # from here until the last rename there is no whole file
         part(self.prefix, ".mask").unlink(missing_ok=True)
         for suffix in (".bin", ".mask", ".idx", ".json") if self._mask is not None else (".bin", ".idx", ".json"):
             self._incomplete(suffix).replace(part(self.prefix, suffix))
+        sync_folder(self.prefix.parent)
 
     def _incomplete(self, suffix: str) -> Path:
-        return part(self.prefix, f"{suffix}.incomplete")
+        return part(self.prefix, f"{suffix}{self._private}")
 
     def _explain(self, error: OSError) -> DataError:
         written = self.tokens * self.dtype.itemsize
@@ -148,7 +185,7 @@ class TokenFileWriter:
                 f"{free:,} free; what was written is removed again",
                 hint="free space, or write elsewhere with --output",
             )
-        return DataError(f"cannot write {self.prefix}: {error.strerror} ({error.filename or self.prefix})")
+        return DataError(f"cannot write {self.prefix}: {error.strerror or error} ({error.filename or self.prefix})")
 
 
 def _first_supervised(mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
