@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--png", type=Path, metavar="FILE", help="write the histogram of lengths as a picture too")
     inspect.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="of supervised parts")
     _add_on_error(inspect)
+    _add_strict(inspect)
     _add_format(inspect)
     inspect.set_defaults(run=prepare_inspect)
     return parser
@@ -107,7 +108,12 @@ def _add_on_error(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each processor)")
 
 
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strict", action="store_true", help="data.strict: refuse records with text that is not used")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    _add_strict(parser)
     parser.add_argument(
         "--tokenizer", required=True, metavar="TOK", help="a tokenizer file, its folder, or a checkpoint"
     )
@@ -127,7 +133,6 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         "--chat-argument", action="append", default=[], metavar="NAME=VALUE",
         help="data.chat_template_kwargs: what else the chat template sees; VALUE is JSON, or else a text",
     )  # fmt: skip
-    parser.add_argument("--strict", action="store_true", help="data.strict: refuse records with text that is not used")
     parser.add_argument("--truncation", choices=("end", "left", "right"), default="end", help="data.truncation")
     parser.add_argument("--truncation-field", default="input", metavar="NAME", help="data.truncation_field")
     parser.add_argument("--all-tokens", action="store_true", help="data.answer_only_loss=false")
@@ -171,7 +176,7 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> int:
 
 def prepare_text(arguments: argparse.Namespace) -> int:
     """Tokenize running text into one token file."""
-    return _write(arguments, lambda files: SampleFormat("text", add_eos=not arguments.no_eos))
+    return _write(arguments, lambda files: SampleFormat("text", add_eos=not arguments.no_eos, strict=arguments.strict))
 
 
 def prepare_samples(arguments: argparse.Namespace) -> int:
