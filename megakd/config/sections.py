@@ -171,7 +171,7 @@ class Data(Section):
                 kinds = [isinstance(item, str) for item in source]
                 if not kinds or not (all(kinds) or kinds == [False, True] * (len(kinds) // 2)):
                     yield key, f"{source}; expected [path, path, ...] or [weight, path, weight, path, ...]"
-        if self.weights_of == "tokens" and (isinstance(self.train, str) or isinstance(self.train[0], str)):
+        if self.weights_of == "tokens" and all(isinstance(item, str) for item in self.train):
             yield "weights_of", f"tokens, but data.train = {self.train} has no weights"
 
 

@@ -24,7 +24,8 @@ from megakd.errors import DataError
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters: no text holds them
 _REFUSALS = (
-    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+    MemoryError,
 )  # fmt: skip
 _QUESTION = {"role": "user", "content": "x"}
 REWRITTEN = "assistant's turns that the chat template writes differently once more follows are not learnt"
@@ -86,7 +87,9 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(source)
-            self._words = set(_words(environment.parse(source)))
+            parsed = environment.parse(source)
+            self._keys = set(_keys(parsed))
+            self._words = self._keys | {node.name for node in parsed.find_all(jinja2.nodes.Name)}
         except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise DataError(f"the chat template cannot be parsed: {error}", hint="see data.chat_template") from error
         self._names, self._arguments = dict(named_tokens), dict(arguments or {})
@@ -102,6 +105,10 @@ class ChatTemplate:
     def mentions(self, name: str) -> bool:
         """Whether a name or key stands anywhere in the template."""
         return name in self._words
+
+    def reads_key(self, name: str) -> bool:
+        """Whether the template takes something by this key, as in `part.text` and `part["text"]`."""
+        return name in self._keys
 
     def segments(
         self,
@@ -272,12 +279,12 @@ def _left_out(text: str, messages: list[dict]) -> Iterator[str]:
             yield f"the chat template leaves out or changes what turns of the {role} say"
 
 
-def _words(template: jinja2.nodes.Template) -> Iterator[str]:
-    """Names, attributes and text constants of a parsed template."""
-    for node in template.find_all((jinja2.nodes.Name, jinja2.nodes.Getattr, jinja2.nodes.Const)):
-        word = getattr(node, "name", None) or getattr(node, "attr", None) or getattr(node, "value", None)
-        if isinstance(word, str):
-            yield word
+def _keys(template: jinja2.nodes.Template) -> Iterator[str]:
+    """Attributes and text constants of a parsed template."""
+    for node in template.find_all((jinja2.nodes.Getattr, jinja2.nodes.Const)):
+        key = node.attr if isinstance(node, jinja2.nodes.Getattr) else node.value
+        if isinstance(key, str):
+            yield key
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

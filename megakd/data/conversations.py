@@ -88,7 +88,7 @@ def unused_by(template: ChatTemplate, conversation: Conversation) -> list[str]:
 
 def flatten_parts(template: ChatTemplate, messages: list[dict]) -> list[dict]:
     """Messages whose contents in parts are one text each, unless the template takes parts itself."""
-    if template.mentions("text"):
+    if template.reads_key("text"):
         return messages
     return [
         m | {"content": "".join(part["text"] for part in m["content"])} if isinstance(m.get("content"), list) else m

@@ -61,6 +61,8 @@ def test_all_forms_are_one_conversation(letters, template, record, expected):
 def test_a_template_that_takes_parts_gets_them(letters):
     template = "{% for m in messages %}{% for p in m.content %}[{{ p['text'] }}]{% endfor %}{% endfor %}"
     assert encode({"messages": PARTS[1:3]}, letters, chat_template=template)[0] == [*b"[u][1][a][1]"]
+    joins = "{% for m in messages %}{% set text = m.content %}[{{ text }}]{% endfor %}"
+    assert encode({"messages": PARTS[1:3]}, letters, chat_template=joins)[0] == [*b"[u1][a1]"]
 
 
 @pytest.mark.parametrize(

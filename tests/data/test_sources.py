@@ -266,3 +266,36 @@ def test_an_index_of_another_tokenizer_is_refused(qa, letters, tokenizer):
     prefix = find_index(section(qa), qa, letters, progress=False)
     with pytest.raises(DataError, match="was written with tokenizer"):
         opened(prefix, tokenizer)
+
+
+def test_weights_of_tokens(tmp_path, letters):
+    """Answers of 1 and of 9 letters: samples of 4 and of 12 ids, three of the short for one of the long."""
+    for name, answer in (("short", "A"), ("long", "A" * 9)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"input": "Q", "output": answer}))
+    train = [0.5, str(tmp_path / "short.jsonl"), 0.5, str(tmp_path / "long.jsonl")]
+    blend = opened(train, letters, weights_of="tokens")
+    assert [part.mean_length for part in blend.parts] == [3, 11]
+    drawn = [blend.locate(epoch, index)[0] for epoch in range(7) for index in range(2)]
+    assert (drawn.count(0), drawn.count(1)) == (11, 3)
+    with pytest.raises(ValueError, match=r"weights_of: tokens, but data\.train = .*short\.jsonl has no weights"):
+        opened(train[1], letters, weights_of="tokens")
+    with pytest.raises(ValueError, match="weights_of: tokens"):
+        opened(train[1::2], letters, weights_of="tokens")
+
+
+def test_a_pattern_is_read_as_one(tmp_path, letters):
+    (tmp_path / "data").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        (tmp_path / "data" / name).write_text(json.dumps({"input": "Q", "output": name[0]}))
+    samples = opened(f"{tmp_path}/data/*.jsonl", letters)
+    assert [samples.sample(0, index)["labels"][-2] for index in range(2)] == [*b"ab"]
+    assert len(list((tmp_path / "data.megakd").glob("*.bin"))) == 1
+    with pytest.raises(DataError, match="nothing matches"):
+        opened(f"{tmp_path}/data/*.parquet", letters)
+
+
+def test_keys_without_use_are_named(qa, letters, caplog):
+    with caplog.at_level(logging.INFO, "megakd"):
+        opened(qa, letters, chat_template="{{ messages }}", template="{input}{output}")
+    assert f"{qa}: prompt_response has no use for data.chat_template" in caplog.text
+    assert "data.template" not in caplog.text
