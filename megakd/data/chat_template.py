@@ -146,7 +146,7 @@ class ChatTemplate:
                 continue
             before = render(messages[:number], add_generation_prompt=True)
             after = render(messages[: number + 1])
-            if not after.startswith(before):
+            if not after.startswith(before) or len(before) < place:
                 raise BadRecord(
                     f"the chat template renders turn {number + 1} differently when it is asked for and when it is "
                     "given, so what the assistant writes cannot be told; mark it in the template with "
@@ -256,12 +256,12 @@ def _cut_at_marks(text: str, messages: list[dict], learnt: Sequence[bool]) -> It
     before, *marked = text.split(_BEGIN)
     wanted = [want for want, message in zip(learnt, messages, strict=True) if message["role"] == "assistant"]
     if len(marked) != len(wanted):
-        if not all(wanted):
+        if any(wanted) and not all(wanted):
             raise BadRecord(
                 f"the chat template marks {len(marked)} texts as the assistant's in a conversation with {len(wanted)} "
                 "such turns, so those that are not to be learnt cannot be told"
             )
-        wanted = [True] * len(marked)
+        wanted = [any(wanted)] * len(marked)
     yield Segment(before, False)
     for part, want in zip(marked, wanted, strict=True):
         written, mark, after = part.partition(_END)

@@ -138,7 +138,7 @@ def build_formatter(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callab
         field = None if sample_format.truncation == "end" else sample_format.truncation_field
         read = _templated(sample_format.template, alpaca=sample_format.name == "alpaca", shortened=field)
     elif sample_format.name == "messages":
-        read = _messages(_chat_template(sample_format, tokenizer))
+        read = _messages(_chat_template(sample_format, tokenizer), sample_format.answer_only_loss)
     elif sample_format.name == "nemo_chat":
         read = lambda fields: Sample(nemo_chat_segments(fields, sample_format.chat_tokens), [])  # noqa: E731
     else:
@@ -249,11 +249,12 @@ def _templated(template: str, *, alpaca: bool, shortened: str | None) -> Callabl
     return segments
 
 
-def _messages(template: ChatTemplate) -> Callable[[Fields], Sample]:
+def _messages(template: ChatTemplate, answer_only_loss: bool) -> Callable[[Fields], Sample]:
     def segments(fields: Fields) -> Sample:
         conversation = read_conversation(fields)
         messages = flatten_parts(template, conversation.messages)
-        made, notes = template.segments(messages, conversation.learnt, conversation.tools, conversation.arguments)
+        learnt = [answer_only_loss and answer for answer in conversation.learnt]  # else nothing has to be told apart
+        made, notes = template.segments(messages, learnt, conversation.tools, conversation.arguments)
         return Sample(made, [*notes, *unused_by(template, conversation)])
 
     return segments

@@ -184,3 +184,11 @@ def test_what_is_given_is_in_the_key(letters):
     plain = SampleFormat("messages", chat_template="x").relevant(letters)
     more = SampleFormat("messages", chat_template="x", chat_template_kwargs={"thinking": False}).relevant(letters)
     assert plain != more and json.loads(json.dumps(more)) == more
+
+
+@pytest.mark.parametrize("template", [hf_tokenizers.MARKED, chat_templates.ALWAYS_ASKS_AND_REFUSES])
+def test_where_everything_is_learnt_nothing_has_to_be_told_apart(letters, template):
+    """Answers or none, and templates whose turns cannot be found."""
+    for messages in (MESSAGES[1:], MESSAGES[1:2]):
+        ids, mask = encode({"messages": messages}, letters, chat_template=template, answer_only_loss=False)
+        assert ids and all(mask)
