@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from megakd.divergences import DIVERGENCES
 from tests.kernels.test_triton import needs_triton
 
 GPU_TOOLS = pathlib.Path(__file__).parents[2] / "tools" / "gpu"
@@ -22,8 +23,8 @@ ROWS = {
         "rows.statistics", "rows.backward, in place", "rows.extremes", "rows.summarize", "scan_rows", "take_entries",
     },
     "losses": {
-        "torch.topk and logsumexp", "select_top_k", "kd_loss forward", "kd_loss, in place", "dense_kd_loss, in place",
-        "sample_targets", "predict",
+        "torch.topk and logsumexp", "select_top_k", "select_and_predict", "kd_loss forward", "kd_loss, in place",
+        "dense_kd_loss, in place", "sample_targets", "predict",
     },
     "head": {
         "product", "linear_select_top_k", "output layer, then kd_loss, in place", "linear_kd_loss",
@@ -36,7 +37,6 @@ ROWS = {
         "statistics", "backward", "extremes", "summarize", "selection", "loss", "dense", "sampling", "head", "softcap",
     },
 }  # fmt: skip
-DIVERGENCES = {"forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"}
 
 
 def run(output, *arguments):
@@ -61,7 +61,7 @@ def test_every_part_gets_to_its_end(parts, tmp_path):
         assert all(row["verdict"] == "right" for row in rows if name in ("merge", "checks"))
         if name == "losses":
             for form in ("kd_loss, in place", "dense_kd_loss, in place"):
-                assert {row["divergence"] for row in rows if row["name"] == form} == DIVERGENCES
+                assert {row["divergence"] for row in rows if row["name"] == form} == set(DIVERGENCES)
             assert all(row["share_of_copy_bandwidth"] > 0 for row in rows)
         if name == "steps":
             assert [row["kind"] for row in rows] == ["KD, live teacher", "KD, recorded teacher", "CE"]
@@ -122,7 +122,7 @@ def test_something_wrong_ends_in_status_1_and_rows_are_in_the_file_at_once(monke
 @needs_triton
 def test_a_check_that_does_not_run_is_wrong_and_keeps_nobody_from_running():
     code = (
-        "import sys, kernel_checks as k; k.check_loss.__name__; f = lambda p: 1 / 0; f.__name__ = 'check_it'; "
+        "import kernel_checks as k; f = lambda p: 1 / 0; f.__name__ = 'check_it'; "
         "r = k.judge(f, 'somewhere', None); assert r['verdict'] == 'WRONG' and r['name'] == 'it', r; "
         "r = k.judge(lambda p: float('nan'), '', None); assert r['verdict'] == 'WRONG'; "
         "kinds = [(d, t, a) for _, _, d, t, a in k.problems(False)]; assert len(kinds) == 13; "

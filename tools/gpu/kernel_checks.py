@@ -12,8 +12,8 @@ import loss_checks
 import torch
 from loss_checks import INF, ROUNDING, off
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, rows, select_top_k
-from megakd.kernels.divergences import TAILS
 from megakd.kernels.predictions import predict
 from megakd.kernels.triton import rows as triton_rows
 from megakd.kernels.triton import selection_rows as triton_selection
@@ -180,7 +180,7 @@ def check_loss(p: Problem) -> float:
     x, labels = p.x.clone(), p.labels.clamp(min=0)
     x[3] = p.teacher[0]  # without infinities, which some divergences answer with
     labels[1] = -100
-    for divergence, tail in ((d, t) for d, tails in TAILS.items() for t in tails):
+    for divergence, tail in ((name, tail) for name, row in DIVERGENCES.items() for tail in row.tails):
         leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
         options = {"divergence": divergence, "tail": tail, "ce_weight": 0.3}
         got = kd_loss(leaf, targets, labels, shard, **options, inplace_backward=True).loss_T

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, dense_kd_loss, kd_loss_reference, linear_kd_loss, sample_targets, select_top_k
 from megakd.kernels.paths import softcap_passes
 
@@ -41,7 +42,7 @@ def check_dense(p) -> float:
     """Loss and gradient of every divergence over the whole vocabulary, in place."""
     x, teacher, labels, shard = finite_rows(p)
     errors = [0.0]
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
+    for divergence in DIVERGENCES:
         leaf, exact = x.clone().requires_grad_(), x.double()[:, : p.width].requires_grad_()
         options = {"divergence": divergence, "ce_weight": 0.3}
         got = dense_kd_loss(leaf, teacher, labels, shard, temperature=p.temperature, inplace_backward=True, **options)

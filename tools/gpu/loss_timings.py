@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from measure import Clock, implementations, random_labels, random_logits
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, dense_kd_loss, kd_loss, paths, sample_targets, select_top_k, selection
 from megakd.kernels.predictions import predict
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+from megakd.kernels.selection import select_and_predict
 
 
 def time_passes(options: argparse.Namespace, emit: Callable[[dict], None]) -> None:
@@ -68,6 +68,8 @@ def time_losses(options: argparse.Namespace, emit: Callable[[dict], None]) -> No
             select = partial(select_top_k, teacher_TV, top_k, shard, temperature)
             targets = select()
             row("select_top_k", select, floor_bytes=read, kernels=kernels)
+            with_predictions = partial(select_and_predict, teacher_TV, labels_T, top_k, shard, temperature)
+            row("select_and_predict", with_predictions, floor_bytes=read)
             row("kd_loss forward", partial(kd_loss, x_TV, targets, labels_T, shard, ce_weight=0.1), floor_bytes=read)
             row("kd_loss, in place", partial(trained, kd_loss, targets), floor_bytes=3 * read, prepare=restore,
                 kernels=kernels, divergence="forward_kl")  # fmt: skip

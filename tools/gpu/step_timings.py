@@ -122,21 +122,22 @@ def kinds_of_steps(config, student, teacher, groups, micro_batches: list, held: 
     folder = pathlib.Path(held.enter_context(tempfile.TemporaryDirectory()))
     cached = record(folder, teacher, loss.top_k, groups, micro_batches)
 
-    def step(source, loss, batch):
-        StudentStep(student, ddp, source, None, loss, optimizer, scheduler, groups)(batch, step=1, measure=False)
+    def step(source, loss):
+        one = StudentStep(student, ddp, source, None, loss, optimizer, scheduler, groups)
+        return partial(one, step=1, measure=False)
 
-    ahead = deque([list(micro_batches)])
+    ahead, from_recording = deque([list(micro_batches)]), step(cached, loss)
     cached.prefetch(ahead[0])
 
-    def from_recording():
+    def prefetch_and_step():
         ahead.append(list(micro_batches))  # a step of its own, for all the teacher knows
         cached.prefetch(ahead[-1])
-        step(cached, loss, ahead.popleft())
+        from_recording(ahead.popleft())
 
     return {
-        "KD, live teacher": partial(step, online, loss, micro_batches),
-        "KD, recorded teacher": from_recording,
-        "CE": partial(step, None, CE_ONLY, micro_batches),
+        "KD, live teacher": partial(step(online, loss), micro_batches),
+        "KD, recorded teacher": prefetch_and_step,
+        "CE": partial(step(None, CE_ONLY), micro_batches),
     }
 
 
