@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from megakd.config.paths import path_argument
 from megakd.errors import CheckpointError
+from megakd.paths import path_argument
 from megakd.progress import progress_bar
 
 

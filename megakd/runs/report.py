@@ -8,8 +8,8 @@ import argparse
 import datetime
 import pathlib
 
-from megakd.config.paths import path_argument
 from megakd.errors import ReportError
+from megakd.paths import path_argument
 
 
 def main(argv: list[str]) -> int:
