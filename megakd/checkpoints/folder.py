@@ -14,6 +14,7 @@ import re
 import shutil
 
 from megakd import __version__
+from megakd.checkpoints.inside import check_folder, plain_name
 from megakd.checkpoints.record import (
     FORMAT_VERSION,
     RECORD,
@@ -128,9 +129,11 @@ def read_checkpoint(path, verify: Verify = "always") -> Checkpoint:
         verify: how much of what is read, now and later, is compared with its digests.
     Raises:
         DamagedCheckpointError: the record or a file is not what was saved.
-        CheckpointError: missing, of a newer format, or in a place where it does not belong.
+        CheckpointError: missing, of a newer format, in a place where it does not belong, or with names or links that
+            lead out of the folder.
     """
     path = last_checkpoint(path)
+    check_folder(path)
     record = read_record(path)
     try:
         check_shape(record)
@@ -139,7 +142,7 @@ def read_checkpoint(path, verify: Verify = "always") -> Checkpoint:
             path=path,
             model=Model.model_validate(record["model"]),
             step=record["step"],
-            tokenizer_file=tokenizer.get("file"),
+            tokenizer_file=plain_name(tokenizer["file"], path / RECORD) if tokenizer else None,
             tokenizer_fingerprint=tokenizer.get("fingerprint"),
             training=record["training"],
             metrics=record["metrics"],

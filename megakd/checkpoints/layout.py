@@ -93,13 +93,14 @@ def _attention_shapes(model: Model) -> dict[str, tuple[int, ...]]:
             "linear_proj.weight": (hidden, heads * mla.v_head_dim),
         }
     groups, channels = model.num_query_groups or heads, model.head_channels
+    together = model.qk_norm_over == "all_heads"
     return {
         "linear_qkv.weight": ((heads + 2 * groups) * channels, hidden),
         "linear_qkv.bias": ((heads + 2 * groups) * channels,),
         "linear_proj.weight": (hidden, heads * channels),
         "linear_proj.bias": (hidden,),
-        "q_layernorm.weight": (channels,),
-        "k_layernorm.weight": (channels,),
+        "q_layernorm.weight": (channels * heads if together else channels,),
+        "k_layernorm.weight": (channels * groups if together else channels,),
     }
 
 

@@ -9,6 +9,7 @@ import pathlib
 from dataclasses import dataclass
 
 from megakd import __version__
+from megakd.checkpoints.inside import below
 from megakd.digests import (
     ALGORITHM,
     CHUNK_BYTES,
@@ -20,6 +21,7 @@ from megakd.digests import (
     digest_of,
 )
 from megakd.errors import CheckpointError, DamagedCheckpointError
+from megakd.limits import parse_json
 from megakd.publish import publish_text
 
 RECORD = "megakd.json"
@@ -134,7 +136,7 @@ def read_record(folder: pathlib.Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}", hint="check the folder's permissions") from error
     try:
-        record = json.loads(content.decode("utf-8"))
+        record = parse_json(content.decode("utf-8"), path, CheckpointError)
         version = record["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise unreadable(path, error) from error
@@ -171,6 +173,8 @@ def read_files(folder: pathlib.Path, record: dict, verify: Verify) -> Files:
         CheckpointError: their digests are of a kind that this megakd does not know.
         ValueError, KeyError, TypeError, AttributeError: it lists none.
     """
+    for name in record["files"]:
+        below(folder, name, folder / RECORD)
     if record["format_version"] == 1:
         sizes = dict(record["files"])
         if not all(isinstance(size, int) for size in sizes.values()):

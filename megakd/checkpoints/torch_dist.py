@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint
-from megakd.checkpoints.record import damaged
-from megakd.checkpoints.verified import VerifiedLoad
+from megakd.checkpoints.loading import Common, Sharded, check_format, load_common
 from megakd.checkpoints.writer import ThreadedSave
-from megakd.digests import DamagedFile, FileDigests
+from megakd.digests import FileDigests
 from megakd.errors import CheckpointError
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
@@ -179,33 +178,42 @@ def save_error(path: pathlib.Path, text: str) -> CheckpointError:
 def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
     """Read what `state` describes from a checkpoint; what else the folder holds is left alone.
 
-    Data-parallel ranks read a share each and exchange it, so that the files are read once and not dp times.
+    Data-parallel ranks read a share each and exchange it, so that the files are read once and not dp times. Layers'
+    extra states (scales of 8-bit training, which megakd does not do) are not read, and come back as None: Transformer
+    Engine would unpickle them.
 
     Raises:
         DamagedCheckpointError: on every rank; what was read on one is not what was saved.
-        CheckpointError: a tensor is missing, has another shape, or cannot be read.
+        CheckpointError: a tensor is missing, has another shape, or cannot be read; a pickle names what it should not.
     """
-    strategy = VerifiedLoad(checkpoint.files)
+    check_format(checkpoint.files)
+    wanted, strategy = without_extra_states(state), Sharded(checkpoint.files)
     if groups.dp_cp.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp_cp)
     try:
-        return dist_checkpointing.load(state, str(checkpoint.path), strategy)
+        loaded = dist_checkpointing.load(wanted, str(checkpoint.path), strategy, Common(checkpoint.files))
     except FAILURES as error:
-        if damage := damage_in(error):
-            raise damaged(damage) from error
         raise CheckpointError(
             f"{checkpoint.path} could not be loaded: {in_words(error)}",
             hint="is it a checkpoint of this model, saved with the same optimizer settings?",
         ) from error
+    left_out = state["model"].keys() - wanted["model"].keys()
+    return loaded | {"model": loaded["model"] | dict.fromkeys(left_out)}
 
 
-def damage_in(error: BaseException | None) -> DamagedFile | None:
-    """The damaged file that a failed load goes back to, if it does."""
-    while error is not None and not isinstance(error, DamagedFile):
-        if isinstance(error, CheckpointException):
-            return next((cause for cause, _ in error.failures.values() if isinstance(cause, DamagedFile)), None)
-        error = error.__cause__ or error.__context__
-    return error
+def without_extra_states(state: dict) -> dict:
+    weights = {name: part for name, part in state["model"].items() if not name.endswith("_extra_state")}
+    return state | {"model": weights}
+
+
+def common_values(checkpoint: Checkpoint) -> dict:
+    """The plain values that a checkpoint was saved with.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    check_format(checkpoint.files)
+    return load_common(checkpoint.files)
 
 
 def in_words(error: BaseException) -> str:
@@ -222,10 +230,6 @@ def load_weights(gpt, checkpoint: Checkpoint, groups) -> None:
     """Fill a model's parameters from a checkpoint of the same architecture saved under any layout.
 
     Vocabulary rows that the checkpoint does not have (another padding) load as zeros; the kernels leave them out.
-    Layers' extra states (scales of 8-bit training) are not weights: they are left as they are, so that a checkpoint
-    need not hold them for every kind of layer.
     """
     state = gpt.sharded_state_dict(metadata=sharding_metadata(groups))
-    weights = {name: part for name, part in state.items() if not name.endswith("_extra_state")}
-    loaded = load(checkpoint, {"model": weights}, groups)["model"]
-    gpt.load_state_dict(loaded | dict.fromkeys(state.keys() - weights.keys()))
+    gpt.load_state_dict(load(checkpoint, {"model": state}, groups)["model"])

@@ -82,6 +82,11 @@ class ThreadedWriter(FileSystemWriter):
         self.results: list[WriteResult] | WRAPPED_EXCEPTION = []
         self.written: dict[str, FileDigests] = {}
 
+    @property
+    def checkpoint_id(self) -> str:
+        """Goes into `.metadata`, in which a path would be a class that no reader needs."""
+        return str(self.path)
+
     def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
         return dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
 

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from megakd.config.section import BelowOne, Count, CountOrZero, NotNegative, Positive, Section, Share
+from megakd.limits import advice, excess
 
 
 class RopeScaling(Section):
@@ -110,10 +111,14 @@ class Model(Section):
     """Norm before attention, before the feed-forward block, and before the head."""
     norm_zero_centered: bool = False
     """Norm weights are stored as gain - 1, so that weight decay pulls the gain to 1."""
+    pre_norms: bool = True
+    """Norms before attention and before the feed-forward block; without them post_norms are needed."""
     post_norms: bool = False
     """Further norms at the end of attention and of the feed-forward block, before the residual sum."""
     qk_norm: bool = False
     """Norm of every head's queries and keys, before the rotation."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """What one such norm is taken over: one head's channels, or those of all heads together (with qk_norm)."""
     activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu", "gelu", "gelu_tanh", "relu", "squared_relu"] = (
         "swiglu"
     )
@@ -121,6 +126,8 @@ class Model(Section):
     without it the exact one by erf."""
     parallel_residual: bool = False
     """Attention and feed-forward block both read the layer's input, and their outputs are summed."""
+    shared_norm: bool = False
+    """Both read it through one norm instead of one each (with parallel_residual)."""
     position_embedding: Literal["rope", "learned_absolute"] = "rope"
     """How a token knows its position."""
     rotary_base: Positive = 10000.0
@@ -145,6 +152,10 @@ class Model(Section):
     """The same for the logits of the head."""
     embedding_multiplier: Positive = 1.0
     """Factor on the embeddings, rounded to the weights' type."""
+    residual_multiplier: Positive = 1.0
+    """Factor on what attention and the feed-forward block add to the residual stream."""
+    logit_divisor: Positive = 1.0
+    """What the final hidden states are divided by before the head."""
     norm_epsilon: Positive = 1e-5
     """Added to the variance in a norm."""
     add_bias_linear: bool = False
@@ -168,6 +179,11 @@ class Model(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         heads, groups = self.num_attention_heads, self.num_query_groups
+        if words := excess("LAYERS", self.num_layers):
+            yield "num_layers", f"{words}; {advice('LAYERS')}"
+            return
+        if self.moe and (words := excess("EXPERTS", self.num_layers * self.moe.num_experts)):
+            yield "moe.num_experts", f"{words}; {advice('EXPERTS')}"
         if groups is not None and heads % groups:
             yield "num_query_groups", f"{groups} does not divide num_attention_heads = {heads}"
         if self.mla is not None:
@@ -189,6 +205,12 @@ class Model(Section):
         for key in ("no_rope_layers", "sliding_window_layers"):
             if outside := [i for i in getattr(self, key) or [] if i >= self.num_layers]:
                 yield key, f"layers {outside} do not exist; there are {self.num_layers}, counted from 0"
+        if not self.pre_norms and not self.post_norms:
+            yield "pre_norms", "false, and post_norms too; a layer needs one of them"
+        if self.qk_norm_over == "all_heads" and not self.qk_norm:
+            yield "qk_norm_over", "all_heads without qk_norm"
+        if self.shared_norm and not (self.parallel_residual and self.pre_norms):
+            yield "shared_norm", "true without parallel_residual and pre_norms; there are then no two norms to share"
         if self.sliding_window is None and (self.sliding_window_layers or self.sliding_window_rotary_base):
             yield "sliding_window", "missing; sliding_window_layers or sliding_window_rotary_base is given"
         if self.moe is not None and self.moe.layers and max(self.moe.layers) >= self.num_layers:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, MegakdError
+from megakd.limits import check_limit, excess, limit
 
 PLAIN_SCALARS = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", "~nN\0"),
@@ -32,7 +33,47 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern]]]:
     return table
 
 
-class _Loader(yaml.SafeLoader):
+class BoundedLoader(yaml.SafeLoader):
+    """PyYAML's safe loader (YAML 1.1) that refuses a document which its aliases make larger than YAML_NODES."""
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None and (words := excess("YAML_NODES", _written_out(node, limit("YAML_NODES")))):
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+        return node
+
+
+def _written_out(root: yaml.Node, most: int) -> int:
+    """Nodes of a document with every alias written out; more than `most` (not how many more) if it is too large."""
+    count, waiting = 0, [root]
+    while waiting and count <= most:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+    return count + len(waiting)
+
+
+def bounded_yaml(text: str, loader: type[BoundedLoader], where, error: type[MegakdError]) -> Any:
+    """One YAML document within YAML_BYTES and YAML_NODES.
+
+    Args:
+        where, error: whom and with what to refuse.
+
+    Raises:
+        error: it is too large.
+        yaml.YAMLError, ValueError: it is no YAML.
+    """
+    check_limit("YAML_BYTES", len(text.encode("utf-8", "surrogatepass")), where, error)
+    try:
+        return yaml.load(text, Loader=loader)
+    except RecursionError:
+        raise ValueError("its brackets or indentation are nested too deep") from None
+
+
+class _Loader(BoundedLoader):
     yaml_implicit_resolvers = _resolvers()
 
     def compose_mapping_node(self, anchor):
@@ -69,7 +110,7 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: not YAML, several documents, or a key given twice; with line and column.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return bounded_yaml(text, _Loader, where, ConfigError)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megakd.data.sandbox import BoundedEnvironment
 from megakd.errors import DataError
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters: no text holds them
@@ -58,14 +58,14 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_names: dict[str, str]):
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise DataError(f"the chat template cannot be parsed: {error}", hint="see data.chat_template") from error
         self._names = special_names
         self._marks_itself = "endgeneration" in source
@@ -99,11 +99,16 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
         try:
-            return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._names
+            return self._template.environment.render(
+                self._template,
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            raise BadRecord(f"the chat template refuses the conversation: {error}") from error
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
+            raise BadRecord(f"the chat template refuses the conversation: {reason}") from error
 
 
 def _written(answer: str, content: str) -> str:

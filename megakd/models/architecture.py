@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megakd.config import Model
-from megakd.models.attention import Norm, SdpaAttention
+from megakd.models.attention import Norm, NormOfKeys, NormOfQueries, SdpaAttention
 from megakd.models.blocks import Layer, NormedRowParallelLinear, needs_own_layers
 from megakd.models.moe import mend, mla_fields, moe_fields
 
@@ -125,10 +125,13 @@ def layer_spec(config: TransformerConfig, number: int, transformer_engine: bool)
         return get_gpt_layer_with_transformer_engine_spec(**kinds)
     spec = get_gpt_layer_local_spec(normalization=config.normalization, **kinds)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    layer.input_layernorm = Norm if model.pre_norms else IdentityOp
+    layer.pre_mlp_layernorm = Norm if model.pre_norms and not model.shared_norm else IdentityOp
     attention.core_attention = SdpaAttention
     if model.mla is not None:
         attention.q_layernorm = attention.kv_layernorm = Norm
+    elif model.qk_norm_over == "all_heads":
+        attention.q_layernorm, attention.k_layernorm = NormOfQueries, NormOfKeys
     else:
         attention.q_layernorm = attention.k_layernorm = Norm if model.qk_norm else IdentityOp
     if model.post_norms:

@@ -1,4 +1,4 @@
-"""The two modules the local layer spec lacks: norms that know sequence parallelism, attention through torch's SDPA.
+"""The modules the local layer spec lacks: norms that know sequence and tensor parallelism, attention through SDPA.
 
 Legend: S sequence, B micro-batch, N heads of this rank, G query groups of this rank, D head dimension.
 """
@@ -6,11 +6,12 @@ Legend: S sequence, B micro-batch, N heads of this rank, G query groups of this 
 import contextlib
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 
@@ -45,6 +46,66 @@ class Norm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class NormOverHeads(torch.nn.Module):
+    """RMSNorm of queries or keys over all heads together; each tensor parallel rank holds its own heads' gains.
+
+    Args:
+        heads: of the whole model: query heads, or query groups.
+        channels: of one head.
+    Attributes:
+        group: tensor parallel ranks; set by the layer.
+    Collectives: forward sums one float32 per token over them, backward its gradient.
+    """
+
+    def __init__(self, config, channels: int, eps: float, heads: int):
+        super().__init__()
+        own = heads // config.tensor_model_parallel_size
+        assert own * config.tensor_model_parallel_size == heads, f"{heads} heads on {config.tensor_model_parallel_size}"
+        self.weight = torch.nn.Parameter(torch.ones(own * channels, dtype=config.params_dtype))
+        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
+        self.eps, self.width, self.group = eps, heads * channels, None
+
+    def forward(self, x_SBND: Tensor) -> Tensor:
+        values = x_SBND.float()
+        mean = SumOverRanks.apply(values.square().sum((2, 3), keepdim=True), self.group) / self.width
+        gain_ND = self.weight.float().view(x_SBND.shape[2:])
+        return (values * torch.rsqrt(mean + self.eps) * gain_ND).type_as(x_SBND)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
+        state = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
+
+class NormOfQueries:
+    """Megatron builds a class, not a function."""
+
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **unused):
+        return NormOverHeads(config, hidden_size, eps, config.num_attention_heads)
+
+
+class NormOfKeys:
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **unused):
+        return NormOverHeads(config, hidden_size, eps, config.num_query_groups)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A sum over ranks that each of them goes on to use: its gradient is summed over them as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group) -> Tensor:
+        ctx.group = group
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
 
 
 class SdpaAttention(MegatronModule):

@@ -1,4 +1,6 @@
-"""Layers that Megatron has no switch for: parallel residual, norms after a block, a rotary base per layer."""
+"""Layers that Megatron has no switch for: parallel residual, norms elsewhere, a rotary base per layer, factors."""
+
+from collections.abc import Callable
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -12,7 +14,12 @@ from megakd.models.attention import Norm
 def needs_own_layers(model: Model) -> bool:
     """Whether the model has what only the classes of this module and `SdpaAttention` compute."""
     return bool(
-        model.parallel_residual or model.post_norms or model.attention_softcap or model.sliding_window_rotary_base
+        model.parallel_residual
+        or model.post_norms
+        or model.attention_softcap
+        or model.sliding_window_rotary_base
+        or model.residual_multiplier != 1.0
+        or model.qk_norm_over == "all_heads"
     )
 
 
@@ -22,6 +29,12 @@ class Layer(TransformerLayer):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         model: Model = config.model
+        if model.residual_multiplier != 1.0:
+            self.self_attn_bda = scaled(self.self_attn_bda, model.residual_multiplier)
+            self.mlp_bda = scaled(self.mlp_bda, model.residual_multiplier)
+        if model.qk_norm_over == "all_heads":
+            for norm in (self.self_attention.q_layernorm, self.self_attention.k_layernorm):
+                norm.group = self.pg_collection.tp
         self.own_rotary = None
         if model.sliding_window_rotary_base is not None and model.has_window(self.layer_number - 1):
             self.own_rotary = RotaryEmbedding(
@@ -39,10 +52,26 @@ class Layer(TransformerLayer):
         if not self.config.model.parallel_residual:
             return super().forward(hidden_states=hidden_states, **kwargs)
         attended, context = self._forward_attention(hidden_states, **kwargs)
-        output_with_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        norm = self.input_layernorm if self.config.model.shared_norm else self.pre_mlp_layernorm
+        output_with_bias = self.mlp(norm(hidden_states))
         with self.bias_dropout_add_exec_handler():
             add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
             return add(output_with_bias, attended, self.hidden_dropout), context
+
+
+def scaled(build_add: Callable, factor: float) -> Callable:
+    """Megatron's builder of the residual sum (with bias and dropout), for a block whose output is multiplied first."""
+
+    def build(training: bool, fused: bool) -> Callable:
+        add = build_add(training, fused)
+
+        def add_scaled(output_with_bias, residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_with_bias
+            return add((output * factor, None if bias is None else bias * factor), residual, dropout)
+
+        return add_scaled
+
+    return build
 
 
 class NormedRowParallelLinear(RowParallelLinear):

@@ -63,6 +63,8 @@ class GPT(GPTModel):
         hidden_TH = hidden_SBH.flatten(0, 1)
         if rows_T is not None:
             hidden_TH = hidden_TH.index_select(0, rows_T)
+        if (divisor := self.config.model.logit_divisor) != 1.0:
+            hidden_TH = hidden_TH / divisor
         if not self.config.sequence_parallel and not whole_gradient:
             hidden_TH = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_TH, group=tp)
         return hidden_TH

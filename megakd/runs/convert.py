@@ -70,12 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def format_families() -> str:
-    from megakd.converters.families import FAMILIES
+    from megakd.converters.families import FAMILIES, REFUSED
 
     lines = ["model_type     architecture              written without a Hugging Face origin; refused"]
     for name, family in sorted(FAMILIES.items()):
         written = "yes" if family.config else "no"
         lines.append(f"{name:<13}  {family.architecture:<24}  {written:<3}  {family.refused or '-'}")
+    for name, (architecture, reason) in sorted(REFUSED.items()):
+        lines.append(f"{name:<13}  {architecture:<24}  -    all of it: {reason}")
     lines.append(
         "nemo           megatron_gpt              yes  alibi and its like, normformer, post-LN, experts, interleaved"
     )

@@ -6,14 +6,14 @@ import pathlib
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megakd.checkpoints import folder, torch_dist
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
 from megakd.digests import FileDigests
-from megakd.errors import DamagedCheckpointError
+from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.publish import publish_text
 from megakd.training.fallback import older_checkpoint
 from megakd.training.run_folder import STOP_FILE, check_owner
@@ -184,18 +184,23 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
 
     On another layout the random states of dropout start anew from the seed.
     """
-    saved = dist_checkpointing.load_common_state_dict(str(checkpoint.path))
-    same_layout = saved["layout"] == layout(student.groups)
+    saved = torch_dist.common_values(checkpoint)
+    try:
+        same_layout, progress = saved["layout"] == layout(student.groups), Progress(**saved["progress"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not say how far its run came: {type(error).__name__}: {error}",
+            hint="is it a checkpoint of a run of megakd? `student.checkpoint` starts anew from its weights",
+        ) from error
     loaded = torch_dist.load(checkpoint, training_state(student, loading=True, with_random=same_layout), student.groups)
     student.gpt.load_state_dict(loaded["model"])
     student.optimizer.load_state_dict(loaded["optimizer"])
     student.scheduler.num_steps = 0
-    student.scheduler.step(increment=saved["progress"]["step"])
+    student.scheduler.step(increment=progress.step)
     if same_layout:
         torch.set_rng_state(loaded["random"]["torch"])
         torch.cuda.set_rng_state(loaded["random"]["device"])
         tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
-    progress = Progress(**saved["progress"])
     measured = checkpoint.metrics.get("loss")  # may have been added after the state was saved
     if measured is not None and (progress.best_loss is None or measured < progress.best_loss):
         progress.best_loss, progress.best_step = measured, progress.step

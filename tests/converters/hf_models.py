@@ -72,6 +72,12 @@ GEMMA3 = {
 WINDOWED = {"use_sliding_window": True, "sliding_window": 8}
 PARTLY = {**WINDOWED, "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]}
 
+FALCON = {"ffn_hidden_size": 56, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 1}
+GRANITE = {
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "logits_scaling": 0.5,
+    "pad_token_id": 0,
+}  # fmt: skip
+
 CASES = {  # name -> (model_type, changes of SIZES)
     "llama2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
@@ -98,10 +104,21 @@ CASES = {  # name -> (model_type, changes of SIZES)
     "opt_untied": ("opt", OPT),
     "gpt_neox": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
     "gpt_neox_parallel": ("gpt_neox", {"use_parallel_residual": True, "rotary_pct": 0.5}),
+    "falcon": ("falcon", FALCON),
+    "falcon_many_groups": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_one_norm": (
+        "falcon",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon_in_sequence": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "granite": ("granite", GRANITE),
+    "granite_tied": ("granite", {**GRANITE, "tie_word_embeddings": True, "logits_scaling": 3.0}),
+    "olmo2": ("olmo2", {"pad_token_id": 0}),
     "gemma": ("gemma", {**GEMMA, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {**GEMMA, **GEMMA2}),
     "gemma3": ("gemma3_text", {**GEMMA, **GEMMA3}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {**MOE, "intermediate_size": 24, "pad_token_id": 0, "norm_topk_prob": False}),
     "qwen2_moe": ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("qwen3_moe", {**MOE, "norm_topk_prob": True, "head_dim": 16}),
     "qwen3_moe_partly": ("qwen3_moe", {**MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "head_dim": 16}),

@@ -92,6 +92,23 @@ def test_gpt2_like_models_have_one_curve_too():
     assert one[0]["loss"] != whole()[0]["loss"]
 
 
+OTHER_LAYERS = {
+    "OLMo-2": {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_over": "all_heads"},
+    "Granite": {"residual_multiplier": 0.4, "logit_divisor": 3.0, "embedding_multiplier": 2.0},
+    "Falcon": {"normalization": "LayerNorm", "parallel_residual": True, "shared_norm": True, "activation": "gelu"},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel__sp": True}])
+@pytest.mark.parametrize("kind", OTHER_LAYERS)
+def test_other_layers_have_one_curve_too(kind, changes):
+    """Norms over all heads sum over the ranks that share them, forward and backward."""
+    section = OTHER_LAYERS[kind]
+    one = run_ranks(1, small.curve, 1, 1, 8, STEPS, {}, True, section)[0]
+    assert_same_curve(run_ranks(2, small.curve, 2, 1, 4, STEPS, changes, True, section)[0], one)
+    assert one[0]["loss"] != whole()[0]["loss"]
+
+
 def test_bf16_follows_fp32():
     bf16 = run_ranks(2, small.curve, 2, 1, 4, STEPS, {"train__precision": "bf16"})[0]
     for a, b in zip(bf16, whole(), strict=True):

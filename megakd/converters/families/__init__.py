@@ -4,10 +4,23 @@ from megakd.config import Model
 from megakd.converters.families import gemma, gpt, llama, mixture
 from megakd.converters.families.family import Family
 from megakd.errors import CheckpointError
+from megakd.limits import check_limit
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family for module in (llama, gpt, gemma, mixture) for family in module.FAMILIES
 }
+
+
+REFUSED = {  # model_type -> (architecture, what Megatron-Core 0.16.1 cannot compute)
+    "phi": ("PhiForCausalLM", "its head has a bias; a Megatron GPT's head, and the losses fused with it, have none"),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "its router and experts have biases, its gated activation is clamped, and a learnt sink takes part in every "
+        "softmax; on local layers Megatron has none of these",
+    ),
+}
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def family_of(config: dict, where) -> Family:
@@ -17,12 +30,21 @@ def family_of(config: dict, where) -> Family:
         CheckpointError: it is none of ours, another head than the language model's, or quantised.
     """
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    family = FAMILIES.get(model_type)
+    if model_type in REFUSED:
+        raise CheckpointError(
+            f"{where}: a {REFUSED[model_type][0]} cannot be expressed exactly: {REFUSED[model_type][1]}",
+            hint="`megakd convert --list` shows what can; nothing was written",
+        )
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or (architectures and family.architecture not in architectures):
         raise CheckpointError(
             f"{where}: unknown architecture: model_type {model_type!r}, architectures {architectures}",
             hint=f"known are {', '.join(sorted(f.architecture for f in FAMILIES.values()))}",
         )
+    for keys, name in ((LAYER_KEYS, "LAYERS"), (EXPERT_KEYS, "EXPERTS")):
+        for number in (config.get(key) for key in keys):
+            if isinstance(number, int):  # transformers makes lists of this length before anyone looks at them
+                check_limit(name, number, where, CheckpointError)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
@@ -40,7 +62,7 @@ def model_section(family: Family, path) -> Model:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return Model(**family.model(config))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.args[0]}", hint=error.hint) from error

@@ -81,7 +81,7 @@ def plain_fields(config, rope: dict | None = None) -> dict:
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
+        "ffn_hidden_size": getattr(config, "intermediate_size", None),
         "num_attention_heads": heads,
         "num_query_groups": getattr(config, "num_key_value_heads", None) or heads,
         "kv_channels": channels if channels not in (None, config.hidden_size // heads) else None,

@@ -1,4 +1,4 @@
-"""GPT-2, OPT and GPT-NeoX: LayerNorm, biases everywhere, a plain feed-forward block."""
+"""GPT-2, OPT, GPT-NeoX and Falcon: LayerNorm and a plain feed-forward block."""
 
 from collections.abc import Iterator
 
@@ -143,6 +143,64 @@ def neox_rules(model: Model) -> Iterator[Rule]:
         yield from plain_block(model, f"{ours}mlp.", f"{theirs}mlp.", ("dense_h_to_4h", "dense_4h_to_h"))
 
 
+def falcon_model(config) -> dict:
+    if config.alibi:
+        raise cannot_express(config, "its positions are ALiBi's")
+    parallel = bool(config.new_decoder_architecture or config.parallel_attn)
+    norms = config.num_ln_in_parallel_attn or (2 if config.new_decoder_architecture else 1)
+    if config.new_decoder_architecture and not (config.parallel_attn and norms in (1, 2)):
+        raise cannot_express(config, f"its new decoder architecture has {norms} norms, and parallel_attn is false")
+    if not config.new_decoder_architecture and norms != 1:
+        raise cannot_express(config, f"num_ln_in_parallel_attn is {norms} without new_decoder_architecture")
+    heads = config.num_attention_heads
+    groups = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else heads
+    return plain_fields(config) | {
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_query_groups": groups,
+        "normalization": "LayerNorm",
+        "norm_epsilon": float(config.layer_norm_epsilon),
+        "activation": activation(config, PLAIN, config.activation),
+        "parallel_residual": parallel,
+        "shared_norm": parallel and norms == 1,
+        "add_bias_linear": bool(config.bias),
+    }
+
+
+def falcon_config(model: Model) -> dict:
+    two_norms = model.parallel_residual and not model.shared_norm
+    new = two_norms or (model.shared_norm and model.num_query_groups not in (1, model.num_attention_heads))
+    unknown = ("head_dim", "num_key_value_heads", "intermediate_size", "hidden_act", "rms_norm_eps")
+    return {key: value for key, value in their_plain_fields(model).items() if key not in unknown} | {
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_kv_heads": model.num_query_groups or model.num_attention_heads,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation": THEIR_ACTIVATION[model.activation],
+        "alibi": False,
+        "new_decoder_architecture": new,
+        "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
+        "multi_query": not new and model.num_query_groups == 1,
+        "parallel_attn": model.parallel_residual,
+        "bias": model.add_bias_linear,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def falcon_rules(model: Model) -> Iterator[Rule]:
+    """Queries, keys and values lie by group, as Megatron has them, in every generation of the model."""
+    yield from ends(model, "transformer.word_embeddings", "transformer.ln_f")
+    biased = model.add_bias_linear
+    for _, ours, theirs in layers(model, "transformer.h.{}."):
+        two_norms = model.parallel_residual and not model.shared_norm
+        yield from norm(model, ours + INPUT_NORM, f"{theirs}ln_attn" if two_norms else f"{theirs}input_layernorm")
+        yield from linear(f"{ours}self_attention.linear_qkv", f"{theirs}self_attention.query_key_value", bias=biased)
+        yield from linear(f"{ours}self_attention.linear_proj", f"{theirs}self_attention.dense", bias=biased)
+        if not model.shared_norm:
+            after = f"{theirs}ln_mlp" if two_norms else f"{theirs}post_attention_layernorm"
+            yield from norm(model, ours + FEED_FORWARD_NORM, after)
+        yield from plain_block(model, f"{ours}mlp.", f"{theirs}mlp.", ("dense_h_to_4h", "dense_4h_to_h"))
+
+
 MASKS = (r".*\.attn\.bias", r".*\.attn\.masked_bias")
 NEOX_MASKS = (r".*\.attention\.bias", r".*\.attention\.masked_bias", r".*\.rotary_emb\.inv_freq")
 
@@ -173,5 +231,14 @@ FAMILIES = [
         NEOX_MASKS,
         "gpt_neox.",
         refused="attention_bias false",
+    ),
+    Family(
+        "falcon",
+        "FalconForCausalLM",
+        falcon_model,
+        falcon_rules,
+        falcon_config,
+        prefix="transformer.",
+        refused="ALiBi positions (Falcon-RW)",
     ),
 ]

@@ -214,6 +214,50 @@ def nemotron_config(model: Model) -> dict:
     }
 
 
+def granite_model(config) -> dict:
+    """Its four factors; the logits' one divides the hidden states here, before the head."""
+    return llama_model(config) | {
+        "embedding_multiplier": float(config.embedding_multiplier),
+        "residual_multiplier": float(config.residual_multiplier),
+        "softmax_scale": float(config.attention_multiplier),
+        "logit_divisor": float(config.logits_scaling),
+    }
+
+
+def granite_config(model: Model) -> dict:
+    return llama_config(model) | {
+        "embedding_multiplier": model.embedding_multiplier,
+        "residual_multiplier": model.residual_multiplier,
+        "attention_multiplier": model.softmax_scale or model.head_channels**-0.5,
+        "logits_scaling": model.logit_divisor,
+    }
+
+
+def olmo2_model(config) -> dict:
+    if config.attention_bias:
+        raise cannot_express(config, "attention_bias is true, without biases in the feed-forward block")
+    return gated_fields(config) | {
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": True,
+        "qk_norm_over": "all_heads",
+    }
+
+
+def olmo2_config(model: Model) -> dict:
+    return their_plain_fields(model) | {"attention_bias": False, "pad_token_id": None}
+
+
+def olmo2_rules(model: Model) -> Iterator[Rule]:
+    yield from ends(model)
+    for _, ours, theirs in layers(model):
+        yield from attention(model, f"{ours}self_attention.", f"{theirs}self_attn.")
+        after = f"{theirs}post_attention_layernorm", f"{theirs}post_feedforward_layernorm"
+        yield from norm(model, f"{ours}self_attention.linear_proj.post_layernorm.", after[0])
+        yield from gated_block(model, f"{ours}mlp.", f"{theirs}mlp.")
+        yield from norm(model, f"{ours}mlp.linear_fc2.post_layernorm.", after[1])
+
+
 FAMILIES = [
     Family(
         "llama",
@@ -239,5 +283,14 @@ FAMILIES = [
         refused="parallel residual, norms of queries and keys",
     ),
     Family("starcoder2", "Starcoder2ForCausalLM", starcoder2_model, starcoder2_rules, starcoder2_config),
+    Family(
+        "granite",
+        "GraniteForCausalLM",
+        granite_model,
+        rules,
+        granite_config,
+        refused="attention_bias without mlp_bias; dynamic, longrope or yarn rope",
+    ),
+    Family("olmo2", "Olmo2ForCausalLM", olmo2_model, olmo2_rules, olmo2_config, refused="attention_bias"),
     Family("nemotron", "NemotronForCausalLM", nemotron_model, rules, nemotron_config, refused="biases"),
 ]

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Qwen 2 and 3, and DeepSeek with its latent attention."""
+"""Mixtures of experts: Mixtral, OLMoE, Qwen 2 and 3, and DeepSeek with its latent attention."""
 
 from collections.abc import Iterator
 
@@ -65,6 +65,18 @@ def qwen3_moe_model(config) -> dict:
         raise cannot_express(config, "attention_bias is true, which biases the output projection too")
     windows = window_fields(config, config.use_sliding_window, getattr(config, "layer_types", None))
     return gated_fields(config) | {"qk_norm": True, "moe": qwen_moe(config)} | windows
+
+
+def olmoe_model(config) -> dict:
+    if config.attention_bias or config.clip_qkv is not None:
+        raise cannot_express(config, "attention_bias is true, or queries, keys and values are clipped (clip_qkv)")
+    moe = {
+        "num_experts": config.num_experts,
+        "top_k": config.num_experts_per_tok,
+        "ffn_hidden_size": config.intermediate_size,
+        "normalize": bool(config.norm_topk_prob),
+    }
+    return gated_fields(config) | {"qk_norm": True, "qk_norm_over": "all_heads", "moe": moe}
 
 
 def qwen_rules(model: Model) -> Iterator[Rule]:
@@ -182,6 +194,7 @@ def deepseek_rules(model: Model) -> Iterator[Rule]:
 
 FAMILIES = [
     Family("mixtral", "MixtralForCausalLM", mixtral_model, mixtral_rules),
+    Family("olmoe", "OlmoeForCausalLM", olmoe_model, qwen_rules, refused="attention_bias, clip_qkv"),
     Family("qwen2_moe", "Qwen2MoeForCausalLM", qwen2_moe_model, qwen_rules),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", qwen3_moe_model, qwen_rules, refused="attention_bias"),
     Family(

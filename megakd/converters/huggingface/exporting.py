@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from megakd.checkpoints.folder import KEPT, Checkpoint
+from megakd.checkpoints.inside import plain_name
 from megakd.checkpoints.layout import OPT_UNUSED_POSITIONS, Place, expected_shape, place
-from megakd.checkpoints.torch_dist_files import TorchDistReader
+from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.converters.families import Family, config_of, family_of, model_section
 from megakd.converters.huggingface.folder import CONFIG, INDEX, OTHER_FILES, TOKENIZER_FILES, read_json
 from megakd.converters.huggingface.importing import EXTRA, WEIGHT_FILES, bytes_bar, head_name, listed
-from megakd.converters.huggingface.safetensors_files import SafetensorsWriter
+from megakd.converters.huggingface.safetensors_files import NAMES, SafetensorsWriter, described
 from megakd.converters.rules import Rule, by_their_name, their_shapes
 from megakd.errors import CheckpointError
+from megakd.limits import parse_json
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 WEIGHTS = re.compile(r"(decoder|embedding|output_layer)\.")
@@ -34,7 +36,7 @@ class MegatronWeights:
 
     def __init__(self, checkpoint: Checkpoint):
         self.model = checkpoint.model
-        self.reader = TorchDistReader(checkpoint.path)
+        self.reader = TorchDistReader(checkpoint.path, checkpoint.files)
 
     def load(self, name: str) -> Tensor:
         if self._is_absent(name):
@@ -50,7 +52,7 @@ class MegatronWeights:
         shape = list(entry.size[len(where.sizes) :])
         if name in VOCABULARY:
             shape[0] = min(shape[0], self.model.vocab_size)
-        return torch.Size(shape), entry.properties.dtype
+        return torch.Size(shape), entry.dtype
 
     def _is_absent(self, name: str) -> bool:
         """OPT's two unused rows are not trained, so a trained checkpoint has none; they are written as zeros."""
@@ -146,9 +148,27 @@ def origin(checkpoint: Checkpoint, family_name: str | None) -> tuple[Family, dic
         theirs = model_section(family, folder)
         ours = checkpoint.model.model_copy(update={key: getattr(theirs, key) for key in TRAINING_ONLY})
         if theirs == ours:
-            return family, config, read_json(folder / WEIGHT_FILES)
+            return family, config, read_kept(folder / WEIGHT_FILES)
     family, config = config_of(checkpoint.model, family_name)
     return family, config, None
+
+
+def read_kept(path: pathlib.Path) -> dict:
+    """The file list that an import kept: "names" (in the tables -> in the files), "headers" by file, "index".
+
+    Raises:
+        CheckpointError: it is damaged, or names files that are not plain safetensors names.
+    """
+    kept = read_json(path)
+    names, headers, index = (kept.get(key) for key in ("names", "headers", "index"))
+    texts = [*names, *names.values()] if isinstance(names, dict) else [None]
+    texts += [*headers.values()] if isinstance(headers, dict) else [""] if headers is None else [None]
+    if not all(isinstance(text, str) for text in [*texts, "" if index is None else index]):
+        raise CheckpointError(f"{path} is no list of files and tensors", hint="copy the checkpoint again")
+    for file in headers or ():
+        if not plain_name(file, path).endswith(".safetensors"):
+            raise CheckpointError(f"{path} names the file {file}", hint="weights are written as .safetensors alone")
+    return kept
 
 
 def open_files(
@@ -183,12 +203,15 @@ def open_files(
 
 def is_described(headers: dict[str, str], specs: Specs) -> bool:
     """Whether kept headers have exactly these names, shapes and types."""
-    from megakd.converters.huggingface.safetensors_files import NAMES
-
-    described = {}
-    for header in headers.values():
-        described |= {k: (e["dtype"], e["shape"]) for k, e in json.loads(header).items() if k != "__metadata__"}
-    return described == {name: (NAMES[dtype], list(shape)) for name, (shape, dtype) in specs.items()}
+    entries = {}
+    try:
+        for file, header in headers.items():
+            entries |= described(parse_json(header, file, CheckpointError))
+        return {k: (e["dtype"], e["shape"]) for k, e in entries.items()} == {
+            name: (NAMES[dtype], list(shape)) for name, (shape, dtype) in specs.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def write_config(target: pathlib.Path, config: dict, checkpoint: Checkpoint, kept: dict | None, dtypes: set) -> None:

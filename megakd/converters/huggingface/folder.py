@@ -1,11 +1,13 @@
 """A Hugging Face checkpoint folder as a source: its config, its tensors one at a time, and what else lies in it."""
 
-import json
 import pathlib
 
 import torch
 from torch import Tensor
 
+from megakd import limits
+from megakd.checkpoints.inside import check_folder, plain_name
+from megakd.checkpoints.pickles import load_file
 from megakd.converters.huggingface.safetensors_files import SafetensorsReader
 from megakd.errors import CheckpointError
 
@@ -40,11 +42,12 @@ class HuggingFaceFolder:
         index: text of the shard index, None when there is one file.
 
     Raises:
-        CheckpointError: config.json or weights are missing, damaged, or do not belong together.
+        CheckpointError: config.json or weights are missing, damaged, or do not belong together; a link leads out.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
+        check_folder(path)
         self.config = read_json(path / CONFIG)
         self.index = None
         self.readers: list[SafetensorsReader | TorchFile] = []
@@ -68,15 +71,15 @@ class HuggingFaceFolder:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"the shard index of {self.path} has no weight_map", hint="copy the folder again")
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (self.path / pathlib.Path(name).name).is_file()]
+        names = sorted({plain_name(name, f"the shard index of {self.path}") for name in weight_map.values()})
+        missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} of {len(names)} files of the shard index are missing: "
                 f"{', '.join(missing[:5])}",
                 hint="the download is incomplete; fetch the missing files",
             )
-        self.readers = [reader_type(self.path / pathlib.Path(name).name) for name in names]
+        self.readers = [reader_type(self.path / name) for name in names]
         held = {(reader.path.name, name) for reader in self.readers for name in reader.entries}
         promised = {(file, name) for name, file in weight_map.items()}
         if held != promised:
@@ -110,17 +113,7 @@ class TorchFile:
     """A pytorch_model.bin, mapped into memory; only tensors are unpickled, never code."""
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
-        try:
-            try:
-                self.entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except RuntimeError:  # files older than torch 1.6 are no zip archives and cannot be mapped
-                self.entries = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {type(error).__name__}: {str(error)[:300]}",
-                hint="it is truncated, or holds more than tensors; nothing but tensors is unpickled",
-            ) from error
+        self.path, self.entries = path, load_file(path)
 
     def spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
         return self.entries[name].shape, self.entries[name].dtype
@@ -131,7 +124,7 @@ class TorchFile:
 
 def read_json(path: pathlib.Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = limits.read_json(path, CheckpointError)
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
         return value

@@ -136,10 +136,15 @@ def tokenizer_ids(files: list[pathlib.Path]) -> int | None:
     for file in files:
         if file.name == "tokenizer.json":
             value = read_json(file)
-            vocab = value.get("model", {}).get("vocab", {})
-            ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-            ids += [token["id"] for token in value.get("added_tokens", [])]
-            return max(ids, default=-1) + 1
+            try:
+                vocab = value.get("model", {}).get("vocab", {})
+                ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+                ids += [token["id"] for token in value.get("added_tokens", [])]
+                return max(ids, default=-1) + 1
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{file} is no tokenizer.json: {type(error).__name__}: {error}", hint="copy the folder again"
+                ) from error
         if file.suffix == ".model":
             return load_tokenizer(file).vocab_size
     return None

@@ -48,7 +48,7 @@ class HuggingFaceReference:
         import transformers
 
         self.opened: HuggingFaceModel = open_hf(path)
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         architecture = getattr(transformers, self.opened.family.architecture)
         with parameters_on_meta():
             self.model = architecture._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()

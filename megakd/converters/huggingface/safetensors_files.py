@@ -4,6 +4,7 @@ A file is 8 bytes with the length of a JSON header, the header ({name: {dtype, s
 """
 
 import json
+import math
 import os
 import pathlib
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.errors import CheckpointError
+from megakd.limits import check_limit, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,11 +50,12 @@ class SafetensorsReader:
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= size - 8:
                     raise ValueError(f"{size} bytes with a header of {length}")
+                check_limit("HEADER_BYTES", length, path, CheckpointError)
                 self.header = file.read(length).decode("utf-8")
-            self.entries = {k: v for k, v in json.loads(self.header).items() if k != "__metadata__"}
             self.start = 8 + length
+            self.entries = described(parse_json(self.header, path, CheckpointError))
             ends = [entry["data_offsets"][1] for entry in self.entries.values()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is no safetensors file: {error}", hint="it is missing or truncated; copy it again"
             ) from error
@@ -81,6 +84,23 @@ class SafetensorsReader:
                     raise CheckpointError(f"{self.path} ends inside {name}", hint="it was truncated while it was read")
                 done += count
         return data.view(dtype).view(shape)
+
+
+def described(header: dict) -> dict[str, dict]:
+    """The tensors of a header, whose shapes and places have been checked.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: a place is negative, or has not the size of its shape.
+    """
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        (low, high), shape = entry["data_offsets"], entry["shape"]
+        if not all(type(number) is int and number >= 0 for number in (low, high, *shape)):
+            raise ValueError(f"{name} has the shape {str(shape)[:100]} at {low} to {high}")
+        dtype = DTYPES.get(entry["dtype"])
+        if high < low or (dtype is not None and math.prod(shape) * dtype.itemsize != high - low):
+            raise ValueError(f"{name} is {str(shape)[:100]} {entry['dtype']}, in {high - low} bytes")
+    return entries
 
 
 class SafetensorsWriter:

@@ -1,20 +1,26 @@
 """`.nemo` archives: a tar of `model_config.yaml`, weights and artifacts, unpacked safely and packed again."""
 
 import contextlib
+import gzip
 import hashlib
 import pathlib
 import re
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 
 import yaml
 
+from megakd.checkpoints.inside import check_folder
+from megakd.config.yaml12 import BoundedLoader, bounded_yaml
 from megakd.errors import CheckpointError
+from megakd.limits import check_limit
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
+LARGEST_HEADER = 1 << 24  # bytes that tarfile may ask for at once: names and the like, never contents
 HASHED = re.compile(r"[0-9a-f]{32}_(.+)")
 
 
@@ -28,24 +34,58 @@ def unpacked(path: pathlib.Path, scratch: pathlib.Path) -> Iterator[pathlib.Path
     """The folder with an archive's files; of a file, a temporary one below `scratch`.
 
     Raises:
-        CheckpointError: it is no tar, is truncated, or a member is neither file nor folder or lies outside of it.
+        CheckpointError: it is no tar, is truncated, unpacks to more than ARCHIVE_MEMBERS or ARCHIVE_RATIO allow, or a
+            member is neither file nor folder or lies outside of it.
     """
     if path.is_dir():
+        check_folder(path)
         yield path
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".nemo-", dir=scratch) as folder:
         try:
-            with tarfile.open(path, "r:*") as tar:
-                for member in tar:
+            with open(path, "rb") as file, tarfile.open(fileobj=Unpacking(path, file), mode="r:") as tar:
+                size = 0
+                for number, member in enumerate(tar):
+                    size += member.size
                     check_member(path, member)
+                    check_limit("ARCHIVE_MEMBERS", number + 1, path, CheckpointError)
+                    check_size(path, size)
                     tar.extract(member, folder, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise CheckpointError(
                 f"{path} cannot be unpacked: {type(error).__name__}: {error}",
                 hint="the archive is truncated or no .nemo file; copy it again",
             ) from error
         yield pathlib.Path(folder)
+
+
+class Unpacking:
+    """The bytes of a plain or gzipped archive, for tarfile, which may ask for few at once: a header's size is its own
+    word, and a compressed one may be as large as it likes.
+    """
+
+    def __init__(self, path: pathlib.Path, file):
+        self.path = path
+        self.file = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self.file.read(size)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        check_size(self.path, offset)
+        return self.file.seek(offset, whence)
+
+
+def check_size(path: pathlib.Path, unpacked_bytes: int) -> None:
+    """Raises CheckpointError if an archive unpacks to more than weights can be compressed to."""
+    ratio = -(-unpacked_bytes // max(path.stat().st_size, 1 << 16))
+    check_limit("ARCHIVE_RATIO", ratio, path, CheckpointError)
 
 
 def check_member(path: pathlib.Path, member: tarfile.TarInfo) -> None:
@@ -65,8 +105,9 @@ def read_config(folder: pathlib.Path, where: pathlib.Path) -> dict:
         CheckpointError: it is missing or no mapping.
     """
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        config = bounded_yaml(text, BoundedLoader, f"{where}: {CONFIG}", CheckpointError)
+        if not isinstance(config, dict) or not isinstance(config.get("cfg", {}), dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(

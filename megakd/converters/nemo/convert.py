@@ -1,7 +1,6 @@
 """`.nemo` -> Megatron and back: opened, accounted for, written."""
 
 import dataclasses
-import json
 import pathlib
 import re
 import shutil
@@ -21,6 +20,7 @@ from megakd.converters.nemo.config import cannot_express, config_of, model_of
 from megakd.converters.nemo.weights import NemoWeights
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import CheckpointError
+from megakd.limits import read_json
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 PREFIX = "model."  # of every key of a distributed checkpoint inside an archive
@@ -110,7 +110,10 @@ def vocabulary(folder: pathlib.Path, config: dict, tokenizer: pathlib.Path | Non
         return load_tokenizer(tokenizer).vocab_size
     entries = artifact(folder, (config.get("tokenizer") or {}).get("vocab_file"))
     if entries is not None and entries.suffix == ".json":
-        return len(json.loads(entries.read_text(encoding="utf-8")))
+        try:
+            return len(read_json(entries, CheckpointError))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{entries} cannot be read: {error}", hint="the archive is damaged") from error
     return rows
 
 

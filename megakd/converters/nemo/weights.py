@@ -7,20 +7,20 @@ Names: NeMo's own GPT, with or without Transformer Engine layers, and Megatron-C
 Legend: N heads of a rank, D channels of a head.
 """
 
-import json
 import pathlib
-import pickle
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megakd.checkpoints.layout import LAYER, Place, place
-from megakd.checkpoints.torch_dist_files import TorchDistReader
+from megakd.checkpoints.pickles import load_file
+from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.config import Model
+from megakd.converters.nemo.zarr import read_zarr, zarr_shapes
 from megakd.errors import CheckpointError
+from megakd.limits import read_json
 
 OLD_NAMES = [  # (pattern of a whole name of NeMo's own GPT, our name; the layer's number is put in later)
     (r"embedding\.(word|position)_embeddings\.weight", r"embedding.\1_embeddings.weight"),
@@ -152,18 +152,6 @@ def rank_files(folder: pathlib.Path) -> list[list[pathlib.Path]]:
     return [[found[p, t] for t in range(ranks)] for p in range(stages)]
 
 
-def load_file(path: pathlib.Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state = state.get("state_dict", state)
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    except (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {type(error).__name__}: {str(error)[:300]}",
-            hint="it is truncated, or holds more than tensors; nothing but tensors is unpickled",
-        ) from error
-
-
 def strip(name: str) -> str:
     """A name without the wrappers that were around the model."""
     return re.sub(r"^(module\.|model\.)*(language_model\.)?", "", name)
@@ -197,7 +185,12 @@ def queries_first_to_heads(piece: Tensor, model: Model) -> Tensor:
 
 
 def open_distributed(folder: pathlib.Path):
-    backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
+    try:
+        backend = dict(read_json(folder / "metadata.json", CheckpointError)).get("sharded_backend")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'metadata.json'} cannot be read: {error}", hint="the archive is damaged; copy it"
+        ) from error
     if backend == "torch_dist":
         reader = TorchDistReader(folder)
         shapes = {key: tuple(entry.size) for key, entry in reader.tensors.items()}
@@ -229,37 +222,3 @@ class Distributed:
 
     def rows(self, name: str) -> int:
         return self.shapes[self.keys[name]][0]
-
-
-def zarr_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    found = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/.zarray")}
-    return {name: tuple(array["shape"]) for name, array in found.items()}
-
-
-def read_zarr(folder: pathlib.Path, index: tuple[int, ...]) -> Tensor:
-    """One layer (or all, index ()) of a zarr array of version 2 without compression, which is how Megatron wrote it.
-
-    Raises:
-        CheckpointError: it is compressed, of an unknown type, or a chunk is missing or truncated.
-    """
-    try:
-        array = json.loads((folder / ".zarray").read_text(encoding="utf-8"))
-        if array.get("compressor") or array.get("filters") or array.get("order", "C") != "C":
-            raise ValueError("it is compressed or not in C order")
-        shape, chunks, is_bf16 = array["shape"], array["chunks"], array["dtype"] == "bfloat16"
-        dtype = np.dtype("<u2" if is_bf16 else array["dtype"])
-        whole = np.zeros([1] * len(index) + shape[len(index) :], dtype)
-        counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-        for number in np.ndindex(*counts):
-            low = [n * c for n, c in zip(number, chunks, strict=True)]
-            if any(not a <= i < a + c for i, a, c in zip(index, low, chunks, strict=False)):
-                continue
-            data = np.fromfile(folder / ".".join(map(str, number)), dtype).reshape(chunks)
-            inner = tuple(slice(i - a, i - a + 1) for i, a in zip(index, low, strict=False))
-            outer = tuple(slice(a, a + c) for a, c in zip(low[len(index) :], chunks[len(index) :], strict=True))
-            target = whole[(slice(None),) * len(index) + outer]
-            target[...] = data[inner + tuple(slice(size) for size in target.shape[len(index) :])]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}", hint="the archive is damaged; copy it") from error
-    tensor = torch.from_numpy(whole.reshape(shape[len(index) :]))
-    return tensor.view(torch.bfloat16) if is_bf16 else tensor

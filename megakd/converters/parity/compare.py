@@ -19,7 +19,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
-    ShardedTensor,
     ShardedTensorFactory,
     apply_factories,
     apply_factory_merges,
@@ -27,8 +26,9 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.loading import read_shard
 from megakd.checkpoints.torch_dist import sharding_metadata
-from megakd.checkpoints.torch_dist_files import TorchDistReader
+from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.config import Model, Parallel, Train
 from megakd.converters.huggingface.reference import HuggingFaceReference, Reference
 from megakd.converters.nemo.archive import CONFIG
@@ -132,29 +132,16 @@ class StreamedGpt:
         with parameters_on_meta():
             self.gpt = build_gpt(model, parallel, train, groups, **sizes, device="meta", seed=None).eval()
         self.sharded = self.gpt.sharded_state_dict(metadata=sharding_metadata(groups))
-        self.reader = TorchDistReader(checkpoint.path)
+        self.reader = TorchDistReader(checkpoint.path, checkpoint.files)
 
     def fill(self, prefix: str) -> None:
         """Read this rank's parts of the parameters whose names start with `prefix`, as Megatron describes them."""
         parts = {k: v for k, v in self.sharded.items() if k.startswith(prefix) and not isinstance(v, ShardedObject)}
         factories = {k: v for k, v in parts.items() if isinstance(v, ShardedTensorFactory)}
         apply_factories(parts)
-        dict_list_map_inplace(self._read, parts)
+        dict_list_map_inplace(lambda part: read_shard(self.reader, dataclasses.replace(part, data=None)), parts)
         for name, tensor in apply_factory_merges(parts, factories).items():
             put(self.gpt, name, tensor)
-
-    def _read(self, part: ShardedTensor) -> Tensor:
-        """A shard, float32 unless it is no float; vocabulary rows that the folder does not have are zeros."""
-        stacked = part.prepend_axis_num
-        low = list(part.global_offset)
-        there = self.reader.entry(part.key).size
-        sizes = [*[1] * stacked, *part.local_shape]
-        tensor = torch.zeros(sizes, dtype=part.dtype)
-        if part.allow_shape_mismatch:
-            sizes = [max(0, min(size, end - a)) for size, end, a in zip(sizes, there, low, strict=True)]
-        if all(sizes):
-            tensor[tuple(slice(size) for size in sizes)] = self.reader.read_slice(part.key, low, sizes)
-        return tensor.view(part.local_shape)
 
     @contextlib.contextmanager
     def filled(self, prefix: str):

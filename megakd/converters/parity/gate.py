@@ -9,6 +9,7 @@ import threading
 from multiprocessing.connection import Connection, wait
 
 from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.record import unrecorded
 from megakd.config import Model
 from megakd.errors import CheckpointError
 
@@ -107,4 +108,4 @@ def compare(rank, tp, store, hf_path, megatron_path, model, progress) -> dict:
 
 def as_checkpoint(path: pathlib.Path, model: Model) -> Checkpoint:
     """A checkpoint folder whose record has not been written yet."""
-    return Checkpoint(path, model, 0, None, None, training=False, metrics={})
+    return Checkpoint(path, model, 0, None, None, training=False, metrics={}, files=unrecorded(path))

@@ -61,7 +61,7 @@ class HuggingFaceTokenizer:
             try:
                 content = file.read_text(encoding="utf-8")
                 settings |= {"chat_template": content} if file.suffix == ".jinja" else json.loads(content)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise DataError(f"{file} cannot be read: {error}", hint="copy the tokenizer's folder again") from error
         named = settings.get("chat_template")
         if isinstance(named, list):  # an older form: several templates with names

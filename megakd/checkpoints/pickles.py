@@ -1,0 +1,293 @@
+"""The pickles inside checkpoints, read so that nothing in them can run.
+
+Unpickling calls whatever functions a pickle names. Here every name is compared with one list first, and what is not
+on it refuses the file. Two kinds of pickles are read:
+
+1. What torch.save writes (pytorch_model.bin, a .nemo's weights, common.pt, chunks and objects in .distcp files). The
+   names are read from the pickle without unpickling it; torch then loads it with its own restricted unpickler.
+2. The `.metadata` of a torch_dist folder. Its classes are replaced by inert ones that only hold what they are given,
+   so that not even a class on the list is ever built from a stranger's values.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import pickle
+import pickletools
+import zipfile
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from megakd.checkpoints.record import Files, damaged
+from megakd.digests import DamagedFile
+from megakd.errors import CheckpointError
+from megakd.limits import check_limit
+
+SAVED_NAMES = frozenset(
+    [
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_tensor_v3"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch.storage", "UntypedStorage"),
+        ("torch.nn.parameter", "Parameter"),
+        ("_codecs", "encode"),  # how protocol 2 writes bytes
+    ]
+)
+METADATA_NAMES = frozenset(
+    [
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        *(
+            ("torch.distributed.checkpoint.planner", name)
+            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+        ),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("collections", "OrderedDict"),
+    ]
+)  # fmt: skip
+DAMAGE = (  # what a damaged file may raise on its way through pickle, zipfile and torch
+    OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError, pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError,
+)  # fmt: skip
+
+
+def refuse(where, module: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} refers to {module}.{name}, which no checkpoint needs",
+        hint="a pickle that names it can run any code when it is loaded; nothing of it was: do not use this file",
+    )
+
+
+def load_file(path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a whole file, mapped into memory where its format allows (torch's zip archives).
+
+    Values that are no tensors are left out, as is what a Lightning checkpoint puts around its `state_dict`.
+
+    Raises:
+        CheckpointError: it is damaged, or names anything but tensors.
+    """
+    with _opened(path) as file:
+        state = _load(file, path, mapped=path if is_zip(file) else None)
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no tensors by name", hint="it is no model's weights, or it is damaged")
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def load_values(path: pathlib.Path, files: Files | None = None):
+    """Whatever plain values and tensors torch.save wrote into a small file.
+
+    Args:
+        files: of the checkpoint that it belongs to, which compare it with what was saved; None: nothing is compared.
+    Raises:
+        CheckpointError: as load_file.
+    """
+    with _opened(path, files) as file:
+        return _load(file, path)
+
+
+def load_window(path: pathlib.Path, start: int, length: int, what: str, file: BinaryIO | None = None):
+    """The same of a part of a file.
+
+    Args:
+        start, length: the part, in bytes.
+        what: its name, for errors.
+        file: the file, opened; None opens it.
+    """
+    with _opened(path) if file is None else contextlib.nullcontext(file) as opened:
+        return _load(io.BufferedReader(Window(opened, start, length)), f"{path}: {what}")
+
+
+def _opened(path: pathlib.Path, files: Files | None = None) -> BinaryIO:
+    try:
+        return open(path, "rb") if files is None else files.open(path.name)
+    except OSError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(where, error: BaseException) -> CheckpointError:
+    if isinstance(error, DamagedFile):
+        return damaged(error)
+    said = str(error).split("\n")[0]
+    if "weights_only" in said or "Weights only" in said:  # torch's advice is to run what it has refused
+        said = "torch's restricted unpickler refuses it"
+    return CheckpointError(
+        f"{where} cannot be read: {type(error).__name__}: {said[:300]}",
+        hint="it is truncated or damaged, or holds more than tensors and plain values; copy it again",
+    )
+
+
+def _load(file: BinaryIO, where, mapped: pathlib.Path | None = None):
+    try:
+        check_names(file, where)
+        file.seek(0)
+        value = torch.load(mapped or file, map_location="cpu", mmap=mapped is not None, weights_only=True)
+        _check_extents(value, where)
+        return value
+    except DAMAGE as error:
+        raise _damaged(where, error) from error
+
+
+def _check_extents(value, where) -> None:
+    """A tensor may be a view that repeats its storage for ever: refuse what is larger than what was stored."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of {list(value.shape)} repeats {value.untyped_storage().nbytes()} bytes")
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def is_zip(file: BinaryIO) -> bool:
+    """Whether torch will read it as an archive; leaves the file at its start."""
+    file.seek(0)
+    first = file.read(4)
+    file.seek(0)
+    return first == b"PK\x03\x04"
+
+
+def check_names(file: BinaryIO, where) -> None:
+    """Compare every name in a file that torch.save wrote with the list, without unpickling it.
+
+    Raises:
+        CheckpointError: a name is not on it, or a pickle is above PICKLE_BYTES.
+        DAMAGE: it is no such file.
+    """
+    if not is_zip(file):  # before torch 1.6: some pickles, one after the other, and then the bytes
+        for _ in range(5):  # magic number, protocol, system, the object, the keys of its storages
+            _check_pickle(file, where)
+        return
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        check_limit("ARCHIVE_MEMBERS", len(members), where, CheckpointError)
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+            raise ValueError("its archive is compressed or larger inside than outside; torch.save writes it plain")
+        pickles = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
+        if not pickles:
+            raise ValueError("its archive holds no data.pkl")
+        for member in pickles:
+            check_limit("PICKLE_BYTES", member.file_size, where, CheckpointError)
+            _check_pickle(io.BytesIO(archive.read(member)), where)
+
+
+def _check_pickle(file: BinaryIO, where) -> None:
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            if not is_saved_name(module, name):
+                raise refuse(where, module, name)
+        elif operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"):
+            raise ValueError(f"it uses the pickle operation {operation.name}, which torch.save does not write")
+
+
+def is_saved_name(module: str, name: str) -> bool:
+    """Whether a pickle of torch.save may name it: the list, and torch's types of elements and of storages."""
+    if (module, name) in SAVED_NAMES:
+        return True
+    if module not in ("torch", "torch.cuda"):
+        return False
+    value = getattr(torch, name, None)
+    return isinstance(value, torch.dtype) or (name.endswith("Storage") and name.removesuffix("Storage").isalnum())
+
+
+class Window(io.RawIOBase):
+    """A part of an open file as a file of its own.
+
+    Args:
+        start, length: the part, in bytes.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self.file, self.start, self.length, self.place = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise OSError("seek before the start")
+        self.place = base + offset
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        wanted = memoryview(buffer)[: max(0, self.length - self.place)]
+        self.file.seek(self.start + self.place)
+        count = self.file.readinto(wanted)
+        self.place += count
+        return count
+
+
+class Inert:
+    """Stands for a class of `.metadata`: holds what it is given, does nothing."""
+
+    def __new__(cls, *arguments):
+        made = super().__new__(cls)
+        made.state = {}
+        return made
+
+    def __init__(self, *arguments): ...
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata` with Inert classes in place of those it names.
+
+    Args:
+        where: for errors.
+    """
+
+    def __init__(self, file: BinaryIO, where):
+        super().__init__(file)
+        self.where, self.made = where, {}
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        if (module, name) not in METADATA_NAMES:
+            raise refuse(self.where, module, name)
+        if (module, name) not in self.made:  # made for this file alone: it can change them without harm
+            plain = {"Size": tuple, "OrderedDict": dict, "_get_layout": lambda layout: layout}
+            self.made[module, name] = plain.get(name) or type(name, (Inert,), {})
+        return self.made[module, name]
+
+
+def load_metadata(path: pathlib.Path, files: Files | None = None) -> Inert:
+    """The description of a torch_dist folder, in Inert objects.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or names a class that is not on the list.
+    """
+    try:
+        with _opened(path, files) as file:
+            check_limit("PICKLE_BYTES", path.stat().st_size, path, CheckpointError)
+            return MetadataUnpickler(io.BytesIO(file.read()), path).load()
+    except DamagedFile as error:
+        raise damaged(error) from error
+    except (*DAMAGE, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {type(error).__name__}: {str(error)[:300]}",
+            hint="the folder is no torch_dist checkpoint, or it is damaged; copy it again",
+        ) from error
