@@ -1,12 +1,12 @@
 """Checkpoints with something planted in them: what a stranger could send."""
 
-import json
 import os
 import pathlib
 import pickle
 
 import torch
 
+from megakd.checkpoints.record import describe_files, read_record, write_record
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 
 
@@ -63,10 +63,8 @@ def edit_description(folder: pathlib.Path, edit) -> None:
 
 
 def record_sizes(folder: pathlib.Path) -> None:
-    """Let megakd.json list the files as they are now."""
-    record = json.loads((folder / "megakd.json").read_text())
-    record["files"] = {name: (folder / name).stat().st_size for name in record["files"]}
-    (folder / "megakd.json").write_text(json.dumps(record))
+    """Let megakd.json list the files as they are now, digests and all, as whoever makes such a folder can."""
+    write_record(folder, read_record(folder) | describe_files(folder, {}))
 
 
 PLANTS = {"metadata": in_metadata, "common": in_common, "object": in_object, "tensor": in_tensor}

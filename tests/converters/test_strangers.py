@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megakd.checkpoints import folder
+from megakd.checkpoints.record import write_record
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.converters.convert import Options, convert
 from megakd.converters.huggingface.folder import HuggingFaceFolder
@@ -133,7 +134,7 @@ def test_a_pipe_in_a_folder_does_not_hang(checkpoint, source):
 def test_a_record_cannot_name_a_tokenizer_elsewhere(file, checkpoint):
     record = json.loads((checkpoint / "megakd.json").read_text())
     record["tokenizer"] = {"kind": "huggingface", "file": file, "fingerprint": None}
-    (checkpoint / "megakd.json").write_text(json.dumps(record))
+    write_record(checkpoint, record)
     with pytest.raises(CheckpointError, match="which is no plain name"):
         folder.read_checkpoint(checkpoint)
 
@@ -142,7 +143,7 @@ def test_a_record_cannot_name_a_tokenizer_elsewhere(file, checkpoint):
 def test_a_record_cannot_list_files_elsewhere(name, checkpoint):
     record = json.loads((checkpoint / "megakd.json").read_text())
     record["files"][name] = 5
-    (checkpoint / "megakd.json").write_text(json.dumps(record))
+    write_record(checkpoint, record)
     with pytest.raises(CheckpointError, match="which is no plain name"):
         folder.read_checkpoint(checkpoint)
 
@@ -264,7 +265,7 @@ def test_ten_to_the_nine_layers_are_refused_at_once(source, checkpoint):
     assert "MEGAKD_LIMIT_LAYERS" in caught.hint
     record = json.loads((checkpoint / "megakd.json").read_text())
     record["model"]["num_layers"] = 10**9
-    (checkpoint / "megakd.json").write_text(json.dumps(record))
+    write_record(checkpoint, record)
     refused(checkpoint, "1,000,000,000 layers exceed the limit LAYERS", "hf")
 
 
