@@ -69,8 +69,13 @@ class LinesOfProgress:
 
 
 class LogHandler(logging.StreamHandler):
-    """Writes log lines to stderr, above the bars of a terminal."""
+    """Writes log lines to stderr, above the bars of a terminal.
+
+    In a file it takes no lock of tqdm's, which a process that was forked while another thread held it would wait for.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not self.stream.isatty():
+            return super().emit(record)
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)

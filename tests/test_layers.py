@@ -11,7 +11,7 @@ import pytest
 # Packages from the ground up; those on one line do not import each other.
 LAYERS = [
     "errors",
-    "digests divergences limits ownership processes progress publish",
+    "digests divergences limits ownership paths processes progress publish",
     "config ranks targets megatron_on_cpu",
     "kernels",
     "cache",
@@ -30,6 +30,7 @@ HOMES = {
     "megatron": {"megatron_on_cpu", "models", "checkpoints", "converters", "training", "data"},
     "triton": {"kernels"},
     "transformers": {"data", "converters", "megatron_on_cpu"},
+    "tqdm": {"progress"},
     "tests": set(),
     "tools": set(),
 }

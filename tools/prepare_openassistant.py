@@ -17,8 +17,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megakd.data.blocks import read_blocks
+from megakd.data.files import find_files
 from megakd.data.order import permute
-from megakd.data.records import Problems, find_files, read_blocks, records_of, write_records
+from megakd.data.records import Problems, records_of, write_records
 from megakd.errors import MegakdError
 
 ROLES = {"prompter": "User", "assistant": "Assistant"}

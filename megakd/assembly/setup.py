@@ -13,8 +13,9 @@ from megakd.assembly.data import describe_data, open_both, run_steps
 from megakd.assembly.models import build_model
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Loss, Model, check_features, check_model, check_vocab
+from megakd.data.blend import indices_of_step
 from megakd.data.dataset import batch_length, load_batch
-from megakd.data.order import batch_indices, split_batch, validation_indices
+from megakd.data.order import split_batch, validation_indices
 from megakd.errors import TrainingError
 from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
@@ -74,7 +75,7 @@ class Setup:
         train, seed = self.config.train, self.config.run.seed
 
         def load(step: int) -> list[MicroBatch]:
-            indices = batch_indices(seed, step, train.global_batch_size, len(self.train_data))
+            indices = indices_of_step(self.train_data, seed, step, train.global_batch_size)
             return self._load(self.train_data, indices, packed=self.config.data.packing)
 
         micro_batches = self.ahead.pop(step, None) or load(step)
@@ -86,7 +87,7 @@ class Setup:
     def samples(self, step: int) -> list[list]:
         """(epoch, index) of the samples of each of those micro-batches."""
         train, dp = self.config.train, self.groups.dp
-        indices = batch_indices(self.config.run.seed, step, train.global_batch_size, len(self.train_data))
+        indices = indices_of_step(self.train_data, self.config.run.seed, step, train.global_batch_size)
         return split_batch(indices, dp.rank(), dp.size(), train.micro_batch_size)
 
     @property

@@ -17,19 +17,17 @@ from megakd.checkpoints.pickles import load_values
 from megakd.checkpoints.record import Files, damaged
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.digests import DamagedFile
-from megakd.errors import CheckpointError, DamagedCheckpointError
-from megakd.limits import parse_json
+from megakd.errors import CheckpointError
+from megakd.limits import read_json
 
 FORMAT_FILE, COMMON_FILE = "metadata.json", "common.pt"
 
 
-def check_format(files: Files) -> None:
+def check_format(folder: pathlib.Path) -> None:
     """Raises CheckpointError unless the folder says that it is a torch_dist one."""
-    path = files.folder / FORMAT_FILE
+    path = folder / FORMAT_FILE
     try:
-        said = parse_json(files.read(FORMAT_FILE).decode("utf-8"), path, CheckpointError)
-    except DamagedFile as error:
-        raise damaged(error) from error
+        said = read_json(path, CheckpointError)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}", hint="the checkpoint is damaged; copy it again"
@@ -46,10 +44,17 @@ def load_common(files: Files) -> dict:
     """The plain values of a checkpoint.
 
     Raises:
+        DamagedCheckpointError: they are not those that were saved.
         CheckpointError: they cannot be read, or hold more than plain values.
     """
     path = files.folder / COMMON_FILE
-    values = load_values(path, files)
+    try:
+        with files.open(COMMON_FILE) as file:
+            values = load_values(file, path)
+    except DamagedFile as error:
+        raise damaged(error) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="copy the checkpoint again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no values by name", hint="copy the checkpoint again")
     return values
@@ -85,8 +90,6 @@ def read_shard(reader: TorchDistReader, part: ShardedTensor) -> Tensor:
 class Sharded(LoadShardedStrategy):
     """Tensors and objects of a torch_dist folder, for one rank.
 
-    Args:
-        files: of the checkpoint.
     Collectives: `load` gathers a short text from all ranks, so that they fail together.
     """
 
@@ -99,7 +102,7 @@ class Sharded(LoadShardedStrategy):
     def load(self, sharded_state_dict: dict, checkpoint_dir) -> dict:
         failure, loaded = None, {}
         try:
-            self.reader = self.reader or TorchDistReader(pathlib.Path(checkpoint_dir), self.files)
+            self.reader = self.reader or TorchDistReader(self.files.folder, self.files)
             loaded = dict_list_map_outplace(self._read, sharded_state_dict)
         except CheckpointError as error:
             failure = error
@@ -127,12 +130,11 @@ class Sharded(LoadShardedStrategy):
 class Common(LoadCommonStrategy):
     """The plain values of a torch_dist folder.
 
-    Args:
-        files: of the checkpoint.
     Collectives: as Sharded.
     """
 
     def __init__(self, files: Files):
+        super().__init__()
         self.files = files
 
     def load_common(self, checkpoint_dir) -> dict:
@@ -153,16 +155,15 @@ class Common(LoadCommonStrategy):
 
 
 def fail_together(failure: CheckpointError | None) -> None:
-    """Raise on every rank if any rank failed; as damage, wherever it is.
+    """Raise on every rank if any rank failed.
 
     Collectives: one all-gather of a short text and hint.
     """
     said = [None] * dist.get_world_size()
-    kind = DamagedCheckpointError if isinstance(failure, DamagedCheckpointError) else CheckpointError
-    dist.all_gather_object(said, None if failure is None else (kind, failure.args[0], failure.hint))
+    dist.all_gather_object(said, None if failure is None else (type(failure), failure.args[0], failure.hint))
     if failure is not None:
         raise failure
     for rank, text in enumerate(said):
         if text is not None:
-            kind, words, hint = text
-            raise kind(f"rank {rank}: {words}", hint=hint)
+            kind, message, hint = text
+            raise kind(f"rank {rank}: {message}", hint=hint)

@@ -9,7 +9,6 @@ on it refuses the file. Two kinds of pickles are read:
    so that not even a class on the list is ever built from a stranger's values.
 """
 
-import contextlib
 import io
 import os
 import pathlib
@@ -21,11 +20,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from megakd.checkpoints.record import Files, damaged
+from megakd.checkpoints.record import damaged
 from megakd.digests import DamagedFile
 from megakd.errors import CheckpointError
 from megakd.limits import check_limit
 
+IN_MEMORY_BYTES = 256 << 20
 SAVED_NAMES = frozenset(
     [
         ("collections", "OrderedDict"),
@@ -54,6 +54,8 @@ METADATA_NAMES = frozenset(
         ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"),  # where torch's own writer put the folder
+        ("pathlib._local", "PosixPath"),
         ("torch", "Size"),
         ("collections", "OrderedDict"),
     ]
@@ -79,48 +81,48 @@ def load_file(path: pathlib.Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is damaged, or names anything but tensors.
     """
-    with _opened(path) as file:
-        state = _load(file, path, mapped=path if is_zip(file) else None)
+    try:
+        with open(path, "rb") as file:
+            state = _load(file, path, mapped=path if is_zip(file) else None)
+    except OSError as error:
+        raise _damaged(path, error) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no tensors by name", hint="it is no model's weights, or it is damaged")
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def load_values(path: pathlib.Path, files: Files | None = None):
-    """Whatever plain values and tensors torch.save wrote into a small file.
+def load_values(file: io.RawIOBase, where):
+    """Whatever plain values and tensors torch.save wrote into an open file.
 
     Args:
-        files: of the checkpoint that it belongs to, which compare it with what was saved; None: nothing is compared.
+        where: the file's name, for errors.
     Raises:
+        DamagedCheckpointError: the file does not hold what was saved.
         CheckpointError: as load_file.
     """
-    with _opened(path, files) as file:
-        return _load(file, path)
+    return _load(io.BufferedReader(file), where)
 
 
-def load_window(path: pathlib.Path, start: int, length: int, what: str, file: BinaryIO | None = None):
-    """The same of a part of a file.
+def load_window(file: io.RawIOBase, start: int, length: int, where):
+    """The same of a part of a file, which is read once, in its order, unless it is above IN_MEMORY_BYTES.
 
     Args:
         start, length: the part, in bytes.
-        what: its name, for errors.
-        file: the file, opened; None opens it.
     """
-    with _opened(path) if file is None else contextlib.nullcontext(file) as opened:
-        return _load(io.BufferedReader(Window(opened, start, length)), f"{path}: {what}")
-
-
-def _opened(path: pathlib.Path, files: Files | None = None) -> BinaryIO:
+    window = Window(file, start, length)
+    if length > IN_MEMORY_BYTES:
+        return _load(io.BufferedReader(window), where)
     try:
-        return open(path, "rb") if files is None else files.open(path.name)
+        data = window.read(length)
+    except DamagedFile as error:
+        raise damaged(error) from error
     except OSError as error:
-        raise _damaged(path, error) from error
+        raise _damaged(where, error) from error
+    return _load(io.BytesIO(data), where)
 
 
 def _damaged(where, error: BaseException) -> CheckpointError:
-    if isinstance(error, DamagedFile):
-        return damaged(error)
     said = str(error).split("\n")[0]
     if "weights_only" in said or "Weights only" in said:  # torch's advice is to run what it has refused
         said = "torch's restricted unpickler refuses it"
@@ -137,6 +139,8 @@ def _load(file: BinaryIO, where, mapped: pathlib.Path | None = None):
         value = torch.load(mapped or file, map_location="cpu", mmap=mapped is not None, weights_only=True)
         _check_extents(value, where)
         return value
+    except DamagedFile as error:
+        raise damaged(error) from error
     except DAMAGE as error:
         raise _damaged(where, error) from error
 
@@ -214,7 +218,8 @@ class Window(io.RawIOBase):
         start, length: the part, in bytes.
     """
 
-    def __init__(self, file: BinaryIO, start: int, length: int):
+    def __init__(self, file: io.RawIOBase, start: int, length: int):
+        super().__init__()
         self.file, self.start, self.length, self.place = file, start, length, 0
 
     def readable(self) -> bool:
@@ -274,20 +279,21 @@ class MetadataUnpickler(pickle.Unpickler):
         return self.made[module, name]
 
 
-def load_metadata(path: pathlib.Path, files: Files | None = None) -> Inert:
+def load_metadata(file: io.RawIOBase, where) -> Inert:
     """The description of a torch_dist folder, in Inert objects.
 
     Raises:
-        CheckpointError: it is missing or damaged, or names a class that is not on the list.
+        DamagedCheckpointError: the file does not hold what was saved.
+        CheckpointError: it is no description, or names a class that is not on the list.
     """
     try:
-        with _opened(path, files) as file:
-            check_limit("PICKLE_BYTES", path.stat().st_size, path, CheckpointError)
-            return MetadataUnpickler(io.BytesIO(file.read()), path).load()
+        check_limit("PICKLE_BYTES", file.seek(0, os.SEEK_END), where, CheckpointError)
+        file.seek(0)
+        return MetadataUnpickler(io.BufferedReader(file), where).load()
     except DamagedFile as error:
         raise damaged(error) from error
     except (*DAMAGE, RecursionError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {type(error).__name__}: {str(error)[:300]}",
+            f"{where} cannot be read: {type(error).__name__}: {str(error)[:300]}",
             hint="the folder is no torch_dist checkpoint, or it is damaged; copy it again",
         ) from error

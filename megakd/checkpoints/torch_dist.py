@@ -184,10 +184,12 @@ def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
 
     Raises:
         DamagedCheckpointError: on every rank; what was read on one is not what was saved.
-        CheckpointError: a tensor is missing, has another shape, or cannot be read; a pickle names what it should not.
+        CheckpointError: on every rank; a tensor is missing, has another shape, or cannot be read; a pickle names what
+            it should not.
     """
-    check_format(checkpoint.files)
-    wanted, strategy = without_extra_states(state), Sharded(checkpoint.files)
+    check_format(checkpoint.path)
+    wanted = without_extra_states(state)
+    strategy = Sharded(checkpoint.files)
     if groups.dp_cp.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp_cp)
     try:
@@ -212,7 +214,7 @@ def common_values(checkpoint: Checkpoint) -> dict:
     Raises:
         CheckpointError: they cannot be read.
     """
-    check_format(checkpoint.files)
+    check_format(checkpoint.path)
     return load_common(checkpoint.files)
 
 

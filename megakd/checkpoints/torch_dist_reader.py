@@ -7,7 +7,6 @@ before memory is taken, and no pickle in it can run code (megakd.checkpoints.pic
 import dataclasses
 import math
 import pathlib
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,11 +15,11 @@ from megakd.checkpoints.inside import plain_name
 from megakd.checkpoints.layout import Place
 from megakd.checkpoints.pickles import Inert, load_metadata, load_window
 from megakd.checkpoints.record import Files, damaged
-from megakd.digests import DamagedFile
+from megakd.digests import DamagedFile, VerifiedFile
 from megakd.errors import CheckpointError
 
 DESCRIPTION = ".metadata"
-OPEN_FILES = 4
+KEPT_FILES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +56,7 @@ class TorchDistReader:
     """Reads tensors, whole or by slice, and objects.
 
     Args:
-        folder: the checkpoint.
-        files: compares what is read with what was saved; None: nothing is compared (a folder without a record).
-
+        files: opens the folder's files, comparing them with what was saved; None: nothing is compared.
     Attributes:
         tensors: key -> Entry.
         objects: key -> Chunk.
@@ -70,10 +67,11 @@ class TorchDistReader:
     """
 
     def __init__(self, folder: pathlib.Path, files: Files | None = None):
-        self.folder, self.files = folder, files
-        self._opened: dict[str, BinaryIO] = {}
+        self.folder, self.files = folder, files or Files(folder, {}, None)
+        self._kept: dict[str, VerifiedFile] = {}
         where = folder / DESCRIPTION
-        description = load_metadata(where, files)
+        with self._opened(DESCRIPTION) as file:
+            description = load_metadata(file, where)
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
         try:
             places = _places(description, where, sizes)
@@ -143,25 +141,27 @@ class TorchDistReader:
             raise CheckpointError(
                 f"{self.folder} holds no object {key}", hint="was it saved by a run with the same settings?"
             )
-        return self._load(key, self.objects[key])
+        chunk = self.objects[key]
+        return self._load(key, chunk)
 
-    def _load(self, key: str, chunk: Chunk):
-        """What lies at a place; the files last read from stay open, for what they keep of chunks read in parts."""
-        path, file = self.folder / chunk.file, None
-        if self.files is not None:
-            file = self._opened.pop(chunk.file, None) or self._open(path)
-            self._opened[chunk.file] = file
-            while len(self._opened) > OPEN_FILES:
-                self._opened.pop(next(iter(self._opened))).close()
-        return load_window(path, chunk.start, chunk.length, key, file)
-
-    def _open(self, path: pathlib.Path) -> BinaryIO:
+    def _opened(self, name: str) -> VerifiedFile:
         try:
-            return self.files.open(path.name)
+            return self.files.open(name)
         except DamagedFile as error:
             raise damaged(error) from error
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", hint="copy the checkpoint again") from error
+            raise CheckpointError(
+                f"{self.folder / name} cannot be read: {error}",
+                hint="the folder is no torch_dist checkpoint, or it is damaged; copy it again",
+            ) from error
+
+    def _load(self, key: str, chunk: Chunk):
+        """What lies at a place. The files last read from stay open: what they keep of a chunk serves its next part."""
+        file = self._kept.pop(chunk.file, None) or self._opened(chunk.file)
+        self._kept[chunk.file] = file
+        while len(self._kept) > KEPT_FILES:
+            self._kept.pop(next(iter(self._kept))).close()
+        return load_window(file, chunk.start, chunk.length, f"{self.folder / chunk.file}: {key}")
 
     def _chunk(self, key: str, entry: Entry, chunk: Chunk) -> Tensor:
         tensor = self._load(key, chunk)

@@ -82,11 +82,6 @@ class ThreadedWriter(FileSystemWriter):
         self.results: list[WriteResult] | WRAPPED_EXCEPTION = []
         self.written: dict[str, FileDigests] = {}
 
-    @property
-    def checkpoint_id(self) -> str:
-        """Goes into `.metadata`, in which a path would be a class that no reader needs."""
-        return str(self.path)
-
     def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
         return dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
 
@@ -127,6 +122,9 @@ class ThreadedWriter(FileSystemWriter):
             stream.sync()
         self.written[name] = stream.digester.digests()
         return results
+
+    def storage_meta(self) -> None:
+        """Nothing of where the folder was on this machine goes into it."""
 
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
         return self.results

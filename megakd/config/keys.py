@@ -74,7 +74,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         inner = _describe(typing.get_args(annotation)[0], [])
         return f"list of ({inner})" if " or " in inner else f"list of {inner}"
     if origin is dict:
-        return "text for each key"
+        return "any value for each key" if typing.get_args(annotation)[1] is Any else "text for each key"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     bounds = " and ".join(_bounds(metadata))

@@ -1,40 +1,19 @@
-"""Paths that a user writes: `~` is the home folder, and an address of a store elsewhere is no path."""
+"""A key that is a path: checked and written out as `megakd.paths` does with flags."""
 
-import argparse
-import os
-import pathlib
-import re
 from typing import Annotated
 
 from pydantic import AfterValidator
 
+from megakd import paths
 from megakd.config.section import Text, WrongValue
-
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def local_path(text: str) -> str:
-    """A path with `~` and `~user` written out.
-
-    Raises:
-        WrongValue: it is an address such as s3://bucket/name, which would name a folder `s3:`.
-    """
-    if ADDRESS.match(text):
-        raise WrongValue(f"{text} is an address; expected a path in the file system (mount the store, or copy it here)")
-    return os.path.expanduser(text)
+    """`megakd.paths.local_path`, whose refusal is of a value, not of its type."""
+    try:
+        return paths.local_path(text)
+    except ValueError as error:
+        raise WrongValue(str(error)) from error
 
 
 LocalPath = Annotated[Text, AfterValidator(local_path)]
-
-
-def path_text(text: str) -> str:
-    """`local_path` as the type of a flag."""
-    try:
-        return local_path(text)
-    except WrongValue as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def path_argument(text: str) -> pathlib.Path:
-    """A flag's path."""
-    return pathlib.Path(path_text(text))

@@ -5,7 +5,7 @@ fields yields what breaks them from `problems()`; rules between sections live in
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -114,9 +114,9 @@ class Data(Section):
     """What is read. A raw file is tokenized once, into a folder beside it"""
 
     train: LocalPath | list[LocalPath | Positive]
-    """Training data: a JSONL, Parquet, Arrow or text file, a folder of them, a folder saved by Hugging Face datasets,
-    or the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx). Several: `[path, path]`, or a blend
-    `[0.7, path, 0.3, path]`."""
+    """Training data: a JSONL, JSON, CSV, Parquet, Arrow or text file, a folder or pattern (`a/*.jsonl`) of them, a
+    folder saved by Hugging Face datasets, or the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx).
+    Several: `[path, path]`, or a blend `[0.7, path, 0.3, path]`."""
     validation: LocalPath | list[LocalPath | Positive] | None = None
     """Held-out data, in the same forms (each part is read once, whatever its weight); null: no validation."""
     tokenizer: LocalPath | None = None
@@ -124,15 +124,20 @@ class Data(Section):
     null: the student checkpoint's."""
     sequence_length: Count
     """Tokens of one sample; longer ones are cut, and left out if no supervised token remains."""
-    format: Literal["auto", "text", "prompt_response", "nemo_chat", "messages"] = "auto"
-    """What a record is: `{"text"}`, `{"input", "output"}`, NeMo's `{"system", "conversations", "mask", "type"}`,
-    `{"messages": [{"role", "content"}]}`; auto: what the keys of the first record show."""
+    format: Literal["auto", "text", "prompt_response", "alpaca", "nemo_chat", "messages"] = "auto"
+    """What a record is: `{"text"}`, `{"input", "output"}`, Alpaca's `{"instruction", "input", "output"}`, NeMo's
+    `{"system", "conversations", "mask", "type"}`, or a conversation for a chat template: `{"messages": [{"role",
+    "content"}]}`, ShareGPT's, TRL's `{"prompt", "completion"}` with turns, and pairs; auto: what the keys of the first
+    record show."""
     columns: dict[Text, Text] = Field({})
     """Keys of the records where they differ: `{input: question, output: answer}`."""
     template: Text = "{input} {output}"
-    """Text of a prompt_response sample. Ends with {output}; other names in braces are keys of the record."""
+    """Text of a prompt_response or alpaca sample. Ends with {output}; other names in braces are keys of the record; of
+    alpaca {input} is the instruction with its input, unless {instruction} is there too."""
     chat_template: Text | None = None
     """Jinja template of a messages sample, or a file with one; null: the tokenizer's own."""
+    chat_template_kwargs: dict[Text, Any] = Field({})
+    """What else the chat template sees, such as `{enable_thinking: false}`."""
     chat_tokens: NemoChatTokens = Field(default_factory=NemoChatTokens)
     """Strings around the turns of a nemo_chat sample."""
     answer_only_loss: bool = True
@@ -141,10 +146,20 @@ class Data(Section):
     """Put the tokenizer's bos before a text or prompt_response sample."""
     add_eos: bool = True
     """Put the tokenizer's eos after a text or prompt_response sample."""
+    weights_of: Literal["samples", "tokens"] = "samples"
+    """What the weights of a blend are shares of: of all samples, or of all tokens (a part's samples count at their mean
+    length)."""
+    truncation: Literal["end", "left", "right"] = "end"
+    """Where a sample that is too long is cut: at its end; or, of prompt_response and alpaca, left or right in the text
+    of truncation_field, as far as that helps."""
+    truncation_field: Text = "input"
+    """Name in braces in the template whose text is shortened by truncation left and right."""
     packing: bool = False
     """Several samples in one sequence of training data, without attention between them. Running text is not packed."""
     on_error: Literal["raise", "skip"] = "raise"
     """Records that cannot be used: name them and stop, or leave them out and count them."""
+    strict: bool = False
+    """Refuse a record with text that its format or template does not use; false: such keys are named once."""
     index_dir: LocalPath | None = None
     """Folder for the tokens of raw files; null: `PATH.megakd` beside each."""
     workers: Count | None = None
@@ -156,6 +171,8 @@ class Data(Section):
                 kinds = [isinstance(item, str) for item in source]
                 if not kinds or not (all(kinds) or kinds == [False, True] * (len(kinds) // 2)):
                     yield key, f"{source}; expected [path, path, ...] or [weight, path, weight, path, ...]"
+        if self.weights_of == "tokens" and all(isinstance(item, str) for item in self.train):
+            yield "weights_of", f"tokens, but data.train = {self.train} has no weights"
 
 
 class Train(Section):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megakd.data.indexed import TokenFile
 from megakd.data.order import permute
+from megakd.data.token_files.reader import TokenFile
 from megakd.errors import DataError
 
 IGNORED = -100  # the label of a position that is not supervised
@@ -54,6 +54,11 @@ class TextDataset:
     def __len__(self) -> int:
         """Samples of an epoch."""
         return -(-self.tokens_per_epoch // self.sequence_length)
+
+    @property
+    def mean_length(self) -> float:
+        """Ids of a sample on average."""
+        return self.tokens_per_epoch / len(self)
 
     def length(self, epoch: int, index: int) -> int:
         """Ids of one sample: sequence_length for all."""

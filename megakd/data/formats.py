@@ -1,26 +1,27 @@
 """What records mean: each format as a list of segments, supervised or not.
 
-    text              {"text"}                                         everything is supervised
-    prompt_response   {"input", "output"} or {"prompt", "completion"}  the output
-    nemo_chat         {"system", "conversations": [{"from", "value", "label"?}], "mask", "type"}
-    messages          {"messages": [{"role", "content"}]}              what the assistant writes
-
-Segments are encoded one by one, so the border between a prompt and its answer is a border between tokens, as it is when
-the model is asked the prompt.
+text              {"text"}                                         everything is supervised
+prompt_response   {"input", "output"} or {"prompt", "completion"}  the output
+alpaca            {"instruction", "input"?, "output"}              the output
+nemo_chat         {"system", "conversations": [{"from", "value", "label"?}], "mask", "type"}
+messages          {"messages": [{"role", "content"}]}, and other conversations (see `conversations`)
+                                                                   what the assistant writes
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from megakd.data.chat_template import BadRecord, ChatTemplate, Segment
+from megakd.data.conversations import flatten_parts, instruction_of, is_sharegpt, read_conversation, unused_by
+from megakd.data.fields import Fields
 from megakd.data.nemo_chat import ChatTokens, nemo_chat_segments
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
 
-FORMATS = ("text", "prompt_response", "nemo_chat", "messages")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_ALTERNATIVES = {"input": "prompt", "output": "completion"}
+FORMATS = ("text", "prompt_response", "alpaca", "nemo_chat", "messages")
+TEMPLATED = ("prompt_response", "alpaca")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -30,36 +31,71 @@ class SampleFormat:
 
     Attributes:
         name: one of FORMATS.
-        template: prompt_response's text; ends with {output}, other names in braces are keys of the record.
+        template: text of a prompt_response or alpaca sample; ends with {output}, other names in braces are keys of the
+            record; for alpaca {input} is the instruction with its input, unless {instruction} is there too.
         columns: for a name used here, the key that the records use instead.
         chat_template: Jinja source for messages; None is the tokenizer's own.
+        chat_template_kwargs: what else the template sees.
         chat_tokens: the strings around NeMo's turns.
         answer_only_loss: supervise the answers only; else every token.
         add_bos, add_eos: put the tokenizer's bos before, its eos after a sample; not for the chat formats, whose
             templates say what is there.
+        strict: a record of which something is not used cannot be used.
+        truncation: "end": samples keep their length; "left", "right": one of more than `most_tokens` loses tokens on
+            that side of the text of `truncation_field`.
     """
 
     name: str
     template: str = "{input} {output}"
     columns: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    chat_template_kwargs: Mapping = field(default_factory=dict)
     chat_tokens: ChatTokens = field(default_factory=ChatTokens)
     answer_only_loss: bool = True
     add_bos: bool = False
     add_eos: bool = True
+    strict: bool = False
+    truncation: str = "end"
+    truncation_field: str = "input"
+    most_tokens: int | None = None
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether bos and eos stand around a sample as `add_bos` and `add_eos` say."""
+        return self.name in ("text", *TEMPLATED)
 
     def relevant(self, tokenizer: Tokenizer) -> dict:
         """The choices that matter to this format, as JSON: what its tokens depend on beside records and tokenizer."""
         choices = {"name": self.name, "columns": dict(self.columns), "answer_only_loss": self.answer_only_loss}
-        if self.name in ("text", "prompt_response"):
-            choices |= {"add_bos": self.add_bos, "add_eos": self.add_eos}
-        if self.name == "prompt_response":
+        choices["strict"] = self.strict
+        if self.has_ends:
+            choices |= {"bos": tokenizer.bos_id if self.add_bos else None}
+            choices |= {"eos": tokenizer.eos_id if self.add_eos else None}
+        if self.name in TEMPLATED:
             choices["template"] = self.template
+        if self.truncation != "end":
+            choices["truncation"] = [self.truncation, self.truncation_field, self.most_tokens]
         if self.name == "nemo_chat":
             choices["chat_tokens"] = asdict(self.chat_tokens)
         if self.name == "messages":
             choices["chat_template"] = self.chat_template or tokenizer.chat_template
+            choices["chat_template_kwargs"] = dict(self.chat_template_kwargs)
+            choices["named_tokens"] = dict(tokenizer.named_tokens)
         return choices
+
+
+class Sample(NamedTuple):
+    """A record as text.
+
+    Attributes:
+        segments: what makes it up.
+        notes: what of the record is not in them.
+        shortened: where in the first segment the text is that `truncation_field` names.
+    """
+
+    segments: list[Segment]
+    notes: list[str]
+    shortened: range = range(0)
 
 
 def detect_format(record: dict, columns: Mapping[str, str], where: str) -> str:
@@ -69,12 +105,19 @@ def detect_format(record: dict, columns: Mapping[str, str], where: str) -> str:
         DataError: they show none.
     """
     keys = set(record) | set(columns)
+    fields = Fields(record, columns)
     if "messages" in keys:
         return "messages"
     if "conversations" in keys:
-        return "nemo_chat"
-    if keys & {"input", "prompt"} and keys & {"output", "completion"}:
-        return "prompt_response"
+        chat = "mask" not in keys and is_sharegpt(fields.get("conversations"))
+        return "messages" if chat else "nemo_chat"
+    if keys & {"output", "completion"}:
+        if "instruction" in keys and "instruction" not in columns.values():
+            return "alpaca"
+        if isinstance(fields.get("prompt"), list):
+            return "messages"
+        if keys & {"input", "prompt"}:
+            return "prompt_response"
     if "text" in keys:
         return "text"
     raise DataError(
@@ -84,102 +127,94 @@ def detect_format(record: dict, columns: Mapping[str, str], where: str) -> str:
     )
 
 
-def build_formatter(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callable[[dict], list[Segment]]:
-    """The function that turns a record into segments; it raises BadRecord.
+def build_formatter(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callable[[dict], Sample]:
+    """The function that turns a record into a sample; it raises BadRecord.
 
     Raises:
-        DataError: the template has no {output} at its end, there is no chat template, or it cannot be parsed.
+        DataError: the template has no {output} at its end, there is no chat template, it cannot be parsed, or it does
+            not use an argument.
     """
-    columns = dict(sample_format.columns)
-    if sample_format.name == "prompt_response":
-        segments = _prompt_response(sample_format.template)
+    if sample_format.name in TEMPLATED:
+        field = None if sample_format.truncation == "end" else sample_format.truncation_field
+        read = _templated(sample_format.template, alpaca=sample_format.name == "alpaca", shortened=field)
     elif sample_format.name == "messages":
-        segments = _messages(_chat_template(sample_format, tokenizer))
+        read = _messages(_chat_template(sample_format, tokenizer), sample_format.answer_only_loss)
     elif sample_format.name == "nemo_chat":
-        segments = lambda record: nemo_chat_segments(record, sample_format.chat_tokens)  # noqa: E731
+        read = lambda fields: Sample(nemo_chat_segments(fields, sample_format.chat_tokens), [])  # noqa: E731
     else:
-        segments = lambda record: [Segment(_string(record, "text"), True)]  # noqa: E731
+        read = lambda fields: Sample([Segment(fields.text("text"), True)], [])  # noqa: E731
 
-    def formatted(record: dict) -> list[Segment]:
-        renamed = {name: record[key] for name, key in columns.items() if key in record}
-        made = segments({**record, **renamed})
+    def formatted(record: dict) -> Sample:
+        fields = Fields(record, sample_format.columns)
+        segments, notes, shortened = read(fields)
+        notes = [*notes, *(f'text under "{key}" is not used' for key in fields.unused())]
+        if sample_format.strict and notes:
+            raise BadRecord(f"{'; '.join(notes)} (data.strict)")
         if not sample_format.answer_only_loss:
-            return [Segment(segment.text, True) for segment in made]
-        if not any(segment.supervised for segment in made):
+            return Sample([Segment(segment.text, True) for segment in segments], notes, shortened)
+        if not any(segment.supervised for segment in segments):
             raise BadRecord("nothing to learn from: no turn of the conversation is supervised")
-        return made
+        return Sample(segments, notes, shortened)
 
     return formatted
 
 
-def encode_segments(
-    segments: list[Segment], tokenizer: Tokenizer, sample_format: SampleFormat
-) -> tuple[list[int], list[bool]]:
-    """Ids of a sample and, for each, whether it is supervised.
-
-    Names of special tokens in the text are these tokens, except in running text. eos is supervised, bos is not. A
-    text of more than 262,144 characters is encoded in pieces, which libraries do faster; they are cut before a space
-    between two words, where tokens end anyway.
-
-    Raises:
-        BadRecord: a text is no Unicode text (half a surrogate pair).
-    """
-    special, ends = sample_format.name != "text", sample_format.name in ("text", "prompt_response")
-    ids: list[int] = [tokenizer.bos_id] if ends and sample_format.add_bos else []
-    mask = [False] * len(ids)
-    for number, segment in enumerate(segments):
-        try:
-            segment.text.encode()
-        except UnicodeEncodeError as error:
-            half = ascii(segment.text[error.start])
-            raise BadRecord(f"no Unicode text: {half} is half of a surrogate pair") from error
-        for place, piece in enumerate(_pieces(segment.text)):
-            part = tokenizer.encode(piece, special=special, continues=number + place > 0)
-            ids += part
-            mask += [segment.supervised] * len(part)
-    if ends and sample_format.add_eos:
-        ids.append(tokenizer.eos_id)
-        mask.append(True)
-    return ids, mask
-
-
-def _pieces(text: str, most: int = 1 << 18) -> Iterator[str]:
-    """A text in pieces of at most `most` characters; if half of that holds no space between words, cut anywhere."""
-    start = 0
-    while len(text) - start > most:
-        cut = text.rfind(" ", start + most // 2, start + most)
-        while cut > 0 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
-            cut = text.rfind(" ", start + most // 2, cut)
-        stop = cut if cut > 0 else start + most
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 def check_format(sample_format: SampleFormat, tokenizer: Tokenizer) -> None:
-    """Raise a DataError if the tokenizer lacks what the format asks for."""
+    """Raise a DataError if the tokenizer lacks what the format asks for, or a mapped column is none of the format's."""
     for wanted, token_id, name in (
         (sample_format.add_bos, tokenizer.bos_id, "bos"),
         (sample_format.add_eos, tokenizer.eos_id, "eos"),
     ):
-        if wanted and token_id is None and sample_format.name in ("text", "prompt_response"):
+        if wanted and token_id is None and sample_format.has_ends:
             raise DataError(
                 f"tokenizer {tokenizer.files[0]} has no {name}, and data.add_{name} is true",
                 hint=f"data.add_{name}=false, or name the token in the tokenizer's settings",
             )
     build_formatter(sample_format, tokenizer)
+    known = _names_of(sample_format)
+    if unknown := [name for name in sample_format.columns if name not in known]:
+        raise DataError(
+            f"data.columns names {', '.join(unknown)}, which {sample_format.name} does not read",
+            hint=f"{sample_format.name} reads {', '.join(sorted(known))}",
+        )
+    if sample_format.truncation != "end" and sample_format.name not in TEMPLATED:
+        raise DataError(
+            f"data.truncation is {sample_format.truncation}, and samples of {sample_format.name} are cut at their end",
+            hint=f"data.truncation=end; only {' and '.join(TEMPLATED)} have a prompt of which a part can be left out",
+        )
+    if sample_format.name == "messages":
+        tokenizer.check_chat()
 
 
 def texts_of(record: dict) -> list[str]:
     """The texts of a record of any format, to train a tokenizer on; none if it has no known key with a text."""
-    texts = [record.get(key) for key in ("text", "system", "input", "prompt", "output", "completion")]
-    for turns, key in (("messages", "content"), ("conversations", "value")):
-        found = record.get(turns)
-        texts += [turn.get(key) for turn in found if isinstance(turn, dict)] if isinstance(found, list) else []
+    keys = ("text", "system", "instruction", "input", "prompt", "output", "completion")
+    texts = [record.get(key) for key in keys]
+    for name in ("messages", "conversations", "prompt", "completion"):
+        turns = record.get(name)
+        for turn in turns if isinstance(turns, list) else []:
+            for content in (turn.get("content"), turn.get("value")) if isinstance(turn, dict) else ():
+                texts.append(content)
+                if isinstance(content, list):
+                    texts += [part.get("text") for part in content if isinstance(part, dict)]
     return [text for text in texts if isinstance(text, str)]
 
 
-def _prompt_response(template: str) -> Callable[[dict], list[Segment]]:
+def _names_of(sample_format: SampleFormat) -> set[str]:
+    """The names that a format reads from a record."""
+    conversation = {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system",
+                    "tools", "chat_template_kwargs"}  # fmt: skip
+    pair = {"input", "prompt", "output", "completion", *_PLACEHOLDER.findall(sample_format.template)}
+    return {
+        "text": {"text"},
+        "prompt_response": pair,
+        "alpaca": pair | {"instruction"},
+        "nemo_chat": {"conversations", "system", "mask", "type"},
+        "messages": conversation,
+    }[sample_format.name]
+
+
+def _templated(template: str, *, alpaca: bool, shortened: str | None) -> Callable[[Fields], Sample]:
     before, output, after = template.rpartition("{output}")
     if not output or after:
         raise DataError(
@@ -187,31 +222,40 @@ def _prompt_response(template: str) -> Callable[[dict], list[Segment]]:
             hint='data.template is such as "{input} {output}" or "Q: {input}\\nA: {output}"',
         )
     prompt = before.rstrip(" ")  # the spaces before an answer belong to it, as they do when a model writes it
+    texts = _PLACEHOLDER.split(prompt)  # text, name, text, name, ..., text
+    if shortened not in (None, *texts[1::2]):
+        raise DataError(
+            f"data.truncation_field is {shortened}, which is not in the prompt of the template {template!r}",
+            hint=f"name one of {', '.join(texts[1::2]) or 'its names in braces; it has none'}",
+        )
+    joined = alpaca and "instruction" not in texts[1::2]
 
-    def segments(record: dict) -> list[Segment]:
-        def fill(match: re.Match) -> str:
-            return _string(record, match[1])
+    def value(fields: Fields, name: str) -> str:
+        if alpaca and name == "input":
+            return instruction_of(fields) if joined else fields.get("input") or ""
+        alternative = {"input": "prompt", "output": "completion"}.get(name, name)
+        return fields.text(fields.first_of(name, alternative))
 
-        answer = before[len(prompt) :] + _string(record, "output")
-        made = [Segment(_PLACEHOLDER.sub(fill, prompt), False), Segment(answer, True)]
-        return [segment for segment in made if segment.text or segment.supervised]
+    def segments(fields: Fields) -> Sample:
+        answer, asked, part = before[len(prompt) :] + value(fields, "output"), "", range(0)
+        for number, text in enumerate(texts):
+            filled = value(fields, text) if number % 2 else text
+            if number % 2 and text == shortened:
+                part = range(len(asked), len(asked) + len(filled))
+            asked += filled
+        return Sample([Segment(text, learnt) for text, learnt in ((asked, False), (answer, True)) if text or learnt],
+                      [], part)  # fmt: skip
 
     return segments
 
 
-def _messages(template: ChatTemplate) -> Callable[[dict], list[Segment]]:
-    def segments(record: dict) -> list[Segment]:
-        messages = record.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise BadRecord("empty conversation" if messages == [] else _missing(record, "messages", "a list"))
-        for number, message in enumerate(messages, 1):
-            role = message.get("role") if isinstance(message, dict) else None
-            if role not in ROLES:
-                raise BadRecord(f"turn {number}: unknown role {role!r} (known: {', '.join(ROLES)})")
-            content = message.get("content")
-            if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-                raise BadRecord(f'turn {number}: "content" is a {type(content).__name__}, not a string')
-        return template.segments(messages, record.get("tools"))
+def _messages(template: ChatTemplate, answer_only_loss: bool) -> Callable[[Fields], Sample]:
+    def segments(fields: Fields) -> Sample:
+        conversation = read_conversation(fields)
+        messages = flatten_parts(template, conversation.messages)
+        learnt = [answer_only_loss and answer for answer in conversation.learnt]  # else nothing has to be told apart
+        made, notes = template.segments(messages, learnt, conversation.tools, conversation.arguments)
+        return Sample(made, [*notes, *unused_by(template, conversation)])
 
     return segments
 
@@ -223,19 +267,4 @@ def _chat_template(sample_format: SampleFormat, tokenizer: Tokenizer) -> ChatTem
             f"no chat template: data.chat_template is not given and tokenizer {tokenizer.files[0]} has none",
             hint="data.chat_template is a Jinja template or a file with one",
         )
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    return ChatTemplate(source, {n: "" if i is None else tokenizer.id_to_bytes(i).decode() for n, i in ids.items()})
-
-
-def _string(record: dict, name: str) -> str:
-    key = name if name in record else _ALTERNATIVES.get(name, name)
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise BadRecord(_missing(record, name if key not in record else key, "a string"))
-    return value
-
-
-def _missing(record: dict, key: str, wanted: str) -> str:
-    if key in record:
-        return f'"{key}" is a {type(record[key]).__name__}, not {wanted}'
-    return f'no key "{key}" (found {", ".join(sorted(map(str, record))) or "an empty object"})'
+    return ChatTemplate(source, tokenizer.named_tokens, tokenizer.special_texts, sample_format.chat_template_kwargs)

@@ -6,6 +6,7 @@ import numpy as np
 
 from megakd.data.dataset import IGNORED
 from megakd.data.tokenizers.tokenizer import Tokenizer
+from megakd.errors import DataError
 
 _ON, _OFF = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 _BINS, _WIDTH = 16, 50
@@ -61,8 +62,15 @@ def lengths_of(dataset) -> np.ndarray:
 
 
 def draw_lengths(dataset, path: Path) -> None:
-    """Write a histogram of the samples' lengths as a picture."""
-    import matplotlib
+    """Write a histogram of the samples' lengths as a picture.
+
+    Raises:
+        DataError: matplotlib is missing, or does not know the file's ending.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise DataError("pictures need matplotlib", hint='pip install "megakd[plots]"') from error
 
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -70,8 +78,12 @@ def draw_lengths(dataset, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.hist(lengths_of(dataset), bins=50, range=(0, dataset.sequence_length))
     axes.set(xlabel="tokens of a sample", ylabel="samples", title=f"{len(dataset):,} samples")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    except ValueError as error:
+        raise DataError(f"cannot write {path}: {error}", hint="a picture ends in .png, .svg or .pdf") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _printable(text: str) -> str:

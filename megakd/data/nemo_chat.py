@@ -6,12 +6,13 @@
     <turn_start>Assistant<end_of_name>VALUE<end_of_turn>[<label_start>LABEL<end_of_name>]      TEXT_TO_VALUE
     <turn_start>                                       after a last turn that is not of the masked role
 
-Without a type, labels are left out. Supervised is, in every turn of a role other than `mask`, the value with its end of
+Without a type, labels are left out. Supervised is, in every turn of a role other than `mask` (one, or several as in
+"User,Context"), the value with its end of
 turn (TEXT_TO_VALUE: the label with its end of name, if there is one), and the start of a masked turn after it, which
 tells the model to stop. The first turn is context and never supervised, but for TEXT_TO_VALUE.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megakd.data.chat_template import BadRecord, Segment
@@ -30,18 +31,18 @@ class ChatTokens:
     end_of_name: str = "\n"
 
 
-def nemo_chat_segments(record: dict, tokens: ChatTokens) -> list[Segment]:
+def nemo_chat_segments(record: Mapping, tokens: ChatTokens) -> list[Segment]:
     """One conversation.
 
     Raises:
         BadRecord: a key is missing or of the wrong type, there is no turn, no turn is of the masked role.
     """
-    turns, mask, kind = _checked(record)
+    turns, masked, kind = _checked(record)
     header = f"{tokens.system_turn_start}System{tokens.end_of_name}{record.get('system') or ''}{tokens.end_of_turn}"
     parts = [Segment(header, False)]
     for number, turn in enumerate(turns):
-        parts += _turn(number, turn, turn["from"] == mask, kind, tokens)
-    if turns[-1]["from"] != mask:
+        parts += _turn(number, turn, turn["from"] in masked, kind, tokens)
+    if turns[-1]["from"] not in masked:
         parts.append(Segment(tokens.turn_start, True))
     merged: list[Segment] = []
     for part in parts:
@@ -71,7 +72,7 @@ def _turn(number: int, turn: dict, masked: bool, kind: str | None, tokens: ChatT
         yield Segment(value, supervised)
 
 
-def _checked(record: dict) -> tuple[list[dict], str, str | None]:
+def _checked(record: Mapping) -> tuple[list[dict], set[str], str | None]:
     turns, mask, kind = record.get("conversations"), record.get("mask", "User"), record.get("type")
     if turns == []:
         raise BadRecord("empty conversation")
@@ -88,8 +89,9 @@ def _checked(record: dict) -> tuple[list[dict], str, str | None]:
         if not isinstance(turn.get("label"), str | None):
             raise BadRecord(f'turn {number}: "label" is a {type(turn["label"]).__name__}, not a string or null')
     if not isinstance(record.get("system"), str | None):
-        raise BadRecord(f'"system" is a {type(record["system"]).__name__}, not a string')
+        raise BadRecord(f'"system" is a {type(record.get("system")).__name__}, not a string')
     speakers = sorted({turn["from"] for turn in turns})
-    if mask not in speakers:
-        raise BadRecord(f'the role to mask is {mask!r}, the roles are {", ".join(speakers)} (unknown role in "mask")')
-    return turns, mask, kind
+    masked = {mask} if mask in speakers else {role.strip() for role in str(mask).split(",")}
+    for role in sorted(masked.difference(speakers)):
+        raise BadRecord(f'the role to mask is {role!r}, the roles are {", ".join(speakers)} (unknown role in "mask")')
+    return turns, masked, kind

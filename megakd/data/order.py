@@ -64,7 +64,9 @@ def _feistel(values: np.ndarray, half_bits: int, keys: list[int]) -> np.ndarray:
     return (left << shift) | right
 
 
-def batch_indices(seed: int, step: int, global_batch_size: int, samples_per_epoch: int) -> list[tuple[int, int]]:
+def batch_indices(
+    seed: int, step: int, global_batch_size: int, samples_per_epoch: int, *, in_order: bool = False
+) -> list[tuple[int, int]]:
     """The samples of one optimizer step, in global order.
 
     Every epoch visits each sample once, in its own order; batches run on across the end of an epoch.
@@ -74,12 +76,15 @@ def batch_indices(seed: int, step: int, global_batch_size: int, samples_per_epoc
         step: optimizer steps done before this one (the first step is 0).
         global_batch_size: samples of a step, over all data-parallel ranks.
         samples_per_epoch: len(dataset).
+        in_order: every epoch visits the samples in their own order instead.
 
     Returns:
         `global_batch_size` pairs (epoch, index) for `dataset.sample`.
     """
     first = step * global_batch_size
     epochs, positions = np.divmod(np.arange(first, first + global_batch_size), samples_per_epoch)
+    if in_order:
+        return [(int(epoch), int(position)) for epoch, position in zip(epochs, positions, strict=True)]
     indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
         rows = epochs == epoch

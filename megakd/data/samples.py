@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megakd.data.dataset import IGNORED
-from megakd.data.indexed import TokenFile
 from megakd.data.packing import pack_best_fit
+from megakd.data.token_files.reader import TokenFile
 from megakd.errors import DataError
 
 
@@ -54,6 +54,11 @@ class SampleDataset:
 
     def __len__(self) -> int:
         return len(self._documents)
+
+    @property
+    def mean_length(self) -> float:
+        """Ids of a sample on average."""
+        return float(self._lengths.mean())
 
     def length(self, epoch: int, index: int) -> int:
         """Ids of one sample."""
@@ -110,6 +115,11 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    @property
+    def mean_length(self) -> float:
+        """Ids of a pack on average."""
+        return float(self._filled.mean())
 
     def length(self, epoch: int, index: int) -> int:
         """Ids of one pack."""

@@ -5,7 +5,6 @@ of the data, the tokenizer and what the format depends on. A changed file, token
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,17 +14,28 @@ from pathlib import Path
 from megakd.config import Data
 from megakd.data.blend import BlendedDataset
 from megakd.data.dataset import TextDataset
-from megakd.data.formats import SampleFormat
-from megakd.data.indexed import load_info, part
+from megakd.data.files import (
+    KINDS,
+    OTHER_SUFFIXES,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+    find_files,
+    fixed_part,
+    is_pattern,
+    kind_of,
+)
+from megakd.data.formats import TEMPLATED, SampleFormat
 from megakd.data.nemo_chat import ChatTokens
-from megakd.data.records import DEFAULT_SUFFIXES, RECORD_SUFFIXES, TEXT_SUFFIXES, find_files
 from megakd.data.samples import PackedDataset, SampleDataset
+from megakd.data.token_files.layout import load_info, part
+from megakd.data.token_files.reader import TokenFile
 from megakd.data.tokenization import detect, write_token_file
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import ConfigError, DataError
+from megakd.ownership import owning
 
 LOG = logging.getLogger("megakd")
-_ENCODING = 1  # version of how samples are encoded; part of every key
+_ENCODING = 2  # version of how samples are encoded; part of every key
 _CHUNK_BYTES = 1 << 20
 
 
@@ -54,7 +64,7 @@ def open_data(data: Data, source, tokenizer: Tokenizer, seed: int | None, *, bui
         parts.append(_open(data, prefix, tokenizer, seed))
     if len(parts) == 1:
         return parts[0]
-    return BlendedDataset(parts, None if seed is None else weights, seed or 0)
+    return BlendedDataset(parts, None if seed is None else weights, seed or 0, by_tokens=data.weights_of == "tokens")
 
 
 def parse_source(source) -> tuple[list[str], list[float] | None]:
@@ -69,8 +79,11 @@ def parse_source(source) -> tuple[list[str], list[float] | None]:
 
 def _open(data: Data, prefix: str | Path, tokenizer: Tokenizer, seed: int | None):
     if not load_info(prefix).masked:
-        return TextDataset(prefix, data.sequence_length, seed, tokenizer.fingerprint)
+        text = TextDataset(prefix, data.sequence_length, seed, tokenizer.fingerprint)
+        _check_end(text.file, tokenizer)
+        return text
     samples = SampleDataset(prefix, data.sequence_length, tokenizer.fingerprint)
+    _check_end(samples.file, tokenizer)
     counts = samples.counts
     if counts["truncated"] or counts["dropped"] or counts["skipped"]:
         LOG.warning(
@@ -92,6 +105,18 @@ def _open(data: Data, prefix: str | Path, tokenizer: Tokenizer, seed: int | None
     return packed
 
 
+def _check_end(file: TokenFile, tokenizer: Tokenizer) -> None:
+    """Raise a DataError if the documents of a token file end with another token than the tokenizer's eos."""
+    if file.info.eos_appended and len(file) and file.lengths[0]:
+        last = int(file.document(0)[-1])
+        if last != tokenizer.eos_id:
+            raise DataError(
+                f"the documents of {file.prefix} end with token {last}, the eos of tokenizer {tokenizer.files[0]} is "
+                f"{tokenizer.eos_id}",
+                hint="its settings have changed since: prepare the data again, or undo the change",
+            )
+
+
 def find_index(data: Data, path: str | Path, tokenizer: Tokenizer, build: bool = True, progress: bool = True) -> Path:
     """The prefix of the token file that belongs to a raw file or folder, made first if it is not there.
 
@@ -102,7 +127,8 @@ def find_index(data: Data, path: str | Path, tokenizer: Tokenizer, build: bool =
     """
     files = data_files(path)
     sample_format = choose_format(data, files)
-    folder = Path(data.index_dir) if data.index_dir else Path(f"{str(path).rstrip('/')}.megakd")
+    beside = fixed_part(path) if is_pattern(path) else Path(str(path).rstrip("/"))
+    folder = Path(data.index_dir) if data.index_dir else beside.absolute().with_name(f"{beside.absolute().name}.megakd")
     try:
         with _locked(folder):
             prefix = folder / _key(files, folder / "digests.json", tokenizer, sample_format, data.on_error)
@@ -111,29 +137,33 @@ def find_index(data: Data, path: str | Path, tokenizer: Tokenizer, build: bool =
             if not build:
                 raise DataError(f"{path} has no index for this run in {folder}", hint="the rank that makes it failed")
             LOG.info("tokenizing %s as %s into %s", path, sample_format.name, prefix)
+            if given := _without_use(data, sample_format.name):
+                LOG.info("%s: %s has no use for %s", path, sample_format.name, ", ".join(given))
             summary = write_token_file(
                 files, prefix, tokenizer, sample_format,
                 on_error=data.on_error, workers=data.workers, progress=progress,
             )  # fmt: skip
             LOG.info("%s: %s", path, summary)
+            if summary.unused:
+                LOG.warning("%s: %s; data.strict=true refuses such records", path, summary.unused)
             return prefix
     except OSError as error:
         raise DataError(
-            f"the index of {path} cannot be written: {error.strerror} ({error.filename or folder})",
+            f"the index of {path} cannot be written: {error.strerror or error} ({error.filename or folder})",
             hint="data.index_dir names another folder for it",
         ) from error
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The files of a raw path: of a folder its records, or its text files if it holds no records."""
+    """The files of a raw path: of a folder its records, or its text files, or its CSV and JSON files."""
     if Path(path).is_dir():
-        with contextlib.suppress(DataError):
-            return find_files([path], RECORD_SUFFIXES)
-        return find_files([path], TEXT_SUFFIXES)
-    if not Path(path).exists():
+        for suffixes in (RECORD_SUFFIXES, TEXT_SUFFIXES, OTHER_SUFFIXES):
+            with contextlib.suppress(DataError):
+                return find_files([path], suffixes)
+    elif not Path(path).exists() and not is_pattern(path):
         raise DataError(
             f"{path} does not exist, nor {path}.idx",
-            hint=f"a file or folder ({', '.join(DEFAULT_SUFFIXES)}), or the --output of `megakd prepare`",
+            hint=f"a file, folder or pattern ({', '.join(KINDS)}), or the --output of `megakd prepare`",
         )
     return find_files([path])
 
@@ -143,8 +173,22 @@ def choose_format(data: Data, files: Sequence[Path]) -> SampleFormat:
     name = detect(files, data.columns) if data.format == "auto" else data.format
     return SampleFormat(
         name, data.template, data.columns, read_chat_template(data.chat_template),
-        ChatTokens(**data.chat_tokens.model_dump()), data.answer_only_loss, data.add_bos, data.add_eos,
+        data.chat_template_kwargs, ChatTokens(**data.chat_tokens.model_dump()), data.answer_only_loss, data.add_bos,
+        data.add_eos, data.strict, data.truncation, data.truncation_field,
+        None if data.truncation == "end" else data.sequence_length + 1,
     )  # fmt: skip
+
+
+def _without_use(data: Data, name: str) -> list[str]:
+    """Keys that are given, and that a format has no use for."""
+    users = {"template": TEMPLATED, "chat_tokens": ("nemo_chat",), "chat_template": ("messages",),
+             "chat_template_kwargs": ("messages",)}  # fmt: skip
+    defaults = type(data)(train="-", sequence_length=1)
+    return [
+        f"data.{key}"
+        for key, formats in users.items()
+        if name not in formats and getattr(data, key) != getattr(defaults, key)
+    ]
 
 
 def read_chat_template(value: str | None) -> str | None:
@@ -175,8 +219,9 @@ def _key(
             remembered.write_text(json.dumps(known | digests, indent=1))
     parts = {
         "encoding": _ENCODING,
-        "data": [entry[2] for entry in digests.values()],
-        "tokenizer": [tokenizer.fingerprint, _digest(tokenizer.files[0])],
+        "data": [[kind_of(file), digests[str(file.absolute())][2]] for file in files],
+        "tokenizer": [tokenizer.fingerprint, *map(_digest, tokenizer.files)],
+        "special ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
         "format": sample_format.relevant(tokenizer),
         "on_error": on_error,
     }
@@ -197,5 +242,5 @@ def _locked(folder: Path):
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context((folder / "lock").open("w")), fcntl.LOCK_EX)
+            stack.enter_context(owning(folder / "lock", wait=True))
         yield

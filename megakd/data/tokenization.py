@@ -6,7 +6,7 @@ The result does not depend on the number of workers. Memory is bounded: at most 
 import contextlib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,35 +16,46 @@ from pathlib import Path
 
 import numpy as np
 
-from megakd.data.formats import (
-    BadRecord,
-    SampleFormat,
-    build_formatter,
-    check_format,
-    detect_format,
-    encode_segments,
-)
-from megakd.data.indexed import TokenFileWriter
-from megakd.data.records import Block, Problems, read_blocks, records_of
+from megakd.data.blocks import Block, read_blocks
+from megakd.data.chat_template import BadRecord
+from megakd.data.encoding import Ends, encode_in_parts, encode_whole, tokens_inside
+from megakd.data.formats import Sample, SampleFormat, build_formatter, check_format, detect_format
+from megakd.data.records import Problems, records_of
+from megakd.data.token_files.writer import TokenFileWriter
 from megakd.data.tokenizers.load import load_tokenizer
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
 from megakd.processes import follow_parent
 from megakd.progress import progress_bar
 
+SHORTENED = "prompts are shortened (data.truncation)"
 _POOL_BYTES = 1 << 23  # smaller inputs are done before the workers have started
+_NO_IDS, _NO_MASK = np.zeros(0, np.int32), np.zeros(0, bool)
 _ENCODER: "Encoder"  # a worker process's own, made once when it starts
 
 
 @dataclass
 class Encoded:
-    """The samples of one block: ids and mask of all in a row, the length of each; how many records were empty."""
+    """The samples of one block.
+
+    Attributes:
+        ids, mask: of all samples in a row.
+        lengths: ids of each sample.
+        continues: the first is the rest of the sample before.
+        problems: records that cannot be used.
+        empty: how many records held no text.
+        notes: what of the records was not used, and in how many of them.
+        columns: keys of data.columns that a record has.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
     lengths: np.ndarray
+    continues: bool
     problems: Problems
     empty: int
+    notes: Counter
+    columns: set[str]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Summary:
         documents, tokens, supervised: written.
         empty: records without any token, left out.
         problems: records that could not be used (only with on_error "skip"; else they have been raised).
+        notes: what of the records was not used, and in how many of them.
         input_bytes, seconds: what was read, and how long all of it took.
     """
 
@@ -63,8 +75,14 @@ class Summary:
     supervised: int
     empty: int
     problems: Problems
+    notes: Counter
     input_bytes: int
     seconds: float
+
+    @property
+    def unused(self) -> str:
+        """The notes in one sentence; "" if everything was used."""
+        return "; ".join(f"{note} ({count:,})" if count else note for note, count in sorted(self.notes.items()))
 
     def __str__(self) -> str:
         share = "" if self.supervised == self.tokens else f" ({self.supervised:,} supervised)"
@@ -86,33 +104,72 @@ class Encoder:
     def __init__(self, tokenizer_path: Path, sample_format: SampleFormat):
         self._tokenizer = load_tokenizer(tokenizer_path)
         self._format = sample_format
-        self._segments = build_formatter(sample_format, self._tokenizer)
+        self._formatted = build_formatter(sample_format, self._tokenizer)
 
     def __call__(self, block: Block, only_check: bool) -> Encoded:
         """Encode one block; with `only_check` records are only read and formatted, to find what is wrong."""
-        problems, empty = Problems(), 0
-        rows: list[np.ndarray] = []
-        masks: list[np.ndarray] = []
-        for where, record in records_of(block, problems):
+        made = Encoded(_NO_IDS, _NO_MASK, _NO_IDS, block.continues, Problems(), 0, Counter(), set())
+        if block.continues and self._format.name != "text":
+            return made  # its beginning has been named as a record without the format's keys
+        rows, masks = [_NO_IDS], [_NO_MASK]
+        for where, record in records_of(block, made.problems):
+            made.columns |= record.keys() & self._format.columns.values()
             try:
-                segments = self._segments(record)
+                sample = self._formatted(record)
                 if only_check:
                     continue
-                ids, mask = encode_segments(segments, self._tokenizer, self._format)
-            except BadRecord as error:
-                problems.add(where, str(error))
+                ids, mask, notes = encode_sample(
+                    sample, self._tokenizer, self._format,
+                    continues=block.continues, continued=block.continued,
+                )  # fmt: skip
+            except (BadRecord, DataError) as error:  # DataError: the tokenizer cannot encode it, or a limit is met
+                made.problems.add(where, str(error).replace("\nhint: ", "; "))
                 continue
-            if any(segment.text for segment in segments):
-                rows.append(np.asarray(ids, np.int32))
-                masks.append(np.asarray(mask, bool))
+            made.notes.update({*sample.notes, *notes})
+            if any(segment.text for segment in sample.segments):
+                rows.append(ids)
+                masks.append(mask)
             else:
-                empty += 1
-        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
-        return Encoded(
-            np.concatenate(rows) if rows else np.zeros(0, np.int32),
-            np.concatenate(masks) if masks else np.zeros(0, bool),
-            lengths, problems, empty,
-        )  # fmt: skip
+                made.empty += 1
+        made.ids, made.mask = np.concatenate(rows), np.concatenate(masks)
+        made.lengths = np.fromiter(map(len, rows[1:]), np.int32, len(rows) - 1)
+        return made
+
+
+def encode_sample(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    sample_format: SampleFormat,
+    *,
+    continues: bool = False,
+    continued: bool = False,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Ids of a sample, for each whether it is supervised, and what of its text is not learnt though it should be.
+
+    Args:
+        continues, continued: the sample goes on from a text before, and in one behind.
+
+    Raises:
+        BadRecord: see `encoding`; or nothing is left to learn.
+    """
+    if sample_format.name == "messages":
+        ids, mask, notes = encode_whole(sample.segments, tokenizer)
+        if not mask.any():
+            raise BadRecord("nothing to learn from: no token is an answer's alone")
+        if sample_format.strict and notes:
+            raise BadRecord(f"{'; '.join(notes)} (data.strict)")
+        return ids, mask, notes
+    bos = tokenizer.bos_id if sample_format.has_ends and sample_format.add_bos and not continues else None
+    eos = tokenizer.eos_id if sample_format.has_ends and sample_format.add_eos and not continued else None
+    special = sample_format.name != "text"
+    ends = Ends(bos, eos)
+    ids, mask = encode_in_parts(sample.segments, tokenizer, special=special, ends=ends, continues=continues)
+    over = len(ids) - (sample_format.most_tokens or len(ids))
+    if over > 0 and sample.shortened:
+        left_out = tokens_inside(sample.segments[0].text, sample.shortened, tokenizer) + (bos is not None)
+        left_out = left_out[:over] if sample_format.truncation == "left" else left_out[-over:]
+        return np.delete(ids, left_out), np.delete(mask, left_out), [SHORTENED]
+    return ids, mask, []
 
 
 def write_token_file(
@@ -140,14 +197,16 @@ def write_token_file(
         DataError: nothing is left under PREFIX then.
     """
     check_format(sample_format, tokenizer)
-    started, problems, empty = time.monotonic(), Problems(on_error), 0
+    started, problems, empty, notes, columns = time.monotonic(), Problems(on_error), 0, Counter(), set()
     total = sum(path.stat().st_size for path in files)
+    if workers is not None and workers < 1:
+        raise DataError(f"{workers} processes cannot tokenize anything", hint="--workers (data.workers) is 1 or more")
     count = workers or len(os.sched_getaffinity(0))
     writer = TokenFileWriter(
         prefix,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        eos_appended=sample_format.add_eos and sample_format.name in ("text", "prompt_response"),
+        eos_appended=sample_format.add_eos and sample_format.has_ends,
         masked=sample_format.name != "text",
         made_from=sample_format.relevant(tokenizer),
     )
@@ -156,12 +215,32 @@ def write_token_file(
         for encoded in encode(blocks, lambda: bool(problems.count) and on_error == "raise"):
             problems.extend(encoded.problems)
             empty += encoded.empty
+            notes += encoded.notes
+            columns |= encoded.columns
             if encoded.lengths.size:
-                writer.add_many(encoded.ids, encoded.lengths, encoded.mask if sample_format.name != "text" else None)
+                mask = encoded.mask if sample_format.name != "text" else None
+                writer.add_many(encoded.ids, encoded.lengths, mask, continues=encoded.continues)
         problems.check()
+        notes.update(_missing_columns(sample_format, columns))
         writer.skipped = problems.count
     seconds = time.monotonic() - started
-    return Summary(writer.documents, writer.tokens, writer.supervised, empty, problems, total, seconds)
+    return Summary(writer.documents, writer.tokens, writer.supervised, empty, problems, notes, total, seconds)
+
+
+def _missing_columns(sample_format: SampleFormat, found: set[str]) -> dict[str, int]:
+    """Notes about mapped columns that no record has.
+
+    Raises:
+        DataError: there is one, and the format is strict.
+    """
+    notes = {
+        f'no record has "{key}", which data.columns gives for {name}': 0
+        for name, key in sample_format.columns.items()
+        if key not in found
+    }
+    if notes and sample_format.strict:
+        raise DataError(f"{'; '.join(notes)} (data.strict)", hint="leave it out of data.columns, or correct its name")
+    return notes
 
 
 def detect(files: Sequence[Path], columns: dict[str, str]) -> str:

@@ -7,6 +7,7 @@
 Sizes: T tokens, W vocabulary columns on this rank, R ranks.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megakd.divergences import find
-from megakd.kernels import divergences
-from megakd.kernels.dense_rows import Scale, dense_backward, dense_record, dense_sums
+from megakd.kernels import divergences, paths
+from megakd.kernels.dense_rows import Scale
 from megakd.kernels.rows import finite
 from megakd.kernels.terms import KDLoss, Options, check_inplace, check_labels, check_stray, find_stray, total
 from megakd.kernels.vocab import MASKED, VocabShard
@@ -116,34 +117,44 @@ def check_teacher(both: Both, supervised_T: Tensor) -> None:
         )
 
 
+def dense_passes(student_TW: Tensor) -> ModuleType:
+    """The module with `dense_record`, `dense_sums` and `dense_backward` for these logits."""
+    return paths.choose(student_TW, "megakd.kernels.dense_rows", "megakd.kernels.triton.dense_rows")
+
+
 class _DenseKDLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_TW, teacher_TW, labels_T, shard, options, temperatures, inplace_backward):
         supervised_T, label_columns_T = labels_T != MASKED, shard.columns(labels_T)
         rows, width, divergence = (student_TW, teacher_TW), shard.real_width, options.divergence
-        record_T7 = dense_record(*rows, label_columns_T, supervised_T, width, temperatures, divergence)
+        passes = dense_passes(student_TW)
+        record_T7 = passes.dense_record(*rows, label_columns_T, supervised_T, width, temperatures, divergence)
         both = merge(shard.all_gather(record_T7), temperatures, divergence)
         check_stray(find_stray(labels_T, supervised_T, shard), labels_T, shard)
         check_teacher(both, supervised_T)
         kd_T = both.kd_T
         u_total_T = -torch.ones_like(kd_T) if divergence == "forward_kl" else kd_T
         if divergences.mixes(divergence):
-            mine_T2 = dense_sums(*rows, supervised_T, width, both.scales(temperatures), divergence, options.parameter)
+            given = supervised_T, width, both.scales(temperatures), divergence, options.parameter
+            mine_T2 = passes.dense_sums(*rows, *given)
             kd_T, u_total_T = shard.all_gather(mine_T2).double().sum(0).unbind(1)
         ctx.save_for_backward(student_TW, teacher_TW, supervised_T, label_columns_T, u_total_T, *both)
         ctx.shard, ctx.options, ctx.temperatures, ctx.inplace = shard, options, temperatures, inplace_backward
         whole_T = torch.ones_like(kd_T)
         outputs = total(kd_T, both.ce_T, whole_T, whole_T, supervised_T, options)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T, *_):
+        if grad_T is None:
+            return (None,) * len(ctx.needs_input_grad)
         student_TW, teacher_TW, supervised_T, label_columns_T, u_total_T, *both = ctx.saved_tensors
         both, options = Both(*both), ctx.options
         out_TW = student_TW.detach() if ctx.inplace else torch.empty_like(student_TW)
-        dense_backward(
+        dense_passes(student_TW).dense_backward(
             student_TW,
             teacher_TW,
             label_columns_T,

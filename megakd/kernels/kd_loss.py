@@ -96,11 +96,14 @@ class _KDLoss(torch.autograd.Function):
         ctx.save_for_backward(logits_TW, stats.entry_logits_TK, *s, *saved)
         ctx.shard, ctx.options, ctx.inplace_backward = shard, options, inplace_backward
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T, *_):
+        if grad_T is None:
+            return (None,) * len(ctx.needs_input_grad)
         logits_TW, entry_logits_TK, *rest = ctx.saved_tensors
         s, saved = Supervised(*rest[: len(Supervised._fields)]), Saved(*rest[len(Supervised._fields) :])
         out_TW = logits_TW.detach() if ctx.inplace_backward else torch.empty_like(logits_TW)

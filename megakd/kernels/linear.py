@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megakd.kernels.linear_autograd import GradientInForward, Layout, Recompute, whole
+from megakd.kernels.paths import softcap_passes
 from megakd.kernels.selection import select_top_k
-from megakd.kernels.softcap import check_softcap, softcap_passes
+from megakd.kernels.softcap import check_softcap
 from megakd.kernels.terms import KDLoss, build_options, check_labels
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets

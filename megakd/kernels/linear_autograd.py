@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megakd.kernels.paths import row_passes
+from megakd.kernels.paths import row_passes, softcap_passes
 from megakd.kernels.records import build_record
 from megakd.kernels.rows import Statistics, runs
-from megakd.kernels.softcap import softcap_passes
 from megakd.kernels.terms import Factors, KDLoss, Options, Saved, Supervised, evaluate, gradient_factors, localize
 from megakd.kernels.vocab import VocabShard
 

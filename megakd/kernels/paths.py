@@ -17,6 +17,11 @@ def row_passes(logits_TW: Tensor) -> ModuleType:
     return choose(logits_TW, "megakd.kernels.rows", "megakd.kernels.triton.rows")
 
 
+def softcap_passes(logits_TW: Tensor) -> ModuleType:
+    """The module with `cap` and `uncap` for these logits."""
+    return choose(logits_TW, "megakd.kernels.softcap", "megakd.kernels.triton.softcap")
+
+
 def fused(x: Tensor, triton: str) -> ModuleType | None:
     """The named module, which does small steps in few launches, where Triton reads the logits; elsewhere None."""
     reads = row_passes(x).__name__ == "megakd.kernels.triton.rows"

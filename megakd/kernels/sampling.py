@@ -85,7 +85,7 @@ def chunk_weights(logits_TW: Tensor, temperature: float) -> tuple[Tensor, Tensor
     e (x - largest) / temperature; one lane free.
     """
     tokens, width = logits_TW.shape
-    chunks = max(1, round(width**0.5))
+    chunks = max(1, min(width, round(width**0.5 / 16) * 16 or 16))  # of 16, neighbours are loaded together
     weights_TC = torch.zeros((tokens, chunks), dtype=torch.float64, device=logits_TW.device)
     record_T4 = weights_TC.new_zeros((tokens, 4))
     record_T4[:, 0] = -torch.inf

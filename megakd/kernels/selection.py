@@ -137,8 +137,8 @@ def look_up(logits_TW: Tensor, columns_TK: Tensor) -> Tensor:
 
 
 def normalize(entries_TK: Tensor, records_RTL: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of this rank's entries, -inf for none, and the log mass outside everyone's, float32; the largest
-    of all logits, and their log-sum-exp less the largest / temperature, float64."""
+    """Log-probabilities of this rank's entries, -inf for none, and the log mass outside everyone's, float32; and the
+    largest of all logits, and their log-sum-exp less the largest / temperature, float64."""
     outside_max_RT, outside_sum_RT, entry_max_RT, entry_sum_RT = records_RTL[:, :, :4].double().unbind(2)
     top_T = entry_max_RT.amax(0)  # of all logits: the entries are the largest
     log_outside_T = (outside_sum_RT.log() + (outside_max_RT - top_T) / temperature).logsumexp(0)
@@ -151,7 +151,7 @@ def normalize(entries_TK: Tensor, records_RTL: Tensor, temperature: float) -> tu
 def best_and_label(
     logits_TW: Tensor, columns_TK: Tensor, entries_TK: Tensor, labels_T: Tensor, shard: VocabShard
 ) -> Tensor:
-    """Two lanes more of the record: the id of this rank's largest entry, the lowest among equals, and the label's logit.
+    """Two lanes more of the record: the id of this rank's largest entry, lowest among equals, and the label's logit.
 
     An id is exact in float32 up to 2^24, which no vocabulary reaches.
     """

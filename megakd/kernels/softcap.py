@@ -7,18 +7,11 @@ Sizes: T tokens, W vocabulary columns on this rank.
 
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from megakd.kernels.paths import choose
 from megakd.kernels.rows import block_bytes
-
-
-def softcap_passes(logits_TW: Tensor) -> ModuleType:
-    """The module with `cap` and `uncap` for these logits."""
-    return choose(logits_TW, "megakd.kernels.softcap", "megakd.kernels.triton.softcap")
 
 
 def check_softcap(softcap: float | None) -> None:

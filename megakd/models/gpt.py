@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megakd.kernels import VocabShard
-from megakd.kernels.softcap import softcap_passes
+from megakd.kernels.paths import softcap_passes
 from megakd.models.architecture import DTYPES, layer_specs, transformer_config
 from megakd.models.blocks import needs_own_layers
 from megakd.models.initialization import initialize_weights

@@ -4,9 +4,8 @@ import numpy as np
 
 from megakd.assembly.data import describe_data, run_steps
 from megakd.config import Config
-from megakd.data.blend import BlendedDataset
+from megakd.data.blend import BlendedDataset, indices_of_step
 from megakd.data.dataset import TextDataset
-from megakd.data.order import batch_indices
 from megakd.errors import ConfigError
 
 
@@ -59,7 +58,7 @@ class Samples:
         reading = position - self.validated
         if self.firsts is not None:
             reading = int(self.firsts[reading])
-        return self.train_data, *batch_indices(self.config.run.seed, reading, 1, len(self.train_data))[0]
+        return self.train_data, *indices_of_step(self.train_data, self.config.run.seed, reading, 1)[0]
 
     def describe(self) -> dict:
         """What is recorded, for the header; a miss in training names what differs."""
@@ -104,7 +103,7 @@ def first_readings(data, seed: int, readings: int) -> np.ndarray | None:
     if not isinstance(data, BlendedDataset):
         return np.arange(min(readings, len(data)))  # an epoch has each sample once
     seen, firsts = set(), []
-    for reading, (epoch, index) in enumerate(batch_indices(seed, 0, readings, len(data))):
+    for reading, (epoch, index) in enumerate(indices_of_step(data, seed, 0, readings)):
         part, epoch, index = data.locate(epoch, index)
         sample = (part, epoch if isinstance(parts[part], TextDataset) else 0, index)
         if sample not in seen:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from megakd.reporting.lines import Lines, is_finite, named
 from megakd.reporting.markup import Markup, tag
-from megakd.reporting.quantities import quantity, shown
+from megakd.reporting.quantities import Quantity, quantity, shown
 from megakd.reporting.runs import Run
 from megakd.reporting.scales import AXES, Scale, axis_ticks, value_scale
 from megakd.reporting.settings import care
@@ -22,11 +22,10 @@ DOTTED = 40  # a curve of at most so many points shows them
 LABEL_GAP, LOWEST_LABEL = 0.075, 0.94  # of a chart's height: between labels at the ends of curves, and the last of them
 MOST_LABELS = 13
 MOST_LETTERS = 22
+EARLY, LONG = 0.05, 200  # share of the steps that are the first ones; values that make a curve long
 COLORS = 6
 DRAWN = ("validation", "train")
 REFERENCES = {("validation", "ce"): "teacher_ce"}
-
-
 Point = tuple[float, float, float, float]  # where, mean, lowest, highest
 
 
@@ -97,8 +96,9 @@ class Charts:
         known, curves, different = quantity(key), self.curves(kind, key), care(self.runs, kind, key)
         other = REFERENCES.get((kind, key))
         references = self.curves(kind, other, reference=True) if other else []
-        scale = value_scale([value for curve in curves + references for value in curve.points], known)
-        remarks = [f"dotted: {quantity(other).title}"] if references else []
+        scale, begins = self.scale(curves, references, known)
+        remarks = [f"begins above, at {shown(key, begins / known.factor)}"] if begins is not None else []
+        remarks += [f"dotted: {quantity(other).title}"] if references else []
         absent = [run.name for i, run in enumerate(self.runs) if i not in {curve.run for curve in curves}]
         remarks += [f"not measured: {', '.join(absent)}"] if absent else []
         verb = "differs" if len(different) == 1 else "differ"
@@ -117,6 +117,28 @@ class Charts:
             data_factor=f"{known.factor:g}",
             data_unit=known.unit or None,
         )
+
+    def scale(self, curves: list[Curve], references: list[Curve], known: Quantity) -> tuple[Scale, float | None]:
+        """The vertical axis, and where the highest curve begins if that is above it.
+
+        What is to fall begins high: where the first steps alone would take most of the chart, it shows what is after
+        them.
+        """
+        all_of_them = [value for curve in curves + references for value in curve.points]
+        whole, first = value_scale(all_of_them, known), EARLY * self.ends["step"]
+        late = [
+            value
+            for curve in curves
+            for step, value in zip(curve.lines.steps, curve.values, strict=True)
+            if step > first and is_finite(value)
+        ]
+        if known.better != "lower" or whole.log or len(late) < LONG:
+            return whole, None
+        after = value_scale(late, known)
+        room = after.high - after.low
+        if max(all_of_them) < after.high + room:
+            return whole, None
+        return Scale(min(after.low, *all_of_them), after.high + room / 2), max(all_of_them)
 
     def plot(self, axis: str, curves: list[Curve], scale: Scale, description: str) -> Markup:
         """The box of one chart on one horizontal axis; one of three is seen."""

@@ -29,9 +29,9 @@ SCRIPT = r"""
     });
   }
 
-  function height(figure, value) {  // 0 at the top of the box, 1 at its bottom
+  function height(figure, value) {  // 0 at the top of the box and above it, 1 at its bottom
     const low = +figure.low, high = +figure.high, log = "log" in figure;
-    return 1 - (log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
+    return Math.max(0, 1 - (log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low)));
   }
 
   function clear(plot) {

@@ -40,7 +40,7 @@ grid-template-columns:repeat(auto-fill,minmax(min(100%,30rem),1fr));column-gap:2
 figcaption{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 .6rem;min-height:1.6rem}
 figcaption b{font-weight:600}figcaption span{color:var(--soft)}
 .plot{position:relative;height:13rem;margin:.5rem calc(var(--letters)*.47rem + 2.2rem) 3.2rem 3.4rem}
-.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
+.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible;clip-path:inset(-3px -5px)}
 .plot path{fill:none;vector-effect:non-scaling-stroke;stroke-linejoin:round;stroke-linecap:round}
 .plot .grid{stroke:var(--rule);stroke-width:1}
 .plot .line{stroke:var(--c);stroke-width:1.8;stroke-dasharray:var(--d)}

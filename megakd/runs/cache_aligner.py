@@ -35,7 +35,7 @@ from megakd.targets import sample_key
 def run_import(arguments: argparse.Namespace) -> int:
     """Import all chunks."""
     from megakd.checkpoints.folder import tokenizer_path
-    from megakd.data.indexed import TokenFileWriter
+    from megakd.data.token_files.writer import TokenFileWriter
     from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer, files = load_tokenizer(tokenizer_path(arguments.tokenizer)), find_chunks(arguments.input)
@@ -140,7 +140,7 @@ def check_ids(sample: Sample, vocab_size: int, where: str) -> None:
 def run_export(arguments: argparse.Namespace) -> int:
     """Export every sample of the token file that the cache holds."""
     from megakd.cache import CacheReader
-    from megakd.data.indexed import TokenFile
+    from megakd.data.token_files.reader import TokenFile
 
     header = read_header(arguments.cache)
     check_exportable(arguments.cache, header.contents, header.mode)
@@ -198,8 +198,8 @@ def find_samples(reader, prefix: pathlib.Path, sequence_length: int) -> list[tup
     in the recorded seeds' orders, as training does, epoch after epoch until one has none that is new.
     """
     from megakd.data.dataset import TextDataset
-    from megakd.data.indexed import load_info
     from megakd.data.samples import SampleDataset
+    from megakd.data.token_files.layout import load_info
 
     if load_info(prefix).masked:
         data, seen = SampleDataset(prefix, sequence_length), set()

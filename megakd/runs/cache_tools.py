@@ -10,8 +10,8 @@ megakd cache import / export (see their --help)    NeMo-Aligner's JSONL chunks
 import argparse
 import collections
 
-from megakd.config.paths import path_argument, path_text
 from megakd.errors import CacheError
+from megakd.paths import path_argument, path_text
 
 
 def main(argv: list[str]) -> int:

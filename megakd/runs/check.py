@@ -2,11 +2,12 @@
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from megakd.errors import CheckpointError
+from megakd.paths import path_argument
+from megakd.progress import progress_bar
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megakd check", description="read all of a checkpoint and say what of it is whole"
     )
     parser.add_argument(
-        "checkpoints", nargs="+", type=pathlib.Path, metavar="CHECKPOINT", help="checkpoint, or run folder for all"
+        "checkpoints", nargs="+", type=path_argument, metavar="CHECKPOINT", help="checkpoint, or run folder for all"
     )
     return parser
 
@@ -79,7 +80,8 @@ def damage(checkpoint) -> Iterator[str]:
 
 
 def progress(lines: Iterator, total: int) -> Iterator:
-    """The same, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(lines, total=total, unit="file", leave=False, disable=not sys.stderr.isatty())
+    """The same, with a bar."""
+    with progress_bar(total, "checking") as bar:
+        for line in lines:
+            yield line
+            bar.update()

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 
-from megakd.config.paths import path_argument
+from megakd.paths import path_argument
 
 DEFAULT_FORMAT = {"hf": "megatron", "nemo": "megatron", "megatron": "hf"}
 

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from megakd.config.paths import path_argument
 from megakd.errors import ConfigError
+from megakd.paths import path_argument
 
 CONVERSION_SECONDS = 1800  # how long ranks wait for the one that converts a Hugging Face folder
 

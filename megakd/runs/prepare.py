@@ -6,23 +6,35 @@
     megakd prepare adopt     PREFIX --tokenizer TOK
     megakd prepare inspect   DATA --tokenizer TOK --sequence-length N [--format ...]
 
-Text files are one document each; JSONL, Parquet and Arrow files hold a record a line or row. Progress goes to stderr,
-the summary to stdout. A run tokenizes raw files by itself; `text` and `samples` do it elsewhere, or once for many.
+Text files are one document each; JSONL, JSON, CSV, Parquet and Arrow files hold records. Progress goes to stderr, the
+summary to stdout. A run tokenizes raw files by itself; `text` and `samples` do it elsewhere, or once for many.
 """
 
 import argparse
+import contextlib
+import io
+import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from megakd.config import Data
+from megakd.config.problems import explain
+from megakd.data.blocks import read_blocks
+from megakd.data.files import DEFAULT_SUFFIXES, find_files
 from megakd.data.formats import FORMATS, SampleFormat, texts_of
-from megakd.data.records import DEFAULT_SUFFIXES, Problems, find_files, read_blocks, records_of
+from megakd.data.records import Problems, records_of
 from megakd.errors import DataError
 
 
 def main(argv: list[str]) -> int:
     """Run `megakd prepare ARGV...`; returns the exit code 0, or raises DataError."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     arguments = build_parser().parse_args(argv)
     return arguments.run(arguments)
 
@@ -52,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_input(samples)
     _add_output(samples)
     _add_format(samples)
+    samples.add_argument("--sequence-length", type=int, metavar="N", help="data.sequence_length, for --truncation")
     samples.set_defaults(run=prepare_samples)
 
     adopt = verbs.add_parser(
@@ -70,13 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--png", type=Path, metavar="FILE", help="write the histogram of lengths as a picture too")
     inspect.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="of supervised parts")
     _add_on_error(inspect)
+    _add_strict(inspect)
     _add_format(inspect)
     inspect.set_defaults(run=prepare_inspect)
     return parser
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files, and folders to search")
+    parser.add_argument(
+        "--input", required=True, nargs="+", metavar="PATH", help="files, patterns, and folders to search"
+    )
     parser.add_argument(
         "--suffix", default=",".join(DEFAULT_SUFFIXES), metavar=".A,.B",
         help="endings of the files taken from folders (default: %(default)s)",
@@ -92,7 +108,12 @@ def _add_on_error(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each processor)")
 
 
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--strict", action="store_true", help="data.strict: refuse records with text that is not used")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    _add_strict(parser)
     parser.add_argument(
         "--tokenizer", required=True, metavar="TOK", help="a tokenizer file, its folder, or a checkpoint"
     )
@@ -108,6 +129,12 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", default="{input} {output}", help='data.template (default: "%(default)s")')
     parser.add_argument("--chat-template", metavar="FILE", help="data.chat_template")
+    parser.add_argument(
+        "--chat-argument", action="append", default=[], metavar="NAME=VALUE",
+        help="data.chat_template_kwargs: what else the chat template sees; VALUE is JSON, or else a text",
+    )  # fmt: skip
+    parser.add_argument("--truncation", choices=("end", "left", "right"), default="end", help="data.truncation")
+    parser.add_argument("--truncation-field", default="input", metavar="NAME", help="data.truncation_field")
     parser.add_argument("--all-tokens", action="store_true", help="data.answer_only_loss=false")
     parser.add_argument("--bos", action="store_true", help="data.add_bos=true")
 
@@ -132,10 +159,11 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> int:
         problems.check()
 
     started = time.monotonic()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_sentencepiece(
-        texts(), arguments.output, vocab_size=arguments.vocab_size, model_type=arguments.type, share=share
-    )
+    with _writing(arguments.output):
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = train_sentencepiece(
+            texts(), arguments.output, vocab_size=arguments.vocab_size, model_type=arguments.type, share=share
+        )
     kept = "" if share == 1.0 else f", on {100 * share:.1f} % of the text (--max-bytes)"
     if problems.count:
         print(f"left out {problems.count} records (--on-error skip):\n{problems}")
@@ -148,14 +176,17 @@ def prepare_tokenizer(arguments: argparse.Namespace) -> int:
 
 def prepare_text(arguments: argparse.Namespace) -> int:
     """Tokenize running text into one token file."""
-    return _write(arguments, lambda files: SampleFormat("text", add_eos=not arguments.no_eos))
+    return _write(arguments, lambda files: SampleFormat("text", add_eos=not arguments.no_eos, strict=arguments.strict))
 
 
 def prepare_samples(arguments: argparse.Namespace) -> int:
     """Tokenize samples of their own into one masked token file."""
     from megakd.data.sources import choose_format
 
-    data = _data(arguments, [str(path) for path in arguments.input], 1, add_eos=not arguments.no_eos)
+    if arguments.truncation != "end" and arguments.sequence_length is None:
+        raise DataError(f"--truncation {arguments.truncation} shortens to a length", hint="add --sequence-length N")
+    length = 1 if arguments.sequence_length is None else arguments.sequence_length
+    data = _data(arguments, [str(path) for path in arguments.input], length, add_eos=not arguments.no_eos)
     return _write(arguments, lambda files: choose_format(data, files))
 
 
@@ -171,13 +202,15 @@ def _write(arguments: argparse.Namespace, choose_format) -> int:
         files, arguments.output, tokenizer, sample_format, on_error=arguments.on_error, workers=arguments.workers
     )
     print(f"{arguments.output}: {sample_format.name}, {summary}")
+    if summary.unused:
+        print(f"not used: {summary.unused}; --strict refuses such records")
     return 0
 
 
 def prepare_adopt(arguments: argparse.Namespace) -> int:
     """Check every token of .bin/.idx files written elsewhere against a tokenizer, and describe them."""
     from megakd.checkpoints.folder import tokenizer_path
-    from megakd.data.indexed import describe
+    from megakd.data.token_files.adoption import describe
     from megakd.data.tokenizers.load import load_tokenizer
 
     info = describe(arguments.prefix, load_tokenizer(tokenizer_path(arguments.tokenizer)))
@@ -187,8 +220,6 @@ def prepare_adopt(arguments: argparse.Namespace) -> int:
 
 def prepare_inspect(arguments: argparse.Namespace) -> int:
     """Open data as a run would and print what is in it."""
-    import sys
-
     from megakd.checkpoints.folder import tokenizer_path
     from megakd.data.inspection import describe_dataset, draw_lengths
     from megakd.data.sources import open_data
@@ -200,19 +231,55 @@ def prepare_inspect(arguments: argparse.Namespace) -> int:
     color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
     print(describe_dataset(dataset, tokenizer, samples=arguments.samples, color=color))
     if arguments.png:
-        draw_lengths(dataset, arguments.png)
+        with _writing(arguments.png):
+            arguments.png.parent.mkdir(parents=True, exist_ok=True)
+            draw_lengths(dataset, arguments.png)
         print(f"lengths drawn to {arguments.png}")
     return 0
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Explain that a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror} ({error.filename or path})", hint="write it elsewhere"
+        ) from error
+
+
 def _data(arguments: argparse.Namespace, source, sequence_length: int, **more) -> Data:
     """The flags as the config's section."""
-    pairs = [column.partition("=") for column in arguments.column]
-    if not all(name and key for name, _, key in pairs):
-        raise DataError(f"--column {' '.join(arguments.column)}: expected NAME=KEY, as in --column input=question")
-    return Data(
-        train=source, sequence_length=sequence_length, format=arguments.format, template=arguments.template,
-        columns={name: key for name, _, key in pairs}, chat_template=arguments.chat_template,
-        answer_only_loss=not arguments.all_tokens, add_bos=arguments.bos, on_error=arguments.on_error,
-        workers=arguments.workers, **more,
-    )  # fmt: skip
+    for path in [source] if isinstance(source, str) else source:
+        if path.encode("utf-8", "ignore") != os.fsencode(path):
+            raise DataError(f"the name {path!r} is no UTF-8, and a config cannot hold it", hint="rename the file")
+    try:
+        return Data(
+            train=source, sequence_length=sequence_length, format=arguments.format, template=arguments.template,
+            columns=_pairs("--column", "NAME=KEY, as in --column input=question", arguments.column),
+            chat_template=arguments.chat_template, chat_template_kwargs=_chat_arguments(arguments),
+            answer_only_loss=not arguments.all_tokens, add_bos=arguments.bos, on_error=arguments.on_error,
+            strict=arguments.strict, truncation=arguments.truncation, truncation_field=arguments.truncation_field,
+            workers=arguments.workers, **more,
+        )  # fmt: skip
+    except ValidationError as error:
+        explained = explain(error, Data, "flags")
+        explained.hint = "each is the flag of that name; `megakd prepare VERB --help` lists them"
+        raise explained from error
+
+
+def _chat_arguments(arguments: argparse.Namespace) -> dict:
+    given = {}
+    for name, text in _pairs("--chat-argument", "NAME=VALUE", arguments.chat_argument).items():
+        given[name] = text
+        with contextlib.suppress(ValueError):
+            given[name] = json.loads(text)
+    return given
+
+
+def _pairs(flag: str, expected: str, given: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    if not all(name and value for name, _, value in pairs):
+        raise DataError(f"{flag} {' '.join(given)}: expected {expected}")
+    return {name: value for name, _, value in pairs}

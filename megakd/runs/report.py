@@ -1,4 +1,4 @@
-"""`megakd report RUN [RUN ...]`: one page of HTML about runs, for a browser, with or without a network.
+"""`megakd report RUN [RUN ...]`: one page of HTML about runs, for a browser without a network too.
 
 Curves over steps, tokens and seconds, final and best values, the time of a step's phases, and the
 settings in which the runs differ. Reads the run folders alone; a run may still be going on.
@@ -9,6 +9,7 @@ import datetime
 import pathlib
 
 from megakd.errors import ReportError
+from megakd.paths import path_argument
 
 
 def main(argv: list[str]) -> int:
@@ -38,9 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megakd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="run folders: what run.dir named")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folders: what run.dir named")
     parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("report.html"), metavar="FILE.html",
+        "--output", type=path_argument, default=pathlib.Path("report.html"), metavar="FILE.html",
         help="what to write; a file of that name is replaced (default: %(default)s)",
     )  # fmt: skip
     return parser

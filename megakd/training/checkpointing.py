@@ -26,6 +26,7 @@ SAMPLE_KEYS = {
     "columns",
     "template",
     "chat_template",
+    "chat_template_kwargs",
     "chat_tokens",
     "answer_only_loss",
     "add_bos",

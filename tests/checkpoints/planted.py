@@ -1,12 +1,13 @@
 """Checkpoints with something planted in them: what a stranger could send."""
 
+import json
 import os
 import pathlib
 import pickle
 
 import torch
 
-from megakd.checkpoints.record import describe_files, read_record, write_record
+from megakd.checkpoints.record import describe_files, write_record
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 
 
@@ -59,12 +60,19 @@ def edit_description(folder: pathlib.Path, edit) -> None:
     description = pickle.loads((folder / ".metadata").read_bytes())
     edit(description)
     (folder / ".metadata").write_bytes(pickle.dumps(description))
-    record_sizes(folder)
+    record_files(folder)
 
 
-def record_sizes(folder: pathlib.Path) -> None:
-    """Let megakd.json list the files as they are now, digests and all, as whoever makes such a folder can."""
-    write_record(folder, read_record(folder) | describe_files(folder, {}))
+def record_files(folder: pathlib.Path) -> None:
+    """Let megakd.json list the files as they are now, with their digests: who plants something can do that."""
+    edit_record(folder, lambda record: record.update(describe_files(folder, {})))
+
+
+def edit_record(folder: pathlib.Path, edit) -> None:
+    """Change megakd.json, and seal it again."""
+    record = json.loads((folder / "megakd.json").read_text())
+    edit(record)
+    write_record(folder, record)
 
 
 PLANTS = {"metadata": in_metadata, "common": in_common, "object": in_object, "tensor": in_tensor}
@@ -73,5 +81,5 @@ PLANTS = {"metadata": in_metadata, "common": in_common, "object": in_object, "te
 def plant(kind: str, folder: pathlib.Path, marker: pathlib.Path) -> str:
     """Returns the name of the file that holds it."""
     name = PLANTS[kind](folder, marker)
-    record_sizes(folder)
+    record_files(folder)
     return name

@@ -10,9 +10,21 @@ import zipfile
 import pytest
 import torch
 
-from megakd.checkpoints.pickles import load_file, load_metadata, load_values, load_window
+from megakd.checkpoints import pickles
+from megakd.checkpoints.pickles import load_file
 from megakd.errors import CheckpointError
 from tests.checkpoints.planted import Plant
+
+
+def load_values(path):
+    with open(path, "rb", buffering=0) as file:
+        return pickles.load_values(file, path)
+
+
+def load_metadata(path):
+    with open(path, "rb", buffering=0) as file:
+        return pickles.load_metadata(file, path)
+
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "megakd"
 
@@ -33,16 +45,19 @@ def test_tensors_of_both_formats_are_read(saved, name, tmp_path):
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
 
 
-def test_plain_values_are_read_and_parts_of_files_too(tmp_path):
+def test_plain_values_are_read_and_parts_of_files_too(tmp_path, monkeypatch):
     values = {"step": 3, "betas": (0.9, 0.95), "state": [torch.arange(5, dtype=torch.uint8)], "none": None}
     torch.save(values, tmp_path / "values.pt")
     assert load_values(tmp_path / "values.pt")["betas"] == (0.9, 0.95)
     with open(tmp_path / "file", "wb") as file:
         file.write(b"something before" + (tmp_path / "values.pt").read_bytes() + b"something after")
     length = (tmp_path / "values.pt").stat().st_size
-    assert load_window(tmp_path / "file", 16, length, "a part")["step"] == 3
-    with pytest.raises(CheckpointError, match="a part cannot be read"):
-        load_window(tmp_path / "file", 15, length, "a part")
+    for most in (length, length - 1):
+        monkeypatch.setattr(pickles, "IN_MEMORY_BYTES", most)
+        with open(tmp_path / "file", "rb", buffering=0) as file:
+            assert pickles.load_window(file, 16, length, "a part")["step"] == 3
+            with pytest.raises(CheckpointError, match="a part cannot be read"):
+                pickles.load_window(file, 15, length, "a part")
 
 
 @pytest.mark.parametrize("new", [True, False])

@@ -52,6 +52,7 @@ def test_all_three_numbers_move_and_the_rest_stays():
         ({"kd_weight": 0.0}, "kd_weight"),
         ({"divergence": "jsd", "tail": "drop"}, "tail"),
         ({"divergence": "skew_forward_kl", "tail": "renormalize_teacher"}, "tail"),
+        ({"divergence": "tvd", "tail": "drop"}, "tail"),
     ],
 )
 def test_what_has_no_meaning_is_refused(changes, key):

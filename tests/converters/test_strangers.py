@@ -13,14 +13,13 @@ import torch
 import yaml
 
 from megakd.checkpoints import folder
-from megakd.checkpoints.record import write_record
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.converters.convert import Options, convert
 from megakd.converters.huggingface.folder import HuggingFaceFolder
 from megakd.converters.nemo.archive import unpacked
 from megakd.converters.nemo.convert import open_nemo
 from megakd.errors import CheckpointError
-from tests.checkpoints.planted import Plant, edit_description, record_sizes
+from tests.checkpoints.planted import Plant, edit_description, edit_record, record_files
 from tests.converters import hf_models, nemo_models
 from tests.converters.test_nemo import archive
 
@@ -68,7 +67,7 @@ def refused(source, words, target_format="megatron", seconds=20):
 def kept(checkpoint, **changes):
     path = checkpoint / folder.KEPT / "weights.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    record_sizes(checkpoint)
+    record_files(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -132,18 +131,15 @@ def test_a_pipe_in_a_folder_does_not_hang(checkpoint, source):
 
 @pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", 7])
 def test_a_record_cannot_name_a_tokenizer_elsewhere(file, checkpoint):
-    record = json.loads((checkpoint / "megakd.json").read_text())
-    record["tokenizer"] = {"kind": "huggingface", "file": file, "fingerprint": None}
-    write_record(checkpoint, record)
+    theirs = {"kind": "huggingface", "file": file, "fingerprint": None}
+    edit_record(checkpoint, lambda record: record.update(tokenizer=theirs))
     with pytest.raises(CheckpointError, match="which is no plain name"):
         folder.read_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "hf/../../x"])
 def test_a_record_cannot_list_files_elsewhere(name, checkpoint):
-    record = json.loads((checkpoint / "megakd.json").read_text())
-    record["files"][name] = 5
-    write_record(checkpoint, record)
+    edit_record(checkpoint, lambda record: record["files"].update({name: next(iter(record["files"].values()))}))
     with pytest.raises(CheckpointError, match="which is no plain name"):
         folder.read_checkpoint(checkpoint)
 
@@ -263,9 +259,7 @@ def test_ten_to_the_nine_layers_are_refused_at_once(source, checkpoint):
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     caught = refused(source, "1,000,000,000 layers exceed the limit LAYERS = 10,000")
     assert "MEGAKD_LIMIT_LAYERS" in caught.hint
-    record = json.loads((checkpoint / "megakd.json").read_text())
-    record["model"]["num_layers"] = 10**9
-    write_record(checkpoint, record)
+    edit_record(checkpoint, lambda record: record["model"].update(num_layers=10**9))
     refused(checkpoint, "1,000,000,000 layers exceed the limit LAYERS", "hf")
 
 

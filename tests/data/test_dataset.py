@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.data.dataset import TextDataset, load_batch
-from megakd.data.indexed import part
+from megakd.data.token_files.layout import part
 from megakd.errors import DataError
-from tests.data.test_indexed import write
+from tests.data.test_token_files import write
 
 TEXT = [[10, 11, 12, 2], [20, 2], [30, 31, 32, 33, 2]]  # 11 tokens
 

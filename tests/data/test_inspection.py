@@ -1,16 +1,8 @@
 """Samples and lengths for people."""
 
-import pytest
-
 from megakd.data.inspection import describe_dataset, draw_lengths, render_sample
 from megakd.data.samples import PackedDataset, SampleDataset
-from tests.data.byte_tokenizer import END, EOS, byte_tokenizer
-
-
-@pytest.fixture
-def letters(tmp_path):
-    return byte_tokenizer(tmp_path)
-
+from tests.data.byte_tokenizer import END, EOS
 
 SAMPLES = [([*b"Q", *b" A", EOS], [0, 1, 1, 1]), ([*"\0é".encode(), *b"x\n", END], [0, 0, 0, 1, 1, 0])]
 
@@ -41,7 +33,7 @@ def test_description_counts_and_draws(letters, tmp_path):
 
 
 def write_samples_of(tmp_path):
-    from megakd.data.indexed import TokenFileWriter
+    from megakd.data.token_files.writer import TokenFileWriter
 
     with TokenFileWriter(
         tmp_path / "x", tokenizer_fingerprint="aa", vocab_size=260, eos_appended=False, masked=True

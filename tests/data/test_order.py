@@ -53,6 +53,10 @@ def test_order_does_not_depend_on_the_batch_size():
     assert by_five == by_twelve
 
 
+def test_samples_in_their_own_order():
+    assert batch_indices(3, 1, 5, 7, in_order=True) == [(0, 5), (0, 6), (1, 0), (1, 1), (1, 2)]
+
+
 def test_a_batch_may_hold_several_epochs():
     batch = batch_indices(1, 0, 7, 2)
     assert [epoch for epoch, _ in batch] == [0, 0, 1, 1, 2, 2, 3]

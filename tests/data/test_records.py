@@ -1,13 +1,19 @@
 """Reading records: which files, which lines and rows, and every complaint with its place."""
 
+import csv
 import gzip
+import io
 import json
+import os
+import pathlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megakd.data.records import Problems, find_files, read_blocks, records_of
+from megakd.data.blocks import read_blocks
+from megakd.data.files import find_files
+from megakd.data.records import Problems, records_of
 from megakd.errors import DataError
 
 
@@ -26,7 +32,10 @@ def test_folders_are_searched_in_sorted_order_and_by_suffix(tmp_path):
         path.write_text(name)
     found = find_files([tmp_path], [".py"])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.py", "a/z.py", "b.py", "d.py/e.py"]
-    assert find_files([tmp_path / "c.bin", tmp_path / "b.py"], [".py"]) == [tmp_path / "c.bin", tmp_path / "b.py"]
+    named = [tmp_path / "c.bin", tmp_path / "a" / "x.txt", tmp_path / "b.py"]
+    assert find_files(named, [".bin"]) == named
+    with pytest.raises(DataError, match=r"ending \.bin holds is not known\nhint: name a token file by its prefix"):
+        find_files(named, [".py"])
 
 
 def test_text_is_kept_as_it_is(tmp_path):
@@ -140,3 +149,134 @@ def test_missing_input_and_empty_folder(tmp_path):
         find_files([tmp_path / "nowhere"])
     with pytest.raises(DataError, match=r"no \.txt, .* file in"):
         find_files([tmp_path])
+
+
+ROWS = [{"input": f"Q {n}", "output": 'a, "b"\r\n[]{}\\' * n + "é"} for n in range(7)]
+
+
+def written(path, content):
+    """A file with what its name promises, compressed if it says so."""
+    content = content.encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    if path.suffix == ".zst":
+        content = pa.compress(content, codec="zstd", asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
+def as_fields(delimiter):
+    text = io.StringIO()
+    table = csv.writer(text, delimiter=delimiter)
+    table.writerow(["input", "output"])
+    table.writerows(row.values() for row in ROWS)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("block_bytes", [1, 50, 1 << 20])
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.json", json.dumps(ROWS), ": item 7"),
+        ("a.json", json.dumps(ROWS, indent=1, ensure_ascii=False), ": item 7"),
+        ("a.json", "\ufeff\n [" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n", ": item 7"),
+        ("a.json", "\n".join(map(json.dumps, ROWS)), ":7"),
+        ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS), ": item 7"),
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS)), ":7"),
+        ("a.csv", as_fields(","), ":29"),
+        ("a.csv", "\ufeff" + as_fields(","), ":29"),
+        ("a.tsv", as_fields("\t"), ":29"),
+    ],
+)
+def test_every_kind_of_file_holds_the_same_records(tmp_path, ending, block_bytes, name, content, place):
+    path, problems = written(tmp_path / f"{name}{ending}", content), Problems()
+    found = records([path], problems, block_bytes)
+    assert [record for _, record in found] == ROWS and not problems.count
+    assert len({where for where, _ in found}) == 7 and found[-1][0] == f"{path}{place}"
+    assert sum(block.input_bytes for block in read_blocks([path], block_bytes)) == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "good", "complaint"),
+    [
+        ("a.json", '[{"text": "a"}, {"text": oops}]', ["a"], ": item 2: broken JSON"),
+        ("a.json", '[{"text": "a"}, {"text": "b"', ["a"], ": item 2: broken JSON"),
+        ("a.json", '[{"text": "a"}, 3, {"text": "b"}]', ["a", "b"], ": item 2: a int, not an object"),
+        ("a.csv", "text,n\na,1\nb\nc,2\n", ["a", "c"], ":3: 1 fields, the line of names has 2"),
+        ("a.csv", b"text,n\na,1\n\xe9,2\n", ["a"], ":3: not UTF-8: byte 0xe9"),
+    ],
+)
+def test_a_bad_record_of_any_kind_is_named(tmp_path, name, content, good, complaint):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    problems = Problems()
+    assert texts([tmp_path / name], problems) == good
+    assert problems.count == 1 and problems.shown[0].startswith(f"{tmp_path / name}{complaint}")
+
+
+def broken_values(path):
+    values = [pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 2, [None, *values])}), path)
+
+
+def broken_names(path):
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xfft"))
+
+
+def broken_gzip(path):
+    content = gzip.compress(b'{"text": "a"}\n' * 20_000, 1)
+    path.write_bytes(content[:10] + b"\x07" + content[11:])  # a block of a type that there is not
+
+
+def test_values_of_a_table_that_are_not_utf8_are_named_by_row(tmp_path):
+    broken_values(tmp_path / "a.parquet")
+    problems = Problems()
+    assert texts([tmp_path / "a.parquet"], problems) == ["a"]
+    assert problems.shown == [
+        f"{tmp_path}/a.parquet: row 2: not UTF-8: byte 0xff at offset 0, line 1 (invalid start byte)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "complaint"),
+    [
+        ("a.parquet", broken_names, r"a\.parquet is not the \.parquet file that its ending says"),
+        ("a.jsonl.gz", broken_gzip, r"a\.jsonl\.gz is not the \.gz file"),
+        ("a.jsonl.zst", broken_gzip, r"a\.jsonl\.zst"),
+        ("a.arrow", lambda path: path.write_bytes(b""), r"a\.arrow is not the \.arrow file"),
+        ("a.csv", lambda path: path.write_text('a,b\n"c,d\n'), r"a\.csv:2: broken CSV"),
+        ("a.csv", lambda path: path.write_text("a,a\n"), "two columns have one name: a, a"),
+    ],
+)
+def test_damage_of_any_kind_is_named(tmp_path, name, make, complaint):
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=complaint):
+        records([tmp_path / name], Problems())
+
+
+def test_patterns_are_expanded_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", "d.txt", "[x].jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    names = lambda found: [path.relative_to(tmp_path).as_posix() for path in found]  # noqa: E731
+    assert names(find_files([f"{tmp_path}/?.jsonl"])) == ["a.jsonl", "b.jsonl"]
+    assert names(find_files([f"{tmp_path}/**/c.jsonl", f"{tmp_path}/d.*"])) == ["deep/er/c.jsonl", "d.txt"]
+    assert names(find_files([f"{tmp_path}/[x].jsonl"])) == ["[x].jsonl"]  # a file of that name is that file
+    with pytest.raises(DataError, match="nothing matches"):
+        find_files([f"{tmp_path}/*.csv"])
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.zip", "a.parquet.gz", "a.xlsx", "a.rst", "LICENSE"])
+def test_a_file_of_unknown_kind_is_not_taken_for_text(tmp_path, name):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(DataError, match=r"holds is not known\nhint: .*Known are \.jsonl"):
+        find_files([tmp_path / name])
+
+
+def test_a_file_whose_name_is_no_utf8(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    os.rename(tmp_path / "a.parquet", f"{name}.parquet")
+    pathlib.Path(f"{name}.jsonl").write_text('{"text": "b"}')
+    assert texts([pathlib.Path(f"{name}.parquet"), pathlib.Path(f"{name}.jsonl")]) == ["a", "b"]

@@ -2,14 +2,18 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megakd.data.blend import BlendedDataset
+from megakd.data.blend import BlendedDataset, indices_of_step
 from megakd.data.dataset import TextDataset, batch_length, load_batch
-from megakd.data.indexed import NEVER, TokenFile, TokenFileWriter, part
 from megakd.data.order import batch_indices
 from megakd.data.samples import PackedDataset, SampleDataset
+from megakd.data.token_files.layout import NEVER, part
+from megakd.data.token_files.reader import TokenFile
+from megakd.data.token_files.writer import TokenFileWriter
 from megakd.errors import DataError
-from tests.data.test_indexed import write
+from tests.data.test_token_files import write
 
 X = -100
 SAMPLES = [  # (ids, mask)
@@ -148,12 +152,13 @@ class Numbers:
 
 
 def test_a_blend_keeps_its_proportions_at_every_point():
+    """Of the samples in the order in which a run reads them, in batches that end anywhere in an epoch."""
     blend = BlendedDataset([Numbers("a", 7), Numbers("b", 900), Numbers("c", 40)], [0.5, 0.2, 0.3], seed=1)
-    drawn = [blend.sample(epoch, index) for epoch in range(30) for index in range(len(blend))]
-    assert len(blend) == 947 and blend.counts == {"samples": 947}
+    drawn = [blend.sample(*place) for step in range(1092) for place in indices_of_step(blend, 1, step, 13)]
+    assert len(blend) == 947 and blend.counts == {"samples": 947} and len(drawn) > 14 * 947
     shares = np.array([[name == part for part in "abc"] for name, _, _ in drawn]).cumsum(0)
     steps = np.arange(1, len(drawn) + 1)[:, None]
-    assert np.abs(shares - steps * np.array([0.5, 0.2, 0.3])).max() < 3
+    assert np.abs(shares - steps * np.array([0.5, 0.2, 0.3])).max() < 1
     for name, size in (("a", 7), ("b", 900), ("c", 40)):
         own = [(epoch, index) for part, epoch, index in drawn if part == name]
         for start in range(
@@ -162,6 +167,46 @@ def test_a_blend_keeps_its_proportions_at_every_point():
             assert sorted(own[start : start + size]) == [(start // size, index) for index in range(size)]
     orders = {tuple(index for _, index in own[start : start + size]) for start in range(0, size * 9, size)}
     assert len(orders) == 9 and tuple(range(size)) not in orders
+
+
+@settings(max_examples=20, deadline=None)
+@given(weights=st.lists(st.sampled_from([0.1, 0.25, 0.3, 1.0, 2.0, 3.7, 7.0]), min_size=1, max_size=6))
+def test_every_blend_is_within_one_sample_of_its_shares(weights):
+    blend = BlendedDataset([Numbers(number, 11) for number in range(len(weights))], weights, seed=1)
+    drawn = [blend.locate(*place)[0] for place in indices_of_step(blend, 1, 0, 1000)]
+    counts = (np.array(drawn)[:, None] == np.arange(len(weights))).cumsum(0)
+    shares = np.arange(1, 1001)[:, None] * (np.array(weights) / sum(weights))
+    assert np.abs(counts - shares).max() < 1 - 1e-9
+
+
+def test_weights_without_a_common_denominator_and_too_small_ones():
+    weights = np.array([2**0.5, 3**0.5, 5**0.5])
+    blend = BlendedDataset([Numbers(n, 9**5) for n in range(3)], weights, seed=1)
+    counts = np.bincount(blend._table[0], minlength=3)
+    assert np.abs(counts - 65_536 * weights / weights.sum()).max() < 1
+    with pytest.raises(DataError, match="part 1 would be less than one sample in 65,536"):
+        BlendedDataset([Numbers("a", 3), Numbers("b", 3)], [1e-9, 1.0], seed=1)
+
+
+def test_weights_of_tokens():
+    """Samples of 30 and of 10 tokens at equal weights: three times as many of the short ones."""
+    parts = [Numbers("long", 8), Numbers("short", 80)]
+    parts[0].mean_length, parts[1].mean_length = 30, 10
+    blend = BlendedDataset(parts, [1.0, 1.0], seed=1, by_tokens=True)
+    drawn = [blend.locate(*place)[0] for place in indices_of_step(blend, 1, 0, 80)]
+    assert drawn.count(0) == 20
+
+
+def test_mean_lengths(tmp_path):
+    samples = SampleDataset(write_samples(tmp_path / "s"), 8)
+    assert samples.mean_length == 13 / 4
+    assert PackedDataset(samples, seed=1).mean_length == 13 / 2
+    assert TextDataset(write(tmp_path / "t", [[n, 2] for n in range(3, 40)]), 8, seed=1).mean_length == 73 / 10
+
+
+def test_a_blend_without_weights_is_shuffled_as_a_whole():
+    blend = BlendedDataset([Numbers("a", 20), Numbers("b", 30)], None, seed=1)
+    assert indices_of_step(blend, 7, 0, 50) == batch_indices(7, 0, 50, 50) != batch_indices(7, 0, 50, 50, in_order=True)
 
 
 def test_a_blend_without_weights_is_its_parts_one_after_the_other():
@@ -177,5 +222,5 @@ def test_running_text_and_samples_can_be_blended(tmp_path):
     text = TextDataset(write(tmp_path / "t", [[n, 2] for n in range(3, 40)]), 8, seed=1)
     samples = PackedDataset(SampleDataset(write_samples(tmp_path / "s"), 8), seed=1)
     blend = BlendedDataset([text, samples], [1.0, 1.0], seed=1)
-    batch = load_batch(blend, batch_indices(1, 0, 6, len(blend)))
+    batch = load_batch(blend, indices_of_step(blend, 1, 0, 6))
     assert batch["ids"].shape == (6, 8) and {len(row) for row in batch["segments"]} == {1, 2}

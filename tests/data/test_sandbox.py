@@ -42,7 +42,7 @@ def test_bombs_are_refused(bomb, monkeypatch):
     monkeypatch.setenv("MEGAKD_LIMIT_TEMPLATE_SECONDS", "2")
     started = time.process_time()
     with pytest.raises((DataError, BadRecord)) as caught:
-        ChatTemplate(BOMBS[bomb], {}).segments(MESSAGES)
+        ChatTemplate(BOMBS[bomb], {}).segments(MESSAGES, [False, True])
     assert str(caught.value) and time.process_time() - started < 20
 
 
@@ -50,9 +50,9 @@ def test_a_limit_that_stops_a_template_says_how_it_is_raised(monkeypatch):
     monkeypatch.setenv("MEGAKD_LIMIT_TEMPLATE_CHARACTERS", "20")
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
     with pytest.raises(DataError, match="exceed the limit TEMPLATE_CHARACTERS = 20") as caught:
-        template.segments([{"role": "user", "content": "x" * 21}])
+        template.segments([{"role": "user", "content": "x" * 21}], [False])
     assert "MEGAKD_LIMIT_TEMPLATE_CHARACTERS" in caught.value.hint
-    assert template.segments(MESSAGES)[-1].text == "yo", "a conversation after it is counted anew"
+    assert template.segments(MESSAGES, [False, True])[0][-1].text == "yo", "a conversation after it is counted anew"
 
 
 def test_what_templates_do_is_as_before():
@@ -63,5 +63,6 @@ def test_what_templates_do_is_as_before():
         "{{ messages|map(attribute='role')|join(', ') }} {{ ['a','b']|join(d='-') }} {{ '%s=%d' % ('a', 3) }}"
         "{{ 'b'.replace('b', 'c') }}{{ [1, 2] + [3] }}{{ {'k': 1}|tojson }}{{ 2 ** 10 }}"
     )
-    (text,) = [s.text for s in ChatTemplate(source, {"eos_token": "</s>"}).segments(MESSAGES[:1])]
+    segments, _ = ChatTemplate(source, {"eos_token": "</s>"}).segments(MESSAGES[:1], [False])
+    (text,) = [segment.text for segment in segments]
     assert text == '<|user|>hi</s>user a-b a=3c[1, 2, 3]{"k": 1}1024'

@@ -14,14 +14,11 @@ from megakd.data.blend import BlendedDataset
 from megakd.data.dataset import TextDataset
 from megakd.data.samples import PackedDataset, SampleDataset
 from megakd.data.sources import find_index, open_data, parse_source
+from megakd.data.token_files.reader import TokenFile
+from megakd.data.tokenizers.load import load_tokenizer
 from megakd.errors import ConfigError, DataError
 from tests.data import hf_tokenizers
 from tests.data.byte_tokenizer import EOS, byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
 
 
 @pytest.fixture
@@ -112,6 +109,63 @@ def test_the_chat_template_is_part_of_the_key(tmp_path, letters):
     assert by_file == by_text != other
     with pytest.raises(ConfigError, match=r"data\.chat_template: nowhere cannot be read"):
         find_index(section(path, chat_template="nowhere"), path, letters)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": hf_tokenizers.CHATML}),
+        ("tokenizer_config.json", {"eos_token": "<|im_end|>", "chat_template": hf_tokenizers.CHATML + " "}),
+        ("tokenizer_config.json", {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}),
+        ("special_tokens_map.json", {"pad_token": "<|im_end|>"}),
+        ("chat_template.jinja", hf_tokenizers.MARKED),
+    ],
+)
+def test_every_file_of_the_tokenizer_is_part_of_the_key(qa, tmp_path, file, content):
+    """The map from ids to bytes is the same before and after."""
+    folder = hf_tokenizers.byte_level(tmp_path / "t")
+    before = load_tokenizer(folder)
+    first = find_index(section(qa), qa, before, progress=False)
+    (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    after = load_tokenizer(folder)
+    assert after.fingerprint == before.fingerprint
+    second = find_index(section(qa), qa, after, progress=False)
+    assert second != first and TokenFile(second).document(0)[-1] == after.eos_id
+    assert find_index(section(qa), qa, load_tokenizer(folder), progress=False) == second
+
+
+def test_a_token_file_whose_documents_end_with_another_eos_is_refused(qa, tmp_path):
+    folder = hf_tokenizers.byte_level(tmp_path / "t")
+    prefix = find_index(section(qa), qa, load_tokenizer(folder), progress=False)
+    opened(prefix, load_tokenizer(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    with pytest.raises(DataError, match=r"end with token 2, the eos of tokenizer .* is 0"):
+        opened(prefix, load_tokenizer(folder))
+
+
+def test_what_a_file_is_read_as_is_part_of_the_key(letters, tmp_path):
+    content = json.dumps({"text": "a"})
+    found = set()
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text(content)
+        data = section(tmp_path / name, index_dir=str(tmp_path / "index"), format="text")
+        found.add(find_index(data, tmp_path / name, letters, progress=False))
+    assert len(found) == 2
+
+
+def test_unused_texts_are_named_once_and_refused_when_strict(qa, letters, caplog):
+    qa.write_text("".join(json.dumps({"input": "Q", "output": "A", "why": "w"}) + "\n" for _ in range(1200)))
+    with caplog.at_level(logging.WARNING, "megakd"):
+        opened(qa, letters, columns={"completion": "nowhere"})
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{qa}: no record has "nowhere", which data.columns gives for completion; text under "why" is not used '
+        "(1,200); data.strict=true refuses such records"
+    ]
+    with pytest.raises(DataError, match=r'1200 records .*\n.*:1: text under "why" is not used \(data\.strict\)'):
+        opened(qa, letters, strict=True)
+    qa.write_text(json.dumps({"input": "Q", "output": "A"}))
+    with pytest.raises(DataError, match=r'no record has "nowhere".*\(data\.strict\)'):
+        opened(qa, letters, columns={"completion": "nowhere"}, strict=True)
 
 
 def test_other_ranks_expect_the_index(qa, letters):
@@ -212,3 +266,36 @@ def test_an_index_of_another_tokenizer_is_refused(qa, letters, tokenizer):
     prefix = find_index(section(qa), qa, letters, progress=False)
     with pytest.raises(DataError, match="was written with tokenizer"):
         opened(prefix, tokenizer)
+
+
+def test_weights_of_tokens(tmp_path, letters):
+    """Answers of 1 and of 9 letters: samples of 4 and of 12 ids, three of the short for one of the long."""
+    for name, answer in (("short", "A"), ("long", "A" * 9)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"input": "Q", "output": answer}))
+    train = [0.5, str(tmp_path / "short.jsonl"), 0.5, str(tmp_path / "long.jsonl")]
+    blend = opened(train, letters, weights_of="tokens")
+    assert [part.mean_length for part in blend.parts] == [3, 11]
+    drawn = [blend.locate(epoch, index)[0] for epoch in range(7) for index in range(2)]
+    assert (drawn.count(0), drawn.count(1)) == (11, 3)
+    with pytest.raises(ValueError, match=r"weights_of: tokens, but data\.train = .*short\.jsonl has no weights"):
+        opened(train[1], letters, weights_of="tokens")
+    with pytest.raises(ValueError, match="weights_of: tokens"):
+        opened(train[1::2], letters, weights_of="tokens")
+
+
+def test_a_pattern_is_read_as_one(tmp_path, letters):
+    (tmp_path / "data").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        (tmp_path / "data" / name).write_text(json.dumps({"input": "Q", "output": name[0]}))
+    samples = opened(f"{tmp_path}/data/*.jsonl", letters)
+    assert [samples.sample(0, index)["labels"][-2] for index in range(2)] == [*b"ab"]
+    assert len(list((tmp_path / "data.megakd").glob("*.bin"))) == 1
+    with pytest.raises(DataError, match="nothing matches"):
+        opened(f"{tmp_path}/data/*.parquet", letters)
+
+
+def test_keys_without_use_are_named(qa, letters, caplog):
+    with caplog.at_level(logging.INFO, "megakd"):
+        opened(qa, letters, chat_template="{{ messages }}", template="{input}{output}")
+    assert f"{qa}: prompt_response has no use for data.chat_template" in caplog.text
+    assert "data.template" not in caplog.text

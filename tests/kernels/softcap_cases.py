@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megakd.kernels.softcap import softcap_passes
+from megakd.kernels.paths import softcap_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -372,12 +372,12 @@ def test_the_device_is_asked_once_which_rows_are_supervised():
 
         def cpu(self):
             self.asked += 1
-            return labels_with_gaps(64) != -100
+            return torch.arange(64).fmod(59) != 5  # without rows 5 and 64
 
     mask_T = OnADevice()
     pieces = list(rows.runs(mask_T, 3))
     assert len(pieces) == 21 and mask_T.asked == 1
-    assert [piece for piece in pieces if isinstance(piece, slice)] == pieces[2:]
+    assert [i for i, piece in enumerate(pieces) if not isinstance(piece, slice)] == [1]  # 3, 4, 6
     numbers = torch.arange(64)
     assert torch.equal(torch.cat([numbers[piece] for piece in pieces]), numbers[mask_T.cpu()])
 

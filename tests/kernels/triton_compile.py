@@ -16,9 +16,11 @@ from triton.runtime.jit import JITFunction
 
 from megakd.divergences import DIVERGENCES
 from megakd.kernels import divergences
+from megakd.kernels.dense_rows import Scale
 from megakd.kernels.rows import Statistics
 from megakd.kernels.terms import Saved
 from megakd.kernels.triton import chunks as triton_chunks
+from megakd.kernels.triton import dense_rows as triton_dense
 from megakd.kernels.triton import records as triton_records
 from megakd.kernels.triton import rows as triton_rows
 from megakd.kernels.triton import selection_rows as triton_selection
@@ -53,8 +55,12 @@ class AbsentGPU:
         self.compiled.setdefault(kernel.__name__, set()).add(compiled.hash)
 
 
-def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float) -> None:
-    """Every host function of the Triton modules, with the options that change a kernel."""
+def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float, kinds: list[tuple]) -> None:
+    """Every host function of the Triton modules, with the options that change a kernel.
+
+    Args:
+        kinds: of loss: divergence, tail, and whether the targets are sampled.
+    """
     logits_TW = torch.randn(T, W).to(dtype)
     assert triton_selection.lane_shape(logits_TW)["E"] == (1 if W % 16 else 16 // dtype.itemsize)
     columns_TK = torch.arange(top_k).expand(T, top_k).contiguous()
@@ -76,34 +82,49 @@ def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float)
     triton_terms.localize(columns_TK, numbers_TK, labels_T, 0, W)
     stats = Statistics(numbers_T, numbers_T, at_one_T, numbers_TK, numbers_T)
     saved = Saved(*numbers_T.double().expand(len(Saved._fields), T).clone())
-    for sampled in (False, True):
-        record_TL = triton_records.build_record(stats, numbers_TK, temperature, sampled=sampled)
-        records_RTL = record_TL.expand(2, *record_TL.shape).contiguous()
-        for divergence, row in DIVERGENCES.items():
-            for tail in () if sampled and divergence != "forward_kl" else row.tails:
-                kind, sums_RT2 = (divergence, tail, 0.5), None
-                if divergences.mixes(divergence):
-                    sums_T2 = triton_terms.entry_sums(records_RTL, numbers_TK, numbers_TK, *kind, temperature)
-                    sums_RT2 = sums_T2.expand(2, T, 2).contiguous()
-                triton_terms.evaluate(
-                    records_RTL, sums_RT2, on_T, numbers_T, numbers_T if sampled else None, labels_T, W, *kind,
-                    (0.5, 0.5), temperature, 1e-3,
-                )  # fmt: skip
-    for divergence in DIVERGENCES:
-        triton_terms.gradient_factors(
-            numbers_T, numbers_TK, numbers_TK, columns_TK, label_columns_T, saved, divergence, 0.5, (0.5, 0.5),
-            temperature,
-        )  # fmt: skip
+    record_TL = triton_records.build_record(stats, numbers_TK, temperature, sampled=True)
+    record_TL = triton_records.build_record(stats, numbers_TK, temperature)
+    records_RTL, half = record_TL.expand(2, *record_TL.shape).contiguous(), (0.5, 0.5)
+    for divergence, tail, entropy_T in kinds:
+        kind, sums_RT2 = (divergence, tail, 0.5), None
+        if divergences.mixes(divergence):
+            sums_T2 = triton_terms.entry_sums(records_RTL, numbers_TK, numbers_TK, *kind, temperature)
+            sums_RT2 = sums_T2.expand(2, T, 2).contiguous()
+        triton_terms.evaluate(records_RTL, sums_RT2, on_T, numbers_T, numbers_T if entropy_T else None, labels_T, W,
+                              *kind, half, temperature, 1e-3)  # fmt: skip
+        triton_terms.gradient_factors(numbers_T, numbers_TK, numbers_TK, columns_TK, label_columns_T, saved,
+                                      divergence, 0.5, half, temperature)  # fmt: skip
+
+
+def call_dense(T: int, W: int, dtype: torch.dtype, temperature: float, names: list[str]) -> None:
+    """The passes over both models' rows, for some divergences."""
+    student_TW, teacher_TW = torch.randn(2, T, W).to(dtype)
+    columns_T, on_T, numbers_T = torch.arange(T), torch.ones(T, dtype=torch.bool), torch.zeros(T)
+    scale, scale_at_one = Scale(numbers_T, numbers_T, temperature), Scale(numbers_T, numbers_T, 1.0)
+    for name in names:
+        triton_dense.dense_record(student_TW, teacher_TW, columns_T, on_T, W, (temperature, temperature), name)
+        triton_dense.dense_sums(student_TW, teacher_TW, on_T, W, (scale, scale), name, 0.5)
+        for ce_T in (None, numbers_T) if name == "forward_kl" else (numbers_T,):
+            triton_dense.dense_backward(
+                student_TW, teacher_TW, columns_T, on_T, W, (scale, scale), name, 0.5, numbers_T, numbers_T,
+                scale_at_one, ce_T, student_TW,
+            )  # fmt: skip
 
 
 def main(capability: int) -> None:
     gpu = AbsentGPU(capability)
     driver.set_active(gpu)
     JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **options: gpu.compile(kernel, a, options, grid)
-    call_all(16, 9008, 64, torch.bfloat16, 1.0)  # numbers that are multiples of 16 are compiled apart, and so is 1
-    call_all(3, 9000, 1000, torch.float32, 2.0)
-    call_all(1, 4096, 1, torch.float16, 2.0)
-    modules = triton_rows, triton_chunks, triton_selection, triton_records, triton_terms, triton_softcap
+    few = [("forward_kl", "bucket", False), ("jsd", "renormalize", False)]
+    every = [(name, "bucket", False) for name in DIVERGENCES]  # every form once, and every tail on each of both ways
+    every += [("forward_kl", tail, tail == "drop") for tail in DIVERGENCES["forward_kl"].tails[1:]]
+    every += [("jsd", tail, False) for tail in DIVERGENCES["jsd"].tails[1:]]
+    call_all(16, 9008, 64, torch.bfloat16, 1.0, few)  # numbers that are multiples of 16 are compiled apart, and so is 1
+    call_all(3, 9000, 1000, torch.float32, 2.0, every)
+    call_all(1, 4096, 1, torch.float16, 2.0, few)
+    call_dense(16, 9008, torch.bfloat16, 1.0, list(DIVERGENCES))
+    call_dense(3, 9000, torch.float32, 2.0, ["forward_kl", "jsd"])
+    modules = triton_dense, triton_rows, triton_chunks, triton_selection, triton_records, triton_terms, triton_softcap
     launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
     assert set(gpu.compiled) == launched, launched ^ set(gpu.compiled)
     print(*sorted(f"{name} {len(hashes)}" for name, hashes in gpu.compiled.items()), sep="\n")

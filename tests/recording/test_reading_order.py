@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megakd.data.blend import BlendedDataset
+from megakd.data.blend import BlendedDataset, indices_of_step
 from megakd.data.dataset import TextDataset
 from megakd.data.order import batch_indices
 from megakd.errors import ConfigError
@@ -40,7 +40,7 @@ def samples(data, steps, **changes):
 
 
 def read_by_training(data, config):
-    every = batch_indices(config.run.seed, 0, config.train.steps * 8, len(data))
+    every = indices_of_step(data, config.run.seed, 0, config.train.steps * 8)
     return {data.sample(*place) for place in every}
 
 

@@ -3,14 +3,12 @@
 import json
 import pathlib
 
-import yaml
-
 from megakd.config import Config
 
 MODEL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "max_sequence_length": 32}
 
 
-def config(run_dir: pathlib.Path, **changes: str) -> Config:
+def config(run_dir: pathlib.Path, **changes) -> Config:
     """A resolved config; `changes` are dotted keys with __ for the dot."""
     values = {
         "run": {"dir": str(run_dir)},
@@ -67,7 +65,3 @@ def write(folder: pathlib.Path, lines: list[dict], *, torn: str = "", **changes)
     config(folder, **changes).save(folder / "config.yaml")
     (folder / "versions.txt").write_text("megakd 0.1.0\ntorch 2.13.0\n", encoding="utf-8")
     return folder
-
-
-def settings(folder: pathlib.Path) -> dict:
-    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

@@ -127,6 +127,21 @@ def test_a_band_is_drawn_where_points_share_a_column(tmp_path):
     assert len(paths(chart, "band", 0)) == 1 and paths(chart, "dots", 0) == []
 
 
+def test_a_long_curve_that_begins_high_shows_what_comes_after(tmp_path):
+    lines = [
+        made.train_line(s, ce=3.0 + (6.0 if s < 10 else 0.5 / s), agreement=0.0 if s < 10 else 0.5)
+        for s in range(1, 401)
+    ]
+    runs = read_runs([made.write(tmp_path / "a", lines)])
+    chart = Charts(runs).chart("train", "ce")
+    assert "begins above, at 9 nats" in chart and 2.99 < ends_of(chart)[0] < 3.0016 and 3.025 < ends_of(chart)[1] < 3.1
+    assert points(chart, 0)[0][1] == pytest.approx(9.0, rel=1e-3), "drawn where it is, above the box"
+    assert points(chart, 0)[-1][1] == pytest.approx(lines[-1]["ce"], rel=1e-4)
+    assert "begins above" not in Charts(runs).chart("train", "agreement"), "that is to rise"
+    few = read_runs([made.write(tmp_path / "b", lines[:150])])
+    assert "begins above" not in Charts(few).chart("train", "ce")
+
+
 def test_labels_do_not_overlap_and_stay_inside():
     assert spread([0.1, 0.5], 0.1, 0.9) == [0.1, 0.5]
     for tops in ([0.5] * 5, [0.88, 0.89, 0.9, 0.9], [0.0, 0.0, 0.9]):

@@ -10,8 +10,8 @@ from megakd.cache import CacheReader, Contents, finish, read_header, writing
 from megakd.cache.samples import read_sample
 from megakd.cache.verify import verify
 from megakd.data.dataset import TextDataset
-from megakd.data.indexed import load_info
 from megakd.data.samples import SampleDataset
+from megakd.data.token_files.layout import load_info
 from megakd.errors import CacheError
 from megakd.runs import cache_aligner
 from megakd.runs.cache_tools import main

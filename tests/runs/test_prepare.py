@@ -2,14 +2,16 @@
 
 import errno
 import json
+import os
+import shutil
 
 import pytest
 
 from megakd.data import tokenization
-from megakd.data.indexed import TokenFile
-from megakd.data.records import read_blocks
+from megakd.data.blocks import read_blocks
+from megakd.data.token_files.reader import TokenFile
 from megakd.data.tokenizers.load import load_tokenizer
-from megakd.errors import DataError
+from megakd.errors import DataError, MegakdError
 from megakd.runs.prepare import main
 
 
@@ -112,7 +114,7 @@ def test_a_full_disk_leaves_nothing(corpus, model, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megakd.data.indexed.os.fsync", full)
+    monkeypatch.setattr("megakd.data.token_files.layout.os.fsync", full)
     with pytest.raises(DataError, match="is full"):
         prepare(corpus, model, tmp_path / "x")
     assert not list(tmp_path.glob("x*"))
@@ -185,3 +187,82 @@ def test_inspect_shows_what_a_run_would_read(qa, model, tmp_path, capsys):
     assert main(["inspect", str(qa), *flags, "--packing", "--color", "always"]) == 0
     shown = capsys.readouterr().out
     assert "packs: 1" in shown and "--- packed with" in shown and "\x1b[32m hello, world</s>\x1b[0m" in shown
+
+
+def test_adopt_keeps_masks(qa, model, tmp_path):
+    """A masked file adopted as running text would have its prompts learnt too."""
+    main(["samples", "--input", str(qa), "--tokenizer", str(model), "--output", str(tmp_path / "x"), *COLUMNS])
+    before = (tmp_path / "x.json").read_bytes()
+    for lost in (".mask", ".json"):
+        (tmp_path / f"x{lost}").rename(tmp_path / f"kept{lost}")
+        with pytest.raises(DataError, match="is a file of samples that megakd wrote"):
+            main(["adopt", str(tmp_path / "x"), "--tokenizer", str(model)])
+        (tmp_path / f"kept{lost}").rename(tmp_path / f"x{lost}")
+    assert (tmp_path / "x.json").read_bytes() == before and TokenFile(tmp_path / "x").mask is not None
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "complaint"),
+    [
+        ("text", ["--workers", "0"], "0 processes cannot tokenize anything"),
+        ("samples", ["--workers", "0"], "workers: 0, expected integer >= 1"),
+        ("samples", ["--template", ""], "template: '', expected non-empty text"),
+        ("samples", ["--truncation", "left"], r"shortens to a length\nhint: add --sequence-length"),
+        ("samples", ["--chat-argument", "x"], "--chat-argument x: expected NAME=VALUE"),
+        ("inspect", ["--sequence-length", "0"], "sequence_length: 0, expected integer >= 1"),
+        ("inspect", ["--png", "{tmp}/x.jsonl"], "Format 'jsonl' is not supported"),
+        ("inspect", ["--png", "/proc/nowhere/x.png"], r"cannot write /proc/nowhere/x\.png"),
+        ("text", ["--output", "/proc/nowhere/x"], "cannot write /proc/nowhere/x"),
+        ("tokenizer", ["--output", "/proc/nowhere/x.model"], r"cannot write /proc/nowhere/x\.model"),
+    ],
+)
+def test_flags_that_cannot_work_are_explained(qa, model, tmp_path, verb, flags, complaint):
+    given = {
+        "text": ["--input", str(qa), "--tokenizer", str(model), "--output", str(tmp_path / "x")],
+        "samples": ["--input", str(qa), "--tokenizer", str(model), "--output", str(tmp_path / "x"), *COLUMNS],
+        "inspect": [str(qa), "--tokenizer", str(model), "--sequence-length", "64", *COLUMNS],
+        "tokenizer": ["--input", str(tmp_path / "corpus"), "--vocab-size", "290"],
+    }[verb]
+    with pytest.raises(MegakdError, match=complaint):
+        main([verb, *given, *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)])
+
+
+def test_a_picture_in_a_new_folder_and_names_that_are_no_utf8(qa, model, tmp_path):
+    flags = ["--tokenizer", str(model), "--sequence-length", "64", *COLUMNS]
+    assert main(["inspect", str(qa), *flags, "--png", str(tmp_path / "new" / "deep" / "l.png")]) == 0
+    assert (tmp_path / "new" / "deep" / "l.png").exists()
+    records, text, output = (
+        os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/\xe9.jsonl", b"/\xe9.txt", b"/\xe9")
+    )
+    shutil.copy(qa, records)
+    shutil.copy(tmp_path / "corpus" / "a.py", text)
+    with pytest.raises(DataError, match="is no UTF-8, and a config cannot hold it"):
+        main(["inspect", records, *flags])
+    with pytest.raises(DataError, match="is no UTF-8"):
+        main(["samples", "--input", records, "--tokenizer", str(model), "--output", str(tmp_path / "x"), *COLUMNS])
+    assert main(["text", "--input", text, "--tokenizer", str(model), "--output", output]) == 0
+    assert len(TokenFile(output)) == 1
+
+
+def test_what_is_not_used_is_said(qa, model, tmp_path, capsys):
+    qa.write_text(json.dumps({"question": "a", "answer": "b", "why": "c"}))
+    arguments = ["--input", str(qa), "--tokenizer", str(model), "--output", str(tmp_path / "x"), *COLUMNS]
+    assert main(["samples", *arguments]) == 0
+    assert 'not used: text under "why" is not used (1); --strict refuses such records' in capsys.readouterr().out
+    with pytest.raises(DataError, match=r'text under "why" is not used \(data\.strict\)'):
+        main(["samples", *arguments, "--strict"])
+
+
+def test_a_chat_with_arguments_and_shortened_prompts(model, tmp_path):
+    chat, pair = tmp_path / "chat.jsonl", tmp_path / "pair.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}))
+    (tmp_path / "t.jinja").write_text(
+        "{{ note }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    flags = ["--tokenizer", str(model), "--output", str(tmp_path / "x")]
+    template = ["--chat-template", str(tmp_path / "t.jinja"), "--chat-argument", "note=[1]"]
+    main(["samples", "--input", str(chat), *flags, *template])
+    assert load_tokenizer(model).decode(TokenFile(tmp_path / "x").document(0)) == "[1]ua"
+    pair.write_text(json.dumps({"input": "hello, world " * 9, "output": "b"}))
+    main(["samples", "--input", str(pair), *flags, "--truncation", "left", "--sequence-length", "11"])
+    assert len(TokenFile(tmp_path / "x").document(0)) == 12

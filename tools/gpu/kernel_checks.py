@@ -3,46 +3,49 @@
 Every check gives the largest error as a share of what is allowed. Outputs are poisoned: torch.empty is full of NaN.
 """
 
-import itertools
-import os
+import argparse
 import traceback
 import warnings
+from collections.abc import Callable
 
+import loss_checks
 import torch
+from loss_checks import INF, ROUNDING, off
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, rows, select_top_k
-from megakd.kernels.divergences import TAILS
 from megakd.kernels.predictions import predict
 from megakd.kernels.triton import rows as triton_rows
 from megakd.kernels.triton import selection_rows as triton_selection
 
-INF = float("inf")
-# One rounding to the output's dtype. Triton's interpreter cuts bits off instead of rounding, when it stores bf16.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-if os.environ.get("TRITON_INTERPRET") == "1":
-    ROUNDING[torch.bfloat16] = 2.0**-7
 
-
-def run_checks(device: str, small: bool) -> list[dict]:
-    """One line for each check and shape; `small` leaves out what the interpreter takes too long for."""
+def run_checks(options: argparse.Namespace, emit: Callable[[dict], None]) -> None:
+    """A row for each check and problem, with the largest error as a share of what is allowed."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    widths = [37] if small else [1, 101, 127, 128, 129, 4099, 131072, 151937, 262144]
-    top_ks = [1] if small else [1, 8, 64, 100, 1024]
-    dtypes = [torch.bfloat16] if small else list(ROUNDING)
-    sizes = widths, top_ks, dtypes, (1.0, 2.0), (False, True)
-    found = []
-    for check in (check_statistics, check_backward, check_extremes, check_summarize, check_selection, check_loss):
-        for width, top_k, dtype, temperature, aligned in itertools.product(*sizes):
-            if top_k > width or (check in (check_extremes, check_summarize) and top_k != 1):
-                continue
-            if check is check_loss and (width > 5000 or top_k > 100 or dtype == torch.float16):
-                continue
+    device = options.device
+    for check in CHECKS:
+        for width, top_k, dtype, temperature, aligned in problems(options.tiny):
+            if check in (check_loss, *loss_checks.CHECKS) and width > 5000:
+                continue  # their float64 truth is by autograd over the whole vocabulary
             detail = f"W={width} K={top_k} {str(dtype)[6:]} temperature {temperature:g}{', aligned' * aligned}"
-            found.append(judge(check, detail, Problem(device, width, top_k, dtype, temperature, aligned)))
-    if not small:
-        found.append(judge(check_far, "3 * 2^30 elements apart", device))
-    torch.use_deterministic_algorithms(False)
-    return summary(found)
+            emit(judge(check, detail, Problem(device, width, top_k, dtype, temperature, aligned)))
+    if not options.tiny:
+        emit(judge(check_far, "3 * 2^30 elements apart", device))
+
+
+def problems(tiny: bool) -> list[tuple]:
+    """(width, K, dtype, temperature, rows start at 16 bytes).
+
+    Every one of these meets every other's kinds, but not in every combination: each is a kernel to compile. What real
+    runs have (bfloat16, a wide and aligned shard) comes at both temperatures, with few entries and with many.
+    """
+    if tiny:
+        return [(37, 1, torch.bfloat16, 1.0, False), (37, 3, torch.bfloat16, 2.0, True)]
+    odd = [(1, 1), (101, 8), (127, 100), (128, 64), (129, 1), (4099, 64), (4099, 1024), (151937, 100), (262144, 8)]
+    found = [
+        (*size, list(ROUNDING)[i % 3], (1.0, 2.0)[i % 2], i % 4 > 1) for i, size in enumerate(odd)
+    ]  # 3, 2 and 4 by turns: all pairs within 12
+    return found + [(131072, k, torch.bfloat16, t, True) for k in (64, 1024) for t in (1.0, 2.0)]
 
 
 def judge(check, detail: str, *given) -> dict:
@@ -53,19 +56,8 @@ def judge(check, detail: str, *given) -> dict:
     except Exception:  # one that does not run must not keep the others from being reported
         traceback.print_exc()
         worst = INF
-    return {"name": check.__name__.removeprefix("check_"), "detail": detail, "worst": worst}
-
-
-def summary(found: list[dict]) -> list[dict]:
-    """The worst case of each check, and every case that is wrong."""
-    shown = []
-    for name in dict.fromkeys(one["name"] for one in found):
-        cases = [one for one in found if one["name"] == name]
-        worst = max(cases, key=lambda one: one["worst"] if one["worst"] == one["worst"] else INF)
-        wrong = [one for one in cases if not one["worst"] <= 1]
-        for one in wrong or [worst]:
-            shown.append({**one, "cases": len(cases), "verdict": "WRONG" if wrong else "right"})
-    return shown
+    verdict = "right" if worst <= 1 else "WRONG"
+    return {"name": check.__name__.removeprefix("check_"), "detail": detail, "worst": worst, "verdict": verdict}
 
 
 class Problem:
@@ -107,13 +99,6 @@ class Problem:
         wide = torch.nn.functional.pad(onto, (0, 1))
         index = self.columns.where(self.columns >= 0, self.width)
         return (wide.scatter(1, index, values))[:, :-1]
-
-
-def off(got: torch.Tensor, want: torch.Tensor, relative: float, absolute=0.0) -> float:
-    """The largest |got - want| as a share of what is allowed; equal infinities are no error, NaN is infinite."""
-    got, want = got.double(), want.double()
-    error = torch.where(got == want, 0.0, (got - want).abs() / (relative * want.abs() + absolute + 1e-300))
-    return float(error.nan_to_num(nan=INF).max()) if error.numel() else 0.0
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -195,7 +180,7 @@ def check_loss(p: Problem) -> float:
     x, labels = p.x.clone(), p.labels.clamp(min=0)
     x[3] = p.teacher[0]  # without infinities, which some divergences answer with
     labels[1] = -100
-    for divergence, tail in ((d, t) for d, tails in TAILS.items() for t in tails):
+    for divergence, tail in ((name, tail) for name, row in DIVERGENCES.items() for tail in row.tails):
         leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
         options = {"divergence": divergence, "tail": tail, "ce_weight": 0.3}
         got = kd_loss(leaf, targets, labels, shard, **options, inplace_backward=True).loss_T
@@ -226,3 +211,14 @@ def check_far(device: str) -> float:
     triton_rows.backward(far, *given, *factors, out)
     triton_rows.backward(far, *given, *factors, far)
     return max(*errors, same(far, out))
+
+
+CHECKS = (
+    check_statistics,
+    check_backward,
+    check_extremes,
+    check_summarize,
+    check_selection,
+    check_loss,
+    *loss_checks.CHECKS,
+)

@@ -9,6 +9,7 @@ from megakd.data.tokenizers.tokenizer import encode_continuation, fingerprint_of
 from megakd.errors import DataError
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_AS_WRITTEN = (None, "PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take tokenizer.json as it is
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -28,7 +29,8 @@ class HuggingFaceTokenizer:
         self.files = [path, *(path.with_name(name) for name in _BESIDE if path.with_name(name).is_file())]
         try:
             content = path.read_text(encoding="utf-8")
-            self._set_up(tokenizers.Tokenizer.from_str(content), json.loads(content))
+            description = json.loads(content) | {"post_processor": None}  # it adds tokens and trims spans
+            self._set_up(tokenizers.Tokenizer.from_str(json.dumps(description)), description)
         except Exception as error:  # the library raises bare Exception for whatever is wrong
             raise DataError(
                 f"{path} is not a tokenizer.json of Hugging Face ({error})",
@@ -39,6 +41,9 @@ class HuggingFaceTokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             self._find(settings, name) for name in ("bos_token", "eos_token", "pad_token")
         )
+        self._class = settings.get("tokenizer_class")
+        self.named_tokens = _named_tokens(settings)
+        self.special_texts = [content for content, _ in self._added.values()]
         self._puts_space_first = puts_space_first(self)
         self.fingerprint = fingerprint_of((self.is_special(i), self.id_to_bytes(i)) for i in range(self.vocab_size))
 
@@ -69,8 +74,7 @@ class HuggingFaceTokenizer:
         return settings
 
     def _find(self, settings: dict, name: str) -> int | None:
-        token = settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = _text_of(settings.get(name))
         if token is None:
             return None
         token_id = self._tokenizer.token_to_id(token)
@@ -88,6 +92,33 @@ class HuggingFaceTokenizer:
             return encode_continuation(self, text, special=special)
         self._tokenizer.encode_special_tokens = not special
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        self._tokenizer.encode_special_tokens = False
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def check_chat(self) -> None:
+        if self._class in _AS_WRITTEN:
+            return
+        import transformers
+
+        folder = self.files[0].parent
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception:  # a class of this name may be anything, and not installed
+            return
+        for text in ("x", *self.special_texts[:4]):
+            text = f"{text}a{text}\n\nb 12{text} c"
+            own, other = self.encode(text, special=True), theirs(text, add_special_tokens=False)["input_ids"]
+            if own != other:
+                raise DataError(
+                    f"of {text!r} {self.files[0]} makes {own}, and transformers {transformers.__version__} as its "
+                    f"{self._class} makes {other}: it does not read tokenizer.json as written",
+                    hint="choose: to train on what transformers makes, save its tokenizer into this folder, "
+                    "`transformers.AutoTokenizer.from_pretrained(F).save_pretrained(F)`; to have both keep to "
+                    'tokenizer.json, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json',
+                )
 
     def _starts_with_special(self, text: str) -> bool:
         return any(text.startswith(content) for content, special in self._added.values() if special)
@@ -113,6 +144,18 @@ class HuggingFaceTokenizer:
         if token_id in self._added:
             return self._added[token_id][1]
         return token_id == self._unknown_id or self._tokenizer.id_to_token(token_id) is None
+
+
+def _text_of(token) -> str | None:
+    """The text of a token in the settings, where it stands as such or with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _named_tokens(settings: dict) -> dict[str, str]:
+    texts = {name: _text_of(token) for name, token in settings.items() if name.endswith("_token")}
+    extra = settings.get("extra_special_tokens")
+    texts |= {name: _text_of(token) for name, token in extra.items()} if isinstance(extra, dict) else {}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _types(decoder: dict | None) -> Iterator[str]:

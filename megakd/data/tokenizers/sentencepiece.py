@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megakd.data.tokenizers.tokenizer import encode_continuation, fingerprint_of, puts_space_first
+from megakd.data.tokenizers.tokenizer import encode_continuation, fingerprint_of, puts_space_first, spans_of_spelling
 from megakd.errors import DataError, MegakdError
 from megakd.publish import publishing
 
@@ -42,8 +42,13 @@ class SentencePieceTokenizer:
             token_id if token_id >= 0 else None
             for token_id in (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
         )
-        names = [re.escape(self._processor.IdToPiece(i)) for i in range(self.vocab_size) if self.is_special(i)]
-        self._special_names = re.compile(f"({'|'.join(sorted(names, key=len, reverse=True)) or '(?!)'})")
+        self.special_texts = [self._processor.IdToPiece(i) for i in range(self.vocab_size) if self.is_special(i)]
+        self._special_ids = {text: self._processor.PieceToId(text) for text in self.special_texts}
+        longest_first = sorted(map(re.escape, self.special_texts), key=len, reverse=True)
+        self._special_names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        named["unk_token"] = self._processor.unk_id()
+        self.named_tokens = {n: self._processor.IdToPiece(i) for n, i in named.items() if i is not None and i >= 0}
         self._space_mark_ids = None
         self._puts_space_first = puts_space_first(self)
         self._space_mark_ids = self._find_space_mark_ids()
@@ -59,15 +64,33 @@ class SentencePieceTokenizer:
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         if not special and not continues:
             return self._encode_plain(text)
-        ids: list[int] = []
-        for number, part in enumerate(self._special_names.split(text) if special else [text]):
+        parts = self._parts(text, continues) if special else [(text, self._encode_part(text, continues))]
+        return [i for _, ids in parts for i in ids]
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids, spans, place = [], [], 0
+        for part, part_ids in self._parts(text, False):
+            inside = [(0, len(part))] if part in self._special_ids else spans_of_spelling(self, part_ids, part)
+            ids += part_ids
+            spans += [(place + start, place + stop) for start, stop in inside]
+            place += len(part)
+        return ids, spans
+
+    def check_chat(self) -> None:
+        pass  # transformers puts no space behind special tokens of such a model either (tested)
+
+    def _parts(self, text: str, continues: bool) -> Iterator[tuple[str, list[int]]]:
+        """A text cut at the names of special tokens, with the ids of each part."""
+        for number, part in enumerate(self._special_names.split(text)):
             if number % 2:
-                ids.append(self._processor.PieceToId(part))
-            elif part and self._puts_space_first and (continues or number):
-                ids += encode_continuation(self, part)
+                yield part, [self._special_ids[part]]
             elif part:
-                ids += self._encode_plain(part)
-        return ids
+                yield part, self._encode_part(part, continues or number > 0)
+
+    def _encode_part(self, text: str, continues: bool) -> list[int]:
+        if text and continues and self._puts_space_first:
+            return encode_continuation(self, text)
+        return self._encode_plain(text)
 
     def _encode_plain(self, text: str) -> list[int]:
         if self._space_mark_ids is None or _SPACE not in text:

@@ -60,6 +60,9 @@ class TiktokenTokenizer:
         self._special_names = {number: name for name, number in self._special.items()}
         self.vocab_size = max([*self._bytes, *self._special_names]) + 1
         self.bos_id, self.eos_id, self.pad_id = (self._find(settings.get(name)) for name in ("bos", "eos", "pad"))
+        names = {"bos_token": settings.get("bos"), "eos_token": settings.get("eos"), "pad_token": settings.get("pad")}
+        self.named_tokens = {name: text for name, text in names.items() if text is not None}
+        self.special_texts = list(self._special)
         self.fingerprint = fingerprint_of((self.is_special(i), self.id_to_bytes(i)) for i in range(self.vocab_size))
 
     def _find(self, name: str | None) -> int | None:
@@ -70,6 +73,14 @@ class TiktokenTokenizer:
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         self._tokenizer.encode_special_tokens = not special
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        self._tokenizer.encode_special_tokens = False
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def check_chat(self) -> None:
+        pass  # transformers reads no such file
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")

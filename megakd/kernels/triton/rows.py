@@ -1,8 +1,8 @@
 """The row passes of `megakd.kernels.rows` in Triton: the same functions, signatures and results.
 
     statistics   The entries of a row are left out of its sum inside the tile they fall into: each lane gathers a word
-                 with one bit for each of its columns, so that K entries cost a few instructions each and none touches
-                 a tile it is not in.
+                 with one bit for each of its columns, so that K entries cost a few instructions each, several of them
+                 at a time, and none touches a tile it is not in.
     backward     Every column gets the formula for those outside; then, past a barrier, the label and the entries are
                  written over it. What is read of a tile is read before the tile is written, so out may be the logits.
     extremes     Each lane remembers the tile of its maximum; the column is looked up at the end.
@@ -55,17 +55,26 @@ def statistics(
         _statistics[grid.programs](
             logits_TW, columns_TK.sort(1).values.contiguous(), columns_TK, label_columns_T, supervised_T, partial_3TP,
             entry_logits_TK, label_logit_T, *logits_TW.stride(), width, top_k, tokens, grid.parts, grid.part_columns,
-            LOG2_E / temperature, AT_ONE=at_one, K=triton.next_power_of_2(max(1, top_k)), **lane_shape(logits_TW),
+            LOG2_E / temperature, AT_ONE=at_one, K=triton.next_power_of_2(max(1, top_k)),
+            ABREAST=abreast(top_k, width), **lane_shape(logits_TW),
         )  # fmt: skip
     max_T, sum_T, *sum_at_one_T = _merge_parts(partial_3TP, temperature)
     return Statistics(max_T, sum_T, *(sum_at_one_T or [None]), entry_logits_TK, label_logit_T)
 
 
+def abreast(top_k: int, width: int) -> int:
+    """How many entries of a tile are looked at together: as many as it has on average, a power of 2, and 8 at most.
+
+    Their loads do not wait for one another, which is most of what an entry costs.
+    """
+    return min(8, triton.next_power_of_2(max(1, top_k * TILE.value // max(1, width))))
+
+
 @triton.jit
 def _statistics(
     logits, ordered, columns, label_columns, supervised, partial, entry_logits, label_logits, row_stride, column_stride,
-    width, entries, tokens, parts, part_columns, scale, AT_ONE: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    E: tl.constexpr,
+    width, entries, tokens, parts, part_columns, scale, AT_ONE: tl.constexpr, K: tl.constexpr,
+    ABREAST: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row, part, start, stop = place(parts, part_columns, width)
     on = tl.load(supervised + row) != 0
@@ -83,6 +92,7 @@ def _statistics(
     _fetch_label(logits, label_columns, label_logits, row, part, start, stop, on, column_stride)
 
     max_N, sum_N, sum_at_one_N = no_columns()
+    lane_N = tl.arange(0, LANES).to(tl.uint32)
     entry = tl.sum((tl.load(ordered + k, mask=k < entries, other=NONE) < start).to(tl.int32), 0)
     column = tl.load(ordered + entry, mask=entry < entries, other=NONE)
     for first in range(start, stop, TILE):
@@ -90,10 +100,15 @@ def _statistics(
         if column < first + TILE:
             word_N = tl.zeros((LANES,), tl.int32)
             while column < first + TILE:
-                at = column - first
-                bit = at // (LANES * E) * E + at % E
-                word_N |= tl.where(tl.arange(0, LANES) == at // E % LANES, 1 << bit, 0)
-                entry += 1
+                found = 0
+                for i in tl.static_range(ABREAST):
+                    column = tl.load(ordered + entry + i, mask=entry + i < entries, other=NONE)
+                    at = (column - first).to(tl.uint32)  # divides by shifts alone
+                    bit = (at // (LANES * E) * E + at % E).to(tl.int32)
+                    inside = at < TILE
+                    word_N |= tl.where((lane_N == at // E % LANES) & inside, 1 << bit, 0)
+                    found += inside.to(tl.int32)
+                entry += found
                 column = tl.load(ordered + entry, mask=entry < entries, other=NONE)
             bit_SNE = tl.arange(0, S)[:, None, None] * E + tl.arange(0, E)[None, None, :]
             x_SNE = tl.where((word_N[None, :, None] >> bit_SNE) & 1 != 0, -float("inf"), x_SNE)
@@ -187,7 +202,7 @@ def _outside(x, top, factor, factor_at_one, scale, AT_ONE: tl.constexpr):
     """The gradient of a column that is neither the label's nor an entry's."""
     value = factor * tl.exp2((x - top) * scale)
     if AT_ONE:
-        value += factor_at_one * tl.exp(x - top)
+        value += factor_at_one * tl.exp2((x - top) * IN_LOG2)
     return value
 
 

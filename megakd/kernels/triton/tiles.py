@@ -151,7 +151,7 @@ def absorb(x_SNE, max_N, sum_N, sum_at_one_N, scale, AT_ONE: tl.constexpr):
     gap_N, below_SNE = max_N - base_N, x_SNE - base_N[None, :, None]
     sum_N = sum_N * tl.exp2(gap_N * scale) + lane_sum(tl.exp2(below_SNE * scale))
     if AT_ONE:
-        sum_at_one_N = sum_at_one_N * tl.exp(gap_N) + lane_sum(tl.exp(below_SNE))
+        sum_at_one_N = sum_at_one_N * tl.exp2(gap_N * IN_LOG2) + lane_sum(tl.exp2(below_SNE * IN_LOG2))
     return top_N, sum_N, sum_at_one_N
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megakd.data.indexed import TokenFile, TokenFileWriter, part
+from megakd.data.token_files.layout import part
+from megakd.data.token_files.reader import TokenFile
+from megakd.data.token_files.writer import TokenFileWriter
 from megakd.errors import DataError
 
 DOCUMENTS = [[5, 6, 7, 2], [2], [9, 9, 2], list(range(3, 31)), [8, 2]]
@@ -105,7 +107,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, monkeypatch, call):
             real = writer._bin
             monkeypatch.setattr(writer, "_bin", type("Full", (), {"write": full, "close": lambda self: real.close()})())
         else:
-            monkeypatch.setattr("megakd.data.indexed.os.fsync", full)
+            monkeypatch.setattr("megakd.data.token_files.layout.os.fsync", full)
         writer.add([1, 2, 3])
     assert not list(tmp_path.iterdir())
 
@@ -165,3 +167,71 @@ def test_another_tokenizer_is_refused(tmp_path):
     TokenFile(prefix, "aa" * 32)
     with pytest.raises(DataError, match=r"written with tokenizer aaaaaaaaaaaa\.\.\., this run uses bbbbbbbbbbbb"):
         TokenFile(prefix, "bb" * 32)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    """Two at once would publish the tokens of one under the index of the other."""
+    with writer(tmp_path / "x") as first:
+        first.add([1, 2])
+        with (
+            pytest.raises(DataError, match=rf"x is being written by .* pid {os.getpid()} "),
+            writer(tmp_path / "x"),
+        ):
+            pass
+        write(tmp_path / "x.y")  # another prefix
+        assert len(list(tmp_path.glob("x.bin.*.incomplete"))) == 1
+    assert TokenFile(tmp_path / "x").document(0).tolist() == [1, 2]
+    write(tmp_path / "x")
+    assert not list(tmp_path.glob("*.lock*")) and not list(tmp_path.glob("*incomplete"))
+
+
+ROOT = str(Path(__file__).parents[2])
+KILLED = """
+import os, signal, sys
+from megakd.data.token_files.writer import TokenFileWriter
+with TokenFileWriter(sys.argv[1], tokenizer_fingerprint="aa", vocab_size=97, eos_appended=False) as file:
+    file.add([1, 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "x"], env={**os.environ, "PYTHONPATH": ROOT}, check=False)
+    assert (tmp_path / "x.lock").exists()
+    (tmp_path / "x.y.bin.00000000.incomplete").write_text("another prefix's")
+    assert list(tmp_path.glob("x.bin.*.incomplete"))
+    write(tmp_path / "x")
+    assert not list(tmp_path.glob("x.bin.*.incomplete")) and list(tmp_path.glob("x.y.bin.*"))
+
+
+def test_writers_at_once_without_locks(tmp_path, monkeypatch):
+    """As on file systems that have none: who comes last owns the files, and the other publishes nothing."""
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("megakd.ownership.fcntl.flock", no_locks)
+    with pytest.raises(DataError, match="taken by another launch"), writer(tmp_path / "x") as first:
+        first.add([1, 2])
+        with monkeypatch.context() as other:
+            other.setattr("megakd.ownership.name", lambda: "another process")
+            write(tmp_path / "x", [[3]])
+            part(tmp_path / "x", ".lock").write_text("another process")
+    assert TokenFile(tmp_path / "x").document(0).tolist() == [3]
+    assert not list(tmp_path.glob("*incomplete"))
+
+
+def writer(prefix):
+    return TokenFileWriter(prefix, tokenizer_fingerprint="aa" * 32, vocab_size=97, eos_appended=False)
+
+
+def test_a_document_in_parts(tmp_path):
+    with writer(tmp_path / "x") as file:
+        file.add_many([1, 2, 3], [1, 2])
+        file.add_many([4], [1], continues=True)
+        file.add_many([5, 6, 7], [2, 1], continues=True)
+        with pytest.raises(DataError, match=r"document 3 of .* has more than 2,147,483,647 tokens"):
+            file._continue(2**31 - 1)
+    read = TokenFile(tmp_path / "x")
+    assert [read.document(n).tolist() for n in range(len(read))] == [[1], [2, 3, 4, 5, 6], [7]]
+    assert (read.info.documents, read.info.tokens) == (3, 7)
