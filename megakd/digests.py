@@ -21,6 +21,7 @@ DIGEST_BYTES = 16
 PIECE_BYTES = 256 << 10  # hashed while it is still in the processor's cache
 SAMPLED = 16  # of so many chunks one is compared, and the first and the last of a file
 READERS = 8
+KEPT = 4
 
 Verify = Literal["always", "sampled", "never"]
 
@@ -118,8 +119,8 @@ class DigestingFile:
 class VerifiedFile(io.RawIOBase):
     """A file opened for reading; every byte it gives is from a chunk whose digest was compared.
 
-    Chunks that are read whole go straight to the reader's memory. One that is read in parts is kept until another one
-    is, so that many small reads in a row cost one.
+    Chunks that are read whole go straight to the reader's memory. The last KEPT that were read in parts are kept, for an
+    archive is read here and there: its directory at the end, its members.
 
     Args:
         digests: what was written; None: nothing is compared.
@@ -132,7 +133,7 @@ class VerifiedFile(io.RawIOBase):
         self.verify, self.position = verify, 0
         self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115  closed in close()
         self.size_bytes = os.fstat(self._file.fileno()).st_size
-        self._kept, self._number = bytearray(), -1
+        self._kept: dict[int, memoryview] = {}
         if digests is not None and self.size_bytes != digests.size_bytes:
             self.close()
             raise DamagedFile(f"{path} is {self.size_bytes} bytes long, {digests.size_bytes} bytes were saved")
@@ -161,16 +162,11 @@ class VerifiedFile(io.RawIOBase):
         while len(view):
             number, inside = divmod(self.position, CHUNK_BYTES)
             length = min(CHUNK_BYTES, self.size_bytes - number * CHUNK_BYTES)
-            if inside == 0 and len(view) >= length and number != self._number:
+            taken = min(length - inside, len(view))
+            if taken == length and number not in self._kept:
                 self._read_chunk(number, view[:length])
-                taken = length
             else:
-                if number != self._number:
-                    self._kept, self._number = bytearray(length), -1
-                    self._read_chunk(number, memoryview(self._kept))
-                    self._number = number
-                taken = min(length - inside, len(view))
-                view[:taken] = memoryview(self._kept)[inside : inside + taken]
+                view[:taken] = self._chunk(number, length)[inside : inside + taken]
             self.position += taken
             view = view[taken:]
         return wanted
@@ -178,6 +174,15 @@ class VerifiedFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+    def _chunk(self, number: int, length: int) -> memoryview:
+        if number not in self._kept:
+            chunk = memoryview(bytearray(length))
+            self._read_chunk(number, chunk)
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[number] = chunk
+        return self._kept[number]
 
     def _read_chunk(self, number: int, into: memoryview) -> None:
         start, compared, digest = number * CHUNK_BYTES, self._is_compared(number), xxhash.xxh3_128()

@@ -159,8 +159,8 @@ def check_shape(record: dict) -> None:
     added = {"conversion": dict | None, "run": text, "layout": dict | None}
     kinds |= {key: kind for key, kind in added.items() if key in record}
     if isinstance(record["tokenizer"], dict):
-        kinds |= {"tokenizer.file": str, "tokenizer.fingerprint": text}
-        values |= {f"tokenizer.{key}": record["tokenizer"].get(key) for key in ("file", "fingerprint")}
+        kinds["tokenizer.fingerprint"] = text
+        values["tokenizer.fingerprint"] = record["tokenizer"].get("fingerprint")
     for key, kind in kinds.items():
         if not isinstance(values[key], kind):
             raise TypeError(f"{key} is {str(values[key])[:100]!r}")

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megakd.checkpoints.layout import Place
+from megakd.digests import DigestingFile, FileDigests
 from megakd.errors import CheckpointError
 
 FILE_BYTES = 4 << 30  # a data file is closed when it has reached this size
@@ -31,12 +32,15 @@ class TorchDistWriter:
 
     Args:
         folder: exists and is empty; whole after `finish`.
+    Attributes:
+        written: digests of the data files by name, once they are closed.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.entries, self.storage = {}, {}
         self.file, self.files = None, 0
+        self.written: dict[str, FileDigests] = {}
 
     def write(self, place: Place, tensor: Tensor) -> None:
         """Append one tensor (or one layer of a stacked tensor)."""
@@ -70,21 +74,24 @@ class TorchDistWriter:
 
     def _append(self, index: dcp.MetadataIndex, save) -> None:
         if self.file is None or self.file.tell() >= FILE_BYTES:
-            if self.file is not None:
-                self.file.close()
-            self.file = open(self.folder / f"__0_{self.files}.distcp", "wb")  # noqa: SIM115 closed in __exit__
+            self._close()
+            self.file = DigestingFile(self.folder / f"__0_{self.files}.distcp")
             self.files += 1
         start = self.file.tell()
         save(self.file)
-        name = pathlib.Path(self.file.name).name
-        self.storage[index] = _StorageInfo(name, start, self.file.tell() - start)
+        self.storage[index] = _StorageInfo(self.file.path.name, start, self.file.tell() - start)
+
+    def _close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.written[self.file.path.name] = self.file.digester.digests()
+            self.file = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc) -> None:
-        if self.file is not None:
-            self.file.close()
+        self._close()
 
     def finish(self, common: dict) -> None:
         """Write what describes the data; without it the folder is no checkpoint.

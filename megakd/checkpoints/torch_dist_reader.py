@@ -19,6 +19,7 @@ from megakd.digests import DamagedFile, VerifiedFile
 from megakd.errors import CheckpointError
 
 DESCRIPTION = ".metadata"
+KEPT_FILES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class TorchDistReader:
 
     def __init__(self, folder: pathlib.Path, files: Files | None = None):
         self.folder, self.files = folder, files or Files(folder, {}, None)
+        self._kept: dict[str, VerifiedFile] = {}
         where = folder / DESCRIPTION
         with self._opened(DESCRIPTION) as file:
             description = load_metadata(file, where)
@@ -154,8 +156,12 @@ class TorchDistReader:
             ) from error
 
     def _load(self, key: str, chunk: Chunk):
-        with self._opened(chunk.file) as file:
-            return load_window(file, chunk.start, chunk.length, f"{self.folder / chunk.file}: {key}")
+        """What lies at a place. The files last read from stay open: what they keep of a chunk serves its next part."""
+        file = self._kept.pop(chunk.file, None) or self._opened(chunk.file)
+        self._kept[chunk.file] = file
+        while len(self._kept) > KEPT_FILES:
+            self._kept.pop(next(iter(self._kept))).close()
+        return load_window(file, chunk.start, chunk.length, f"{self.folder / chunk.file}: {key}")
 
     def _chunk(self, key: str, entry: Entry, chunk: Chunk) -> Tensor:
         tensor = self._load(key, chunk)

@@ -117,13 +117,13 @@ def nemo_to_megatron(source: pathlib.Path, destination: pathlib.Path, options: O
     with unpacked(source, destination.parent) as files:
         opened = open_nemo(files, source)
         target = folder.begin(destination)
-        import_nemo(opened, target, progress=options.progress)
+        written = import_nemo(opened, target, progress=options.progress)
         record = {"source": "nemo", "model_type": "megatron_gpt", "verified": NOT_VERIFIED}
         if options.verify:
             record["verified"] = run_gate(files, target, opened.model, tp=options.tp, progress=options.progress)
         with tempfile.TemporaryDirectory() as scratch:
             file = tokenizer_copy(opened, pathlib.Path(scratch))
-            parts = {"model": opened.model, "step": 0, "training": False, "metrics": {}}
+            parts = {"model": opened.model, "step": 0, "training": False, "metrics": {}, "written": written}
             folder.publish(destination, tokenizer=tokenizer_of([file] if file else []), conversion=record, **parts)
     return record
 
@@ -147,12 +147,12 @@ def megatron_to_nemo(source: pathlib.Path, destination: pathlib.Path, options: O
 def hf_to_megatron(source: pathlib.Path, destination: pathlib.Path, options: Options) -> dict:
     opened = open_hf(source)
     target = folder.begin(destination)
-    import_hf(opened, target, progress=options.progress)
+    written = import_hf(opened, target, progress=options.progress)
     record = {"source": "hf", "model_type": opened.family.model_type, "verified": NOT_VERIFIED}
     if options.verify:
         record["verified"] = run_gate(source, target, opened.model, tp=options.tp, progress=options.progress)
     tokenizer = tokenizer_of(opened.folder.tokenizer_files())
-    parts = {"model": opened.model, "step": 0, "training": False, "metrics": {}}
+    parts = {"model": opened.model, "step": 0, "training": False, "metrics": {}, "written": written}
     folder.publish(destination, tokenizer=tokenizer, conversion=record, **parts)
     return record
 

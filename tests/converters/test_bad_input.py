@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.checkpoints import folder
+from megakd.checkpoints.record import write_record
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.converters.convert import Options, convert
 from megakd.errors import CheckpointError
@@ -175,7 +176,7 @@ def test_checkpoint_with_missing_or_unknown_weights(source, tmp_path):
     convert(source, destination, "megatron", UNVERIFIED)
     record = json.loads((destination / "megakd.json").read_text())
     record["model"]["qk_norm"] = True
-    (destination / "megakd.json").write_text(json.dumps(record))
+    write_record(destination, record)
     with pytest.raises(CheckpointError, match=r"no Hugging Face architecture|missing: .*q_layernorm"):
         convert(destination, tmp_path / "out", "hf", UNVERIFIED)
     assert not (tmp_path / "out").exists()

@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 
-from megakd.checkpoints import folder
+from megakd.checkpoints import folder, record
 from megakd.cli import main
 from megakd.converters.huggingface.safetensors_files import make_header
+from megakd.digests import digest_files
 from tests.converters import hf_models, nemo_models
 
 
@@ -64,6 +65,19 @@ def test_not_verifying_must_be_asked_for_and_is_recorded(convert, tmp_path):
     source = hf_models.build("llama2", tmp_path / "hf")
     assert "not verified (--no-verify)" in convert("--from", source, "--to", tmp_path / "megatron", "--no-verify")
     assert folder.read_checkpoint(tmp_path / "megatron").conversion["verified"] == "not verified (--no-verify)"
+
+
+def test_the_digests_of_a_conversion_are_made_while_it_is_written(convert, tmp_path, monkeypatch):
+    source, read = hf_models.build("llama2", tmp_path / "hf"), []
+
+    def noted(paths):
+        read.extend(paths)
+        return digest_files(read)
+
+    monkeypatch.setattr(record, "digest_files", noted)
+    convert("--from", source, "--to", tmp_path / "megatron", "--no-verify")
+    assert read and not [path for path in read if path.suffix == record.DATA], "data files were read once more"
+    assert main(["check", str(tmp_path / "megatron")]) == 0
 
 
 def test_a_conversion_that_computes_something_else_is_thrown_away(convert, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from megakd.converters.families import Family, family_of, model_section
 from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, read_json
 from megakd.converters.rules import Rule, by_their_name
 from megakd.data.tokenizers.load import load_tokenizer
+from megakd.digests import FileDigests
 from megakd.errors import CheckpointError
 from megakd.progress import progress_bar
 
@@ -150,12 +151,14 @@ def tokenizer_ids(files: list[pathlib.Path]) -> int | None:
     return None
 
 
-def import_hf(opened: HuggingFaceModel, target: pathlib.Path, *, progress: bool = False) -> None:
+def import_hf(opened: HuggingFaceModel, target: pathlib.Path, *, progress: bool = False) -> dict[str, FileDigests]:
     """Write all weights as a torch_dist folder, and beside them what the way back needs.
 
     Args:
         target: an empty folder.
         progress: a bar over bytes.
+    Returns:
+        digests of the data files by name, made while they were written.
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or cannot be read.
     """
@@ -180,6 +183,7 @@ def import_hf(opened: HuggingFaceModel, target: pathlib.Path, *, progress: bool 
             writer.write_object(state, [None])
         writer.finish({})
     keep_origin(opened, target / KEPT)
+    return writer.written
 
 
 def bytes_bar(total: int, what: str, progress: bool):

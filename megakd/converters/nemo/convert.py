@@ -19,6 +19,7 @@ from megakd.converters.nemo.archive import CONFIG, WEIGHTS, artifact, hashed_nam
 from megakd.converters.nemo.config import cannot_express, config_of, model_of
 from megakd.converters.nemo.weights import NemoWeights
 from megakd.data.tokenizers.load import load_tokenizer
+from megakd.digests import FileDigests
 from megakd.errors import CheckpointError
 from megakd.limits import read_json
 
@@ -117,11 +118,13 @@ def vocabulary(folder: pathlib.Path, config: dict, tokenizer: pathlib.Path | Non
     return rows
 
 
-def import_nemo(opened: NemoModel, target: pathlib.Path, *, progress: bool = False) -> None:
+def import_nemo(opened: NemoModel, target: pathlib.Path, *, progress: bool = False) -> dict[str, FileDigests]:
     """Write all weights as a torch_dist folder.
 
     Args:
         target: an empty folder.
+    Returns:
+        digests of the data files by name, made while they were written.
     Raises:
         CheckpointError: a tensor holds NaN or infinity, has another shape than the config says, or cannot be read.
     """
@@ -143,6 +146,7 @@ def import_nemo(opened: NemoModel, target: pathlib.Path, *, progress: bool = Fal
         for state in extra_states(opened.model):
             writer.write_object(state, [None])
         writer.finish({})
+    return writer.written
 
 
 def export_nemo(checkpoint: Checkpoint, target: pathlib.Path, *, progress: bool = False) -> None:
