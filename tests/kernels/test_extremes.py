@@ -87,17 +87,17 @@ def check(row, name, got, got_grad, truth):
         assert abs(ours - true) <= 4e-6 * sizes[1] + 2e-5 * largest + 1e-37, (name, row, j, ours, true)
 
 
-def loss_and_gradient(row, name, tail):
+def loss_and_gradient(row, name, tail, device):
     """kd_T and the gradient with respect to student / temperature, of ranks that are threads."""
-    student = torch.tensor([row["student"]])
+    student, label = torch.tensor([row["student"]], device=device), torch.tensor([0], device=device)
     ids, log_p = torch.tensor([row["ids"]], dtype=torch.int64), row["log_p"][None]
     used = log_p > -math.inf
-    targets = TeacherTargets(ids.where(used, -1), log_p, row["log_tail"][None], row["temperature"])
+    targets = TeacherTargets(ids.where(used, -1), log_p, row["log_tail"][None], row["temperature"]).to(device)
     named = {DIVERGENCES[name].parameter or "beta": row["parameter"]}
 
     def work(shard, student_TW):
         leaf = student_TW.requires_grad_()
-        out = kd_loss(leaf, targets, torch.tensor([0]), shard, divergence=name, tail=tail, **named)
+        out = kd_loss(leaf, targets, label, shard, divergence=name, tail=tail, **named)
         out.loss_T.sum().backward()
         assert out.loss_T.isnan() or out.loss_T.isinf() or leaf.grad[:, : shard.real_width].isfinite().all(), row
         return out.kd_T.detach(), leaf.grad[:, : shard.real_width]
@@ -107,15 +107,15 @@ def loss_and_gradient(row, name, tail):
     else:
         ranks = run_threads(row["ranks"], (student,), work)
     assert all(torch.equal(kd_T, ranks[0][0]) for kd_T, _ in ranks), (name, row, ranks)
-    return float(ranks[0][0]), torch.cat([grad for _, grad in ranks], 1)[0].double() / row["temperature"]
+    return float(ranks[0][0]), torch.cat([grad for _, grad in ranks], 1)[0].double().cpu() / row["temperature"]
 
 
-def compare_top_k(row, name, tail):
+def compare_top_k(row, name, tail, device="cpu"):
     entries = {j: x for j, x in zip(row["ids"], row["log_p"].tolist(), strict=True) if x > -math.inf}
     truth = value_and_gradient(
         name, tail, row["parameter"], row["temperature"], row["student"], entries, float(row["log_tail"])
     )
-    check(row, name, *loss_and_gradient(row, name, tail), truth)
+    check(row, name, *loss_and_gradient(row, name, tail, device), truth)
 
 
 @pytest.mark.parametrize("name, tail", PAIRS)

@@ -16,7 +16,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
-CASES = ("rows", "selection", "losses", "dense")
+CASES = ("rows", "selection", "losses", "dense", "extremes")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
