@@ -18,19 +18,26 @@ def record(folder, started):
     make_cache(folder, range(PARTS * 3), per_part=3)
 
 
+def shards(folder) -> int:
+    return len(list(folder.glob("shard-*.arrow")))
+
+
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path):
     start = time.perf_counter()
     make_cache(tmp_path / "whole", range(PARTS * 3), per_part=3)
     seconds = time.perf_counter() - start
     context, cut = multiprocessing.get_context("forkserver"), tmp_path / "cut"
     context.set_forkserver_preload(["tests.cache.made"])
-    delays, interrupted = random.Random(5), 0
+    chance, interrupted = random.Random(5), 0
     for _ in range(KILLS):
         started = context.Event()
         writer = context.Process(target=record, args=(cut, started))
         writer.start()
         started.wait(60)
-        writer.join(delays.uniform(0, seconds / 4))
+        enough = shards(cut) + chance.randint(0, PARTS // KILLS - 1)  # not by the clock alone: machines differ
+        while writer.is_alive() and shards(cut) < enough:
+            time.sleep(0.001)
+        writer.join(chance.uniform(0, seconds / PARTS))
         interrupted += writer.is_alive()
         writer.kill()
         writer.join()
