@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ def follow_parent() -> None:
     It gets a session of its own, which the signals of a terminal or of torchrun do not reach: its parent decides. The
     kernel kills it when the thread that started it ends, by SIGKILL too (Linux; elsewhere it outlives that).
     """
-    parent = os.getppid()
+    started_by = multiprocessing.parent_process()  # known even if it died while this process was still starting
+    parent = os.getppid() if started_by is None else started_by.pid
     with contextlib.suppress(OSError):  # it may lead one already
         os.setsid()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
