@@ -119,8 +119,8 @@ class DigestingFile:
 class VerifiedFile(io.RawIOBase):
     """A file opened for reading; every byte it gives is from a chunk whose digest was compared.
 
-    Chunks that are read whole go straight to the reader's memory. The last KEPT that were read in parts are kept, for an
-    archive is read here and there: its directory at the end, its members.
+    Chunks that are read whole go straight to the reader's memory. The last KEPT that were read in parts are kept, for
+    an archive is read here and there: its directory at the end, its members.
 
     Args:
         digests: what was written; None: nothing is compared.

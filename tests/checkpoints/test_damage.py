@@ -40,7 +40,7 @@ def resumed(rank, ranks, run_dir, tp, pp, mode):
         run = small.student_step(config, groups)
         try:
             progress = resume_newest(run, read_checkpoint(run_dir), config)
-            return progress.step, sum(float(p.double().sum()) for p in run.gpt.parameters()), said
+            return progress.step, sum(float(p.detach().double().sum()) for p in run.gpt.parameters()), said
         except CheckpointError as error:
             return type(error).__name__, str(error), said
         finally:
