@@ -118,6 +118,7 @@ def run_part(name: str, argv: list[str], options: argparse.Namespace, report: di
     begun = time.monotonic()
     print(f"\n{name}")
     if begun < deadline:
+        part["status"] = "running"
         with tempfile.TemporaryDirectory() as folder:
             rows, errors = pathlib.Path(folder) / "rows", pathlib.Path(folder) / "errors"
             rows.touch()
