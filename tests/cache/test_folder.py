@@ -1,5 +1,4 @@
 import dataclasses
-import multiprocessing
 import os
 import resource
 import shutil
@@ -14,7 +13,7 @@ from megakd.cache.shard import ShardWriter
 from megakd.cache.writer import finish
 from megakd.errors import CacheError
 from megakd.targets import sample_key
-from tests.cache.made import CONTENTS, S, V, make_cache, make_header, make_row, make_sample, write_part
+from tests.cache.made import CONTENTS, S, V, forkserver, make_cache, make_header, make_row, make_sample, write_part
 
 
 def look_up(reader, sample):
@@ -179,7 +178,7 @@ def write_below_a_limit(folder):
 
 def in_process(function, *arguments) -> int:
     """The exit code of a function in a process of its own."""
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process = forkserver().Process(target=function, args=arguments)
     process.start()
     process.join(60)
     return process.exitcode

@@ -1,14 +1,13 @@
 """A writer that is killed at any instant leaves whole shards, goes on, and ends with the same bytes."""
 
 import itertools
-import multiprocessing
 import os
 import pathlib
 import random
 import time
 
 from megakd.cache import CacheReader
-from tests.cache.made import make_cache
+from tests.cache.made import forkserver, make_cache
 
 PARTS, KILLS, DIED = 40, 8, 77
 
@@ -26,8 +25,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path):
     start = time.perf_counter()
     make_cache(tmp_path / "whole", range(PARTS * 3), per_part=3)
     seconds = time.perf_counter() - start
-    context, cut = multiprocessing.get_context("forkserver"), tmp_path / "cut"
-    context.set_forkserver_preload(["tests.cache.made"])
+    context, cut = forkserver(), tmp_path / "cut"
     chance, interrupted = random.Random(5), 0
     for _ in range(KILLS):
         started = context.Event()
@@ -76,8 +74,7 @@ def die_at(folder, instant):
 def test_killed_at_every_step_it_ends_as_if_it_had_not_been(tmp_path):
     make_cache(tmp_path / "whole", range(5), per_part=2)
     want = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    context, instant, code = multiprocessing.get_context("forkserver"), 0, DIED
-    context.set_forkserver_preload(["tests.cache.made"])
+    context, instant, code = forkserver(), 0, DIED
     while code == DIED:
         cut = tmp_path / str(instant)
         process = context.Process(target=die_at, args=(cut, instant))
