@@ -125,7 +125,8 @@ def test_nothing_runs_in_a_launch(verb, folder, trained, tmp_path):
 
     there, name = planted(trained, tmp_path, "metadata")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(runs.values(folder, there)))
-    given = {"generate": ["--checkpoint", str(there), "--prompt", "def", "--device", "cpu"]}
+    flags = ["--checkpoint", str(there), "--prompt", "def", "--max-new-tokens", "4", "--device", "cpu"]
+    given = {"generate": flags}
     command = [sys.executable, "-m", "megakd", verb, *given.get(verb, [str(tmp_path / "config.yaml")])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, timeout=200)
     assert done.returncode == 1 and "Traceback" not in done.stderr
