@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from measure import Clock, random_labels, random_logits
+from gpu_clock import Clock, random_labels, random_logits
 from torch import Tensor
 
 from megakd.kernels import VocabShard, kd_loss, select_top_k

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from measure import DTYPES, Clock, implementations, random_labels
+from gpu_clock import DTYPES, Clock, implementations, random_labels
 
 from megakd.kernels import VocabShard, kd_loss, linear_kd_loss, linear_select_top_k
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measure import Clock, implementations, random_labels, random_logits
+from gpu_clock import Clock, implementations, random_labels, random_logits
 
 from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, dense_kd_loss, kd_loss, paths, sample_targets, select_top_k, selection

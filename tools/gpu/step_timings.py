@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measure import Clock
+from gpu_clock import Clock
 
 VOCAB = 131072 - 300  # padded to 131,072
 LAYERS = {"num_query_groups": 8, "tie_embeddings": True, "max_sequence_length": 4096}
