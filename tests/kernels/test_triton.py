@@ -33,12 +33,14 @@ def run_cases(name, **environment):
 
 
 @needs_triton
+@pytest.mark.timeout(1200)  # the interpreter is slow, and a busy machine slower
 @pytest.mark.parametrize("cases", CASES)
 def test_interpreted(cases):
     run_cases(cases, TRITON_INTERPRET="1")
 
 
 @needs_triton
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, tmp_path):
     run(
