@@ -46,6 +46,8 @@ def owning(path, *, wait: bool = False, remove: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 if path.read_text(encoding="utf-8") == name():  # not that of one that came later
                     os.unlink(path) if remove else file.truncate(0)
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # a child just forked may not have come to closing its copy yet
 
 
 def check_owner(path) -> None:

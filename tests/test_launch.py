@@ -245,7 +245,7 @@ def test_devices(monkeypatch):
 def test_srun_without_torchrun_is_refused_with_the_command_that_works(script, tmp_path):
     path = script("""
         with Ranks("cpu") as ranks:
-            print(f"rank {ranks.rank} of {ranks.world_size} was told {sys.argv[1]}", flush=True)
+            sys.stdout.write(f"rank {ranks.rank} of {ranks.world_size} was told {sys.argv[1]}\\n")  # one write each
     """)
     tasks = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "1"}
     command = [sys.executable, path, "a word"]
