@@ -1,6 +1,7 @@
-"""Ends the ranks that tests/ranks.py started, and hides from the tests the launcher that they may run under."""
+"""Ends the ranks that tests/ranks.py started; hides the launcher that the tests may run under."""
 
 import os
+import sys
 
 from tests.ranks import close_pools
 
@@ -8,6 +9,9 @@ from tests.ranks import close_pools
 def pytest_configure():
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_"))]:
         del os.environ[name]
+    # The tests start hundreds of processes; compiling megakd anew was a second of each.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_sessionfinish():

@@ -18,6 +18,9 @@ def test_installs_quietly_and_answers_for_cuda():
         "assert torch.zeros(2).half().cuda().device.type == 'cpu'\n"
         "assert torch.cuda.current_device() == torch.device('cpu')\n"
         "assert torch.Generator(device='cuda').device.type == 'cpu'\n"
+        "import sys, megatron.core.fusions.fused_bias_swiglu\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules, 'four seconds of every rank'\n"
+        "assert torch.compile.__module__ == 'torch'\n"
     )
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
