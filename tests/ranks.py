@@ -37,6 +37,13 @@ def run_ranks(n, fn, *args, timeout_seconds=120):
     return answers
 
 
+def forkserver():
+    """Processes that begin with tests/imported.py done, which takes seven seconds, once a session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.imported"])
+    return context
+
+
 def close_pools():
     """Ends all ranks; called when the test session ends."""
     while _POOLS:
@@ -45,8 +52,7 @@ def close_pools():
 
 class _Pool:
     def __init__(self, n):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.imported"])  # once for all ranks of a session: seven seconds of each
+        context = forkserver()
         self.folder = tempfile.mkdtemp(prefix="megakd-ranks-")
         self.pipes, self.processes, self.started = [], [], False
         for rank in range(n):
@@ -122,7 +128,7 @@ def _serve(rank, n, store, pipe):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
     pipe.send_bytes(pickle.dumps((False, "started")))
-    modules = 0
+    modules = len(sys.modules)
     while True:
         try:
             call = pipe.recv_bytes()
@@ -143,8 +149,6 @@ def _let_go(known):
 
     Their backward hooks are held by autograd's nodes, in C++, and hold the wrapper: a circle that the collector cannot
     see. Gloo wakes each group's threads a hundred times a second, which chokes two cores after some tens of layouts.
-    What modules hold, a third of a million objects, is looked through once; after every call it was half a second.
-
     Args:
         known: how many modules there were the last time.
     Returns:

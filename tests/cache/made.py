@@ -1,7 +1,6 @@
 """Small made-up recordings: rows of a random teacher, headers, and whole caches."""
 
 import dataclasses
-import multiprocessing
 
 import numpy as np
 
@@ -103,10 +102,3 @@ def make_cache(folder, samples=range(12), per_part=5, contents=CONTENTS, **chang
             if part not in whole:
                 write_part(folder, part, [make_row(number, contents) for number in numbers], contents)
         return finish(folder, header)
-
-
-def forkserver():
-    """Processes that begin with this module imported; the first of a session starts the server, so all come here."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

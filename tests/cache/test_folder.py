@@ -13,7 +13,8 @@ from megakd.cache.shard import ShardWriter
 from megakd.cache.writer import finish
 from megakd.errors import CacheError
 from megakd.targets import sample_key
-from tests.cache.made import CONTENTS, S, V, forkserver, make_cache, make_header, make_row, make_sample, write_part
+from tests.cache.made import CONTENTS, S, V, make_cache, make_header, make_row, make_sample, write_part
+from tests.ranks import forkserver
 
 
 def look_up(reader, sample):

@@ -7,7 +7,8 @@ import random
 import time
 
 from megakd.cache import CacheReader
-from tests.cache.made import forkserver, make_cache
+from tests.cache.made import make_cache
+from tests.ranks import forkserver
 
 PARTS, KILLS, DIED = 40, 8, 77
 
