@@ -9,12 +9,14 @@ on it refuses the file. Two kinds of pickles are read:
    so that not even a class on the list is ever built from a stranger's values.
 """
 
+import contextlib
 import io
 import os
 import pathlib
 import pickle
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import torch
@@ -101,7 +103,18 @@ def load_values(file: io.RawIOBase, where):
         DamagedCheckpointError: the file does not hold what was saved.
         CheckpointError: as load_file.
     """
-    return _load(io.BufferedReader(file), where)
+    with _buffered(file) as reader:
+        return _load(reader, where)
+
+
+@contextlib.contextmanager
+def _buffered(file: io.RawIOBase) -> Iterator[io.BufferedReader]:
+    """The file behind a buffer, which leaves it open to its caller."""
+    reader = io.BufferedReader(file)
+    try:
+        yield reader
+    finally:
+        reader.detach()
 
 
 def load_window(file: io.RawIOBase, start: int, length: int, where):
@@ -112,7 +125,8 @@ def load_window(file: io.RawIOBase, start: int, length: int, where):
     """
     window = Window(file, start, length)
     if length > IN_MEMORY_BYTES:
-        return _load(io.BufferedReader(window), where)
+        with _buffered(window) as reader:
+            return _load(reader, where)
     try:
         data = window.read(length)
     except DamagedFile as error:
@@ -289,7 +303,8 @@ def load_metadata(file: io.RawIOBase, where) -> Inert:
     try:
         check_limit("PICKLE_BYTES", file.seek(0, os.SEEK_END), where, CheckpointError)
         file.seek(0)
-        return MetadataUnpickler(io.BufferedReader(file), where).load()
+        with _buffered(file) as reader:
+            return MetadataUnpickler(reader, where).load()
     except DamagedFile as error:
         raise damaged(error) from error
     except (*DAMAGE, RecursionError) as error:
