@@ -1,16 +1,20 @@
-"""What Megatron's distributed loading asks for, read by megakd's own reader: Megatron and torch open none of the files.
+"""Distributed checkpoints, read by megakd's own reader: Megatron and torch open none of the files.
 
-Their loaders unpickle whatever `.metadata` and the objects in .distcp files name, which runs a stranger's code. So
-`dist_checkpointing.load` is given strategies of ours for both parts of a checkpoint, and works out only who reads what.
+Their loaders unpickle whatever `.metadata` and the objects in .distcp files name, which runs a stranger's code.
+Megatron only works out which rank reads what. The classes that it wants of a loader change with its versions (0.16
+takes subclasses of an abstract one, which 0.19 does not have); the functions that are used here do not.
 """
 
 import pathlib
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy, LoadShardedStrategy
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
 
 from megakd.checkpoints.pickles import load_values
@@ -21,6 +25,7 @@ from megakd.errors import CheckpointError
 from megakd.limits import read_json
 
 FORMAT_FILE, COMMON_FILE = "metadata.json", "common.pt"
+COMMON_OBJECT = ShardedObject("common_state", None, (1,), (0,)).unique_key
 
 
 def check_format(folder: pathlib.Path) -> None:
@@ -40,8 +45,35 @@ def check_format(folder: pathlib.Path) -> None:
 _KNOWN = {"sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"}
 
 
+def load_sharded(state: dict, files: Files, group) -> dict:
+    """Read what a sharded state describes, and the plain values that were saved beside it.
+
+    Args:
+        group: data-parallel ranks; they read a share each and exchange it, so that files are read once, not dp times.
+    Raises:
+        CheckpointError: on every rank.
+    Collectives: exchange of descriptions and, within `group`, of tensors; all ranks call it.
+    """
+    force_all_tensors_to_non_fp8(state)
+    shards, plain, factories = load_preprocess(state)
+    failure, whole = None, {}
+    try:
+        whole = load_common(files)
+    except CheckpointError as error:
+        failure = error
+    fail_together(failure)
+    merge(whole, plain)
+    shards, _ = extract_sharded_base(shards)
+    validate_sharding_integrity(determine_global_metadata(shards)[1])
+    strategy = Sharded(files)
+    if group.size() > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, group)
+    merge(whole, strategy.load(shards, files.folder))
+    return apply_factory_merges(whole, factories)
+
+
 def load_common(files: Files) -> dict:
-    """The plain values of a checkpoint.
+    """The plain values of a checkpoint: a file of their own, or an object among the shards (Megatron-Core 0.19).
 
     Raises:
         DamagedCheckpointError: they are not those that were saved.
@@ -49,8 +81,11 @@ def load_common(files: Files) -> dict:
     """
     path = files.folder / COMMON_FILE
     try:
-        with files.open(COMMON_FILE) as file:
-            values = load_values(file, path)
+        if path.exists():
+            with files.open(COMMON_FILE) as file:
+                values = load_values(file, path)
+        else:
+            values = read_object(TorchDistReader(files.folder, files), COMMON_OBJECT)
     except DamagedFile as error:
         raise damaged(error) from error
     except OSError as error:
@@ -87,19 +122,25 @@ def read_shard(reader: TorchDistReader, part: ShardedTensor) -> Tensor:
     return data
 
 
-class Sharded(LoadShardedStrategy):
+def read_object(reader: TorchDistReader, key: str):
+    """What Megatron saved as an object: a list with the one value in it."""
+    value = reader.read_object(key)
+    if not isinstance(value, list) or len(value) != 1:
+        raise CheckpointError(f"{reader.folder}: {key} is no object that Megatron saved", hint="copy it again")
+    return value[0]
+
+
+class Sharded:
     """Tensors and objects of a torch_dist folder, for one rank.
 
     Collectives: `load` gathers a short text from all ranks, so that they fail together.
     """
 
-    can_handle_sharded_objects = True
-
     def __init__(self, files: Files):
-        super().__init__()
         self.files, self.reader = files, None
 
-    def load(self, sharded_state_dict: dict, checkpoint_dir) -> dict:
+    def load(self, sharded_state_dict: dict, checkpoint_dir, async_strategy=None) -> dict:
+        """Megatron's wrapper calls it for a rank's share; the folder is `files.folder`, how one writes is no matter."""
         failure, loaded = None, {}
         try:
             self.reader = self.reader or TorchDistReader(self.files.folder, self.files)
@@ -112,46 +153,7 @@ class Sharded(LoadShardedStrategy):
     def _read(self, part: ShardedTensor | ShardedObject):
         if isinstance(part, ShardedTensor):
             return read_shard(self.reader, part)
-        value = self.reader.read_object(part.unique_key)
-        if not isinstance(value, list) or len(value) != 1:
-            raise CheckpointError(
-                f"{self.reader.folder}: {part.unique_key} is no object that Megatron saved", hint="copy it again"
-            )
-        return value[0]
-
-    def load_tensors_metadata(self, checkpoint_dir):
-        raise NotImplementedError("megakd compares shapes when it reads")
-
-    def check_backend_compatibility(self, loaded_backend) -> None: ...
-
-    def check_version_compatibility(self, loaded_version) -> None: ...
-
-
-class Common(LoadCommonStrategy):
-    """The plain values of a torch_dist folder.
-
-    Collectives: as Sharded.
-    """
-
-    def __init__(self, files: Files):
-        super().__init__()
-        self.files = files
-
-    def load_common(self, checkpoint_dir) -> dict:
-        failure, values = None, {}
-        try:
-            values = load_common(self.files)
-        except CheckpointError as error:
-            failure = error
-        fail_together(failure)
-        return values
-
-    def load_sharded_objects(self, sharded_objects_state_dict, checkpoint_dir):
-        raise NotImplementedError("objects are in the .distcp files")
-
-    def check_backend_compatibility(self, loaded_backend) -> None: ...
-
-    def check_version_compatibility(self, loaded_version) -> None: ...
+        return read_object(self.reader, part.unique_key)
 
 
 def fail_together(failure: CheckpointError | None) -> None:

@@ -7,19 +7,15 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint
-from megakd.checkpoints.loading import Common, Sharded, check_format, load_common
-from megakd.checkpoints.writer import ThreadedSave
-from megakd.digests import FileDigests
+from megakd.checkpoints.loading import COMMON_FILE, check_format, load_common, load_sharded
+from megakd.checkpoints.writer import plan_save
+from megakd.digests import DigestingFile, FileDigests
 from megakd.errors import CheckpointError
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
@@ -30,7 +26,7 @@ FAILURES = (
     OSError,
     KeyError,
     ValueError,
-    dist_checkpointing.core.CheckpointingException,
+    CheckpointingException,
 )
 
 
@@ -70,39 +66,49 @@ def save(
     Collectives: barriers, metadata exchange; all ranks call it.
     """
     rank_0 = dist.get_rank() == 0
-
-    def finish():
-        failure, written = None, gather_together(path, None, threaded.written)
-        try:
-            if rank_0:
-                publish({name: digests for part in written for name, digests in part.items()})
-        except OSError as error:
-            failure = error
-        raise_together(path, failure)
-
-    failure = None
+    failure, plain_digests = None, {}
     try:
         if rank_0:
             folder.begin(path)
     except OSError as error:
         failure = error
     raise_together(path, failure)
-    threaded = ThreadedSave(copy=asynchronous)
-    strategy = FullyParallelSaveStrategyWrapper(threaded, groups.dp_cp, True)
     try:
-        request = dist_checkpointing.save(
-            state, str(folder.incomplete(path)), strategy, async_sharded_save=asynchronous
-        )
+        shards, plain = save_preprocess(state)
+        if rank_0:
+            plain_digests = write_plain(folder.incomplete(path), plain)
+        writer, describe = plan_save(shards, folder.incomplete(path), groups.dp_cp, copy=asynchronous)
+        if not asynchronous:
+            writer.write()
+            describe()
     except FAILURES as error:
         # No collective here: Megatron may have failed on this rank alone, with the others waiting inside it. Those end
         # with the launch (megakd.ranks.failure).
         if rank_0:
             folder.discard(path)
         raise save_error(path, f"rank {dist.get_rank()}: {in_words(error)}") from error
-    if request is None:
+
+    def finish():
+        failure, written = None, gather_together(path, None, plain_digests | writer.written)
+        try:
+            if rank_0:
+                save_config(CheckpointingConfig("torch_dist"), str(folder.incomplete(path)))
+                publish({name: digests for part in written for name, digests in part.items()})
+        except OSError as error:
+            failure = error
+        raise_together(path, failure)
+
+    if not asynchronous:
         return finish()
-    request.finalize_fns.append(finish)
-    return PendingSave(path, request)
+    return PendingSave(path, writer.write, [describe, finish])
+
+
+def write_plain(folder: pathlib.Path, values: dict) -> dict[str, FileDigests]:
+    """The values that are no shards, in a file of their own: every version of Megatron-Core reads that."""
+    with DigestingFile(folder / COMMON_FILE) as file:
+        torch.save(values, file)
+        file.sync()
+    return {COMMON_FILE: file.digester.digests()}
 
 
 class PendingSave:
@@ -110,12 +116,13 @@ class PendingSave:
 
     Args:
         path: the final folder.
-        request: Megatron's; its function writes, and its last parts make a checkpoint of what all ranks have written.
+        write: writes this rank's files.
+        complete: make a checkpoint of what all ranks have written; collective.
     """
 
-    def __init__(self, path: pathlib.Path, request: AsyncRequest):
-        self.path, self.request = path, request
-        self._thread = threading.Thread(target=request.async_fn, name="megakd-save", daemon=True)
+    def __init__(self, path: pathlib.Path, write: Callable[[], None], complete: list[Callable[[], None]]):
+        self.path, self._complete = path, complete
+        self._thread = threading.Thread(target=write, name="megakd-save", daemon=True)
         self._thread.start()
 
     def is_written(self) -> bool:
@@ -136,8 +143,8 @@ class PendingSave:
         """
         self._thread.join()
         try:
-            for finalize in self.request.finalize_fns:
-                finalize()
+            for step in self._complete:
+                step()
         except FAILURES as error:
             if dist.get_rank() == 0:
                 folder.discard(self.path)
@@ -178,9 +185,8 @@ def save_error(path: pathlib.Path, text: str) -> CheckpointError:
 def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
     """Read what `state` describes from a checkpoint; what else the folder holds is left alone.
 
-    Data-parallel ranks read a share each and exchange it, so that the files are read once and not dp times. Layers'
-    extra states (scales of 8-bit training, which megakd does not do) are not read, and come back as None: Transformer
-    Engine would unpickle them.
+    Layers' extra states (scales of 8-bit training, which megakd does not do) are not read, and come back as None:
+    Transformer Engine would unpickle them.
 
     Raises:
         DamagedCheckpointError: on every rank; what was read on one is not what was saved.
@@ -189,11 +195,8 @@ def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
     """
     check_format(checkpoint.path)
     wanted = without_extra_states(state)
-    strategy = Sharded(checkpoint.files)
-    if groups.dp_cp.size() > 1:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, groups.dp_cp)
     try:
-        loaded = dist_checkpointing.load(wanted, str(checkpoint.path), strategy, Common(checkpoint.files))
+        loaded = load_sharded(wanted, checkpoint.files, groups.dp_cp)
     except FAILURES as error:
         raise CheckpointError(
             f"{checkpoint.path} could not be loaded: {in_words(error)}",

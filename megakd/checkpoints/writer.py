@@ -8,12 +8,13 @@ the bytes take another way. Threads lose nothing to processes: writing and synci
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
@@ -36,30 +37,25 @@ from megakd.digests import DigestingFile, FileDigests
 FILES = 2  # a rank's share is written as so many files at a time
 
 
-class ThreadedSave(TorchDistSaveShardedStrategy):
-    """Megatron's strategy for torch_dist, without its processes.
+def plan_save(shards: ShardedStateDict, path, group, *, copy: bool) -> tuple["ThreadedWriter", Callable[[], None]]:
+    """Divide a save among the ranks that hold the same, and plan each one's files.
 
     Args:
-        copy: the request works on a copy in host memory, so that training may change the state before it is written.
-    Attributes:
-        written: digests of this rank's files by name, once they are written.
+        shards: a sharded state dict without factories and plain values.
+        path: of the folder.
+        group: data-parallel ranks, which share the work.
+        copy: the writer works on a copy in host memory, so that training may change the state before it is written.
+    Returns:
+        the writer of this rank's files, and what makes a checkpoint of all ranks' when they are written.
+    Collectives: planning gathers the ranks' plans on rank 0; so does the second function their results.
     """
-
-    def __init__(self, *, copy: bool):
-        super().__init__("torch_dist", 1)
-        self.copy, self.written = copy, {}
-
-    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: pathlib.Path) -> AsyncRequest:
-        """Plan a save; the request's function writes this rank's files, from any thread and without collectives.
-
-        Collectives: planning gathers the ranks' plans on rank 0; so does the request's last part their results.
-        """
-        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer = ThreadedWriter(checkpoint_dir, copy=self.copy)
-        self.written = writer.written
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(shards), writer, planner=planner)
-        return AsyncRequest(writer.write, (), [lambda: save_state_dict_async_finalize(*planned)])
+    megatron = TorchDistSaveShardedStrategy("torch_dist", 1)
+    FullyParallelSaveStrategyWrapper(megatron, group).apply_saving_parallelization(shards)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, megatron.keep_only_main_replica)
+    writer = ThreadedWriter(path, copy=copy)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, planner=planner)
+    return writer, lambda: save_state_dict_async_finalize(*planned)
 
 
 class ThreadedWriter(FileSystemWriter):
@@ -67,7 +63,7 @@ class ThreadedWriter(FileSystemWriter):
 
     Args:
         path: the folder.
-        copy: see ThreadedSave.
+        copy: see plan_save.
     Attributes:
         written: digests of this rank's files by name, made while they were written.
     """

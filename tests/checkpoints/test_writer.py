@@ -109,14 +109,16 @@ def test_one_file_that_cannot_be_written_fails_the_save_of_all(asynchronous, tmp
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def megatron_reads(rank, ranks, run_dir):
-    """What Megatron's own strategy writes and what ThreadedSave writes, read by Megatron's own loading."""
+def each_reads_the_other(rank, ranks, run_dir):
+    """What Megatron's own strategy writes and what megakd writes, read by Megatron's own loading and by megakd's."""
     with small.layout(tp=2) as groups:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-        from megakd.checkpoints.writer import ThreadedSave
+        from megakd.checkpoints import torch_dist
+        from megakd.checkpoints.folder import incomplete
+        from megakd.checkpoints.loading import load_sharded
+        from megakd.checkpoints.record import unrecorded
 
         whole = torch.arange(2 * 7 * 5, dtype=torch.bfloat16).view(14, 5)
 
@@ -125,25 +127,27 @@ def megatron_reads(rank, ranks, run_dir):
             thing = ShardedObject("thing", {"rank": rank}, (2,), (rank,))
             return {"w": ShardedTensor.from_rank_offsets("w", part, (0, rank, 2)), "o": thing, "plain": 3}
 
-        sizes = []
-        for name, strategy in (
-            ("theirs", TorchDistSaveShardedStrategy("torch_dist", 1)),
-            ("ours", ThreadedSave(copy=False)),
-        ):
-            folder = pathlib.Path(run_dir) / name
-            if rank == 0:
-                folder.mkdir()
-            torch.distributed.barrier(groups.tp)
-            dist_checkpointing.save(state(whole), str(folder), strategy)
-            back = dist_checkpointing.load(state(torch.zeros_like(whole)), str(folder))
-            assert torch.equal(back["w"], whole[rank * 7 : rank * 7 + 7])
-            assert back["o"] == {"rank": rank} and back["plain"] == 3
+        theirs, ours = (pathlib.Path(run_dir) / name for name in ("theirs", "ours"))
+        if rank == 0:
+            theirs.mkdir()
+        torch.distributed.barrier(groups.tp)
+        dist_checkpointing.save(state(whole), str(theirs))
+        torch_dist.save(ours, state(whole), groups, lambda digests: incomplete(ours).rename(ours))
+        described = []
+        for folder in (theirs, ours):
+            for back in (
+                dist_checkpointing.load(state(torch.zeros_like(whole)), str(folder)),
+                load_sharded(state(torch.zeros_like(whole)), unrecorded(folder), groups.dp_cp),
+            ):
+                assert torch.equal(back["w"], whole[rank * 7 : rank * 7 + 7])
+                assert back["o"] == {"rank": rank} and back["plain"] == 3
             names = {f.name for f in folder.iterdir() if f.suffix != ".distcp"}
-            sizes.append((names, sum(f.stat().st_size for f in folder.glob("*.distcp"))))
-        return sizes
+            described.append((names, sum(f.stat().st_size for f in folder.glob("*.distcp"))))
+        return described
 
 
-def test_the_files_are_those_that_megatron_writes(tmp_path):
-    """To the byte in sum; which thing is in which file is not the same."""
-    for theirs, ours in run_ranks(2, megatron_reads, tmp_path):
-        assert theirs == ours
+def test_each_reads_the_others_files(tmp_path):
+    """They are the same to the byte in sum (which thing is in which file is not), where Megatron has a common.pt."""
+    for (names, size), ours in run_ranks(2, each_reads_the_other, tmp_path):
+        assert ours[0] == {"common.pt", ".metadata", "metadata.json"} == names | {"common.pt"}
+        assert ours == (names, size) or "common.pt" not in names
