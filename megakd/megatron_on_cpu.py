@@ -9,7 +9,8 @@ What is mended, beside the device (each has a test that fails without it):
     2. distributed optimizer, torch Adam: after a load all parameters share one step counter, which one step() then
        advances once per parameter.
     3. distributed optimizer, torch Adam: an optimizer that has never stepped cannot describe its state.
-They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them.
+They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them; 0.16.1 to 0.19.2 all
+have them. What is mended of single layers is in megakd.models.moe.
 """
 
 import collections
@@ -18,6 +19,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import warnings
 
 import torch
@@ -28,6 +30,13 @@ FACTORIES = (
     "empty zeros ones full tensor arange rand randn randint randperm eye linspace as_tensor "
     "empty_like zeros_like ones_like full_like rand_like randn_like"
 ).split()
+
+
+TESTED = ("0.16.1", "0.19.2")  # the oldest and the newest Megatron-Core that the tests have run on; see pyproject.toml
+ADVICE = (  # for those who write on Megatron, of 0.19; megakd's users can do nothing with it
+    "GPTModel IS DEPRECATED",
+    "DistributedDataParallel: full_param_layout not provided",
+)
 
 
 class Event:
@@ -196,13 +205,30 @@ def _import_quietly() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.")
         warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is) not installed")
-        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  it warns too, and every model needs it
+        import megatron.core.models.gpt.gpt_layer_specs  # it warns too, and every model needs it
         import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     # While it runs, Megatron uses old names of torch and looks at .grad of views: not the doing of the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron)\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"megatron.core.{name}").addFilter(is_for_users)
+    warn_of_version(megatron.core.__version__)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         LOG.info("neither Transformer Engine nor Apex is installed: torch's own Adam, norms and attention are used")
+
+
+def is_for_users(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(ADVICE)
+
+
+def warn_of_version(version: str) -> None:
+    """One line for a Megatron-Core that nobody has tried megakd with."""
+    oldest, newest, here = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (*TESTED, version))
+    if not oldest <= here <= newest:
+        LOG.warning(
+            "megatron-core %s: megakd was tested with %s to %s; compare a first run with docs/loss.md's figures",
+            version, *TESTED,
+        )  # fmt: skip
 
 
 def mend_distributed_optimizer() -> None:

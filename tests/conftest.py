@@ -1,5 +1,6 @@
 """Ends the ranks that tests/ranks.py started; hides the launcher that the tests may run under."""
 
+import importlib.metadata
 import os
 import sys
 
@@ -12,6 +13,10 @@ def pytest_configure():
     # The tests start hundreds of processes; compiling megakd anew was a second of each.
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_report_header():
+    return "megatron-core " + importlib.metadata.version("megatron-core")
 
 
 def pytest_sessionfinish():

@@ -1,9 +1,13 @@
 """The device seam, and that each mend of megatron-core is still needed: without it, upstream's failure is seen."""
 
 import contextlib
+import logging
 import subprocess
 import sys
 
+import pytest
+
+from megakd.megatron_on_cpu import is_for_users, warn_of_version
 from tests.ranks import run_ranks
 from tests.training import small
 
@@ -90,3 +94,18 @@ def test_upstream_still_shares_one_step_counter():
 
 def test_upstream_still_cannot_describe_a_fresh_optimizer():
     assert run_ranks(1, optimizer_round_trip, "sharded_state_dict") == ["AssertionError"]
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("0.16.1", 0), ("0.17.0rc1", 0), ("0.19.2", 0), ("0.19.7", 0), ("0.20.0", 1), ("0.15.3", 1), ("1.0", 1)],
+)
+def test_a_version_that_was_not_tried_is_named(version, warned, caplog):
+    warn_of_version(version)
+    assert len(caplog.messages) == warned
+    assert all(f"megatron-core {version}: megakd was tested with 0.16.1 to 0.19.2" in said for said in caplog.messages)
+
+
+def test_advice_to_megatrons_own_users_is_left_out():
+    said = [logging.makeLogRecord({"msg": text}) for text in ("GPTModel IS DEPRECATED. Please", "GPTModel is wrong")]
+    assert [is_for_users(record) for record in said] == [False, True]

@@ -129,18 +129,24 @@ def layer_spec(config: TransformerConfig, number: int, transformer_engine: bool)
     layer.pre_mlp_layernorm = Norm if model.pre_norms and not model.shared_norm else IdentityOp
     attention.core_attention = SdpaAttention
     if model.mla is not None:
-        attention.q_layernorm = attention.kv_layernorm = Norm
+        attention.q_layernorm = Norm if model.mla.q_lora_rank else IdentityOp
+        attention.kv_layernorm = Norm
     elif model.qk_norm_over == "all_heads":
         attention.q_layernorm, attention.k_layernorm = NormOfQueries, NormOfKeys
     else:
         attention.q_layernorm = attention.k_layernorm = Norm if model.qk_norm else IdentityOp
     if model.post_norms:
         attention.linear_proj = NormedRowParallelLinear
-        layer.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+        parts_of(layer.mlp).linear_fc2 = NormedRowParallelLinear
     layer.sharded_state_dict_keys_map = saved_names(model, experts is not None)
     if needs_own_layers(model):
         spec = dataclasses.replace(spec, module=Layer)
     return spec
+
+
+def parts_of(spec):
+    """What a layer is described by: in a ModuleSpec, or, from Megatron-Core 0.19 on, in a partial of the class."""
+    return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
 
 
 def saved_names(model: Model, has_experts: bool) -> dict[str, str]:
