@@ -1,4 +1,4 @@
-"""Helper processes that end with the process that started them, and nothing before it."""
+"""Helper processes that end with the process that started them, and nothing before it; verbs that are one process."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Mapping
+
+from megakd.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1
 
@@ -26,3 +29,17 @@ def follow_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it died before the kernel knew
             os._exit(1)
+
+
+def check_one_process(verb: str, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where a launcher has started several processes of a verb that is one.
+
+    A job's script that calls it directly has started one, however many tasks the job may have.
+    """
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environ.get(name, "").isdecimal() and int(environ[name]) > 1:
+            raise ConfigError(
+                f"environment: {name} is {environ[name]}, but `megakd {verb}` is one process: each of these would do "
+                "the whole work, into the same place",
+                hint=f"start it without torchrun or mpirun; in a Slurm job: srun --ntasks=1 megakd {verb} ...",
+            )

@@ -8,6 +8,11 @@ import sys
 import textwrap
 import time
 
+import pytest
+
+from megakd.cli import VERBS, load_target
+from megakd.errors import ConfigError, DataError
+
 ROOT = pathlib.Path(__file__).parent.parent
 PARENT = """
 import multiprocessing, os, signal, sys, time
@@ -65,3 +70,18 @@ def test_a_helper_dies_with_its_parent_and_not_of_the_groups_signals(tmp_path):
             if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
         parent.communicate()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_verb_of_one_process_is_not_started_several_times(name, monkeypatch):
+    monkeypatch.setenv(name, "4")
+    for verb, arguments in (
+        ("convert", ["--from", "a", "--to", "b"]),
+        ("prepare", ["text", "--input", "a", "--tokenizer", "t", "--output", "b"]),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name} is 4, but `megakd {verb}` is one process"):
+            load_target(VERBS[verb])(arguments)
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # a job's script has them, and is one process
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(DataError, match="tokenizer t does not exist"):
+        load_target(VERBS["prepare"])(["text", "--input", "a", "--tokenizer", "t", "--output", "b"])

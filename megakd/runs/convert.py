@@ -12,11 +12,13 @@ models, and a conversion whose logits differ is thrown away.
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 import time
 
 from megakd.paths import path_argument
+from megakd.processes import check_one_process
 
 DEFAULT_FORMAT = {"hf": "megatron", "nemo": "megatron", "megatron": "hf"}
 
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
         parser.error("--from and --to are needed (or --list)")
     from megakd.converters.convert import Options, convert, format_of
 
+    check_one_process("convert", os.environ)
     target_format = arguments.format or DEFAULT_FORMAT[format_of(arguments.source)]
     options = Options(
         verify=not arguments.no_verify,

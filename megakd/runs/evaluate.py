@@ -46,9 +46,15 @@ def main(argv: list[str]) -> None:
             line = json.dumps({"student": source, "validation": config.data.validation, **metrics})
             print(line, flush=True)
             folder = pathlib.Path(config.run.dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "evaluations.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / "evaluations.jsonl", "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise ConfigError(
+                    f"the line above could not be appended in run.dir {folder}: {error}",
+                    hint="give this user the right to write there, or keep the line from here",
+                ) from error
 
 
 def counted(batches, bar, config):

@@ -29,6 +29,7 @@ from megakd.data.files import DEFAULT_SUFFIXES, find_files
 from megakd.data.formats import FORMATS, SampleFormat, texts_of
 from megakd.data.records import Problems, records_of
 from megakd.errors import DataError
+from megakd.processes import check_one_process
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     arguments = build_parser().parse_args(argv)
+    if arguments.run is not prepare_inspect:
+        check_one_process("prepare", os.environ)
     return arguments.run(arguments)
 
 

@@ -180,6 +180,24 @@ def resume_newest(student: StudentStep, checkpoint: Checkpoint, config: Config) 
             checkpoint = older_checkpoint(config, checkpoint, error)
 
 
+def set_random_state(state, checkpoint: Checkpoint) -> None:
+    """Continue the random numbers where random_state found them.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state(state["device"])
+        tracked = {str(name): value.to(torch.uint8) for name, value in state["tracker"].items()}
+        tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no random state of a rank: {type(error).__name__}: {str(error)[:200]}",
+            hint="it is damaged, or was not written by megakd; `student.checkpoint` takes its weights alone",
+        ) from error
+
+
 def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
     """Continue exactly where a checkpoint was saved: to the bit on the same layout, to rounding on another.
 
@@ -199,9 +217,7 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=progress.step)
     if same_layout:
-        torch.set_rng_state(loaded["random"]["torch"])
-        torch.cuda.set_rng_state(loaded["random"]["device"])
-        tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+        set_random_state(loaded["random"], checkpoint)
     measured = checkpoint.metrics.get("loss")  # may have been added after the state was saved
     if measured is not None and (progress.best_loss is None or measured < progress.best_loss):
         progress.best_loss, progress.best_step = measured, progress.step

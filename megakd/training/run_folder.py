@@ -86,11 +86,9 @@ def write_run_files(config: Config) -> None:
 
     def write():
         run_dir = pathlib.Path(config.run.dir)
-        config.save(run_dir / CONFIG_FILE)
-        try:
+        with _writing(run_dir):
+            config.save(run_dir / CONFIG_FILE)
             publish_text(run_dir / "versions.txt", "".join(f"{line}\n" for line in versions()))
-        except OSError as error:
-            raise ConfigError(f"{run_dir} cannot be written: {error}", hint="free space on that disk") from error
 
     from_rank_0(write)
 
@@ -104,8 +102,9 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
             f"run.dir {run_dir} cannot be made: {error.strerror}", hint="choose a folder that can be written"
         ) from error
     held.enter_context(take(run_dir))
-    sweep(run_dir)
-    folder.settle(run_dir)
+    with _writing(run_dir):
+        sweep(run_dir)
+        folder.settle(run_dir)
     found = step_folders(run_dir)
     check_nothing_is_passed_over(run_dir, found)
     if not found and config.run.resume == "required":
@@ -121,12 +120,24 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     checkpoint = newest_checkpoint(config) if found else None
     if checkpoint:
         check_same_run(Config.load(run_dir / CONFIG_FILE), config)
-    if folder.run_id(run_dir) is None:
-        known = checkpoint.run if checkpoint else None
-        publish_text(run_dir / folder.RUN_ID_FILE, f"{known or secrets.token_hex(8)}\n")
-    (run_dir / STOP_FILE).unlink(missing_ok=True)  # it speaks of an earlier launch
-    sync_folder(run_dir)
+    with _writing(run_dir):
+        if folder.run_id(run_dir) is None:
+            known = checkpoint.run if checkpoint else None
+            publish_text(run_dir / folder.RUN_ID_FILE, f"{known or secrets.token_hex(8)}\n")
+        (run_dir / STOP_FILE).unlink(missing_ok=True)  # it speaks of an earlier launch
+        sync_folder(run_dir)
     return checkpoint
+
+
+@contextlib.contextmanager
+def _writing(run_dir: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir {run_dir} cannot be written: {error}",
+            hint="free space on that disk, give this user the right to write there, or choose another folder",
+        ) from error
 
 
 def check_same_run(old: Config, new: Config) -> None:

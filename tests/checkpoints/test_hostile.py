@@ -91,6 +91,37 @@ def test_nothing_runs_from_a_random_state(folder, trained, tmp_path):
     refused(as_resumed(folder, there, tmp_path), name, tmp_path)
 
 
+def take_random_states(rank, ranks, states):
+    """What is said of each; the last is a good one."""
+    from tests.training import small
+
+    said = []
+    with small.layout():
+        import pathlib
+        import types
+
+        import torch
+
+        from megakd.errors import CheckpointError
+        from megakd.training.checkpointing import set_random_state
+
+        good = {"torch": torch.get_rng_state(), "device": torch.get_rng_state(), "tracker": {}}
+        for state in (*states, good):
+            try:
+                whole = {**good, **state} if isinstance(state, dict) else state
+                set_random_state(whole, types.SimpleNamespace(path=pathlib.Path("there")))
+            except CheckpointError as error:
+                said.append(str(error))
+    return said
+
+
+def test_a_random_state_of_another_kind_is_named():
+    states = [None, [], {"torch": 3}, {"device": "x"}, {"tracker": 5}, {"tracker": {"a": 1}}, {"torch": None}]
+    (said,) = run_ranks(1, take_random_states, states)
+    assert len(said) == len(states)
+    assert all(text.startswith("there holds no random state of a rank: ") for text in said)
+
+
 def fail_on_one_rank(rank, ranks, there):
     """Rank 1 alone sees the planted folder."""
     from tests.training import small

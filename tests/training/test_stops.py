@@ -1,13 +1,17 @@
 """Where a run may be asked to stop, and what the next launch owes; who owns its folder."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import signal
 import time
+import types
 
 import pytest
 
+from megakd.config import Config
 from megakd.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.training import runs
@@ -67,6 +71,25 @@ def test_a_forked_child_does_not_hold_the_folder(tmp_path):
     finally:
         os.write(write, b"x")
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("step", ["sweep", "folder.settle", "publish_text", "pathlib.Path.unlink", "sync_folder"])
+def test_a_run_folder_that_lets_some_be_written_and_not_all_is_named(step, tmp_path, monkeypatch):
+    from megakd.training import run_folder
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    holder = run_folder
+    for name in step.split(".")[:-1]:
+        holder = getattr(holder, name)
+    monkeypatch.setattr(holder, step.rpartition(".")[2], refuse)
+    config = Config.model_construct(run=types.SimpleNamespace(dir=str(tmp_path), resume="auto"))
+    with (
+        contextlib.ExitStack() as held,
+        pytest.raises(ConfigError, match=rf"run.dir {tmp_path} cannot be written: .*Read-only"),
+    ):
+        run_folder._open(config, held)
 
 
 def wait_for(condition, seconds=120):
