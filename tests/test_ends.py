@@ -14,16 +14,15 @@ from megakd.ranks.agreement import differences
 from megakd.ranks.peers import Peers, is_stopped
 from megakd.ranks.pulse import Pulse
 from megakd.ranks.stuck import blame, record_flight
-from tests.test_launch import TORCHRUN, environment, finish, free_port, script, start_by_hand  # noqa: F401
+from tests import forked
+from tests.forked import free_port
+from tests.test_launch import TORCHRUN, environment, finish, script, start_by_hand  # noqa: F401
 
 GONE_SECONDS = 60
 
 
 def start_torchrun(ranks, path):
-    return subprocess.Popen(
-        [*TORCHRUN, str(ranks), path],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    return forked.Forked(*TORCHRUN, ranks, path, environment=environment())
 
 
 def pids(folder, ranks, seconds=120):

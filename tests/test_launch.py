@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from megakd.errors import ConfigError
 from megakd.ranks import Ranks, read_launch, resolve_device
+from tests import forked
+from tests.forked import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 LIMIT_SECONDS = 30
 PREAMBLE = """
 import os, signal, sys, time, torch, torch.distributed as dist
@@ -42,16 +44,13 @@ def script(tmp_path):
 
 
 def torchrun(ranks, path):
-    return subprocess.run([*TORCHRUN, str(ranks), path], env=environment(), capture_output=True, text=True, timeout=120)
+    return forked.run(*TORCHRUN, ranks, path, environment=environment())
 
 
 def start_by_hand(path, rank, port):
     variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, path],
-        env=environment(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in variables.items()}),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    numbers = {name: str(value) for name, value in variables.items()}
+    return forked.Forked(path, environment=environment(MASTER_ADDR="127.0.0.1", **numbers))
 
 
 def finish(process):
@@ -60,12 +59,6 @@ def finish(process):
     finally:
         process.kill()
     return process.returncode, out, err
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_one_rank_fails_and_all_are_gone(script):
@@ -248,8 +241,7 @@ def test_srun_without_torchrun_is_refused_with_the_command_that_works(script, tm
             sys.stdout.write(f"rank {ranks.rank} of {ranks.world_size} was told {sys.argv[1]}\\n")  # one write each
     """)
     tasks = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "1"}
-    command = [sys.executable, path, "a word"]
-    alone = subprocess.run(command, env=environment(**tasks), capture_output=True, text=True, timeout=120)
+    alone = forked.run(path, "a word", environment=environment(**tasks))
     assert alone.returncode == 1 and "was told" not in alone.stdout
     assert "SLURM_STEP_NUM_TASKS is 2, but WORLD_SIZE and RANK are missing" in alone.stderr
     hint = alone.stderr.splitlines()[-1].strip()

@@ -61,6 +61,13 @@ class Soak:
 
     def prepare(self) -> None:
         """Data, and the run that nobody ends."""
+        self.prepare_data()
+        if not self.stopped(self.folder / "reference").get("finished"):
+            with Launch(self, self.folder / "reference", asynchronous=False) as launch:
+                if launch.process.wait(600) != 0:
+                    raise SystemExit(f"the reference run failed: {launch.output.read_text()}")
+
+    def prepare_data(self) -> None:
         from megakd.runs.prepare import main
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,10 +77,6 @@ class Soak:
             main(["tokenizer", "--input", *text, "--output", tokenizer, "--vocab-size", "400"])
             for name, files in (("train", text[:2]), ("validation", text[2:])):
                 main(["text", "--input", *files, "--tokenizer", tokenizer, "--output", f"{self.folder}/{name}"])
-        if not self.stopped(self.folder / "reference").get("finished"):
-            with Launch(self, self.folder / "reference", asynchronous=False) as launch:
-                if launch.process.wait(600) != 0:
-                    raise SystemExit(f"the reference run failed: {launch.output.read_text()}")
 
     def config(self, run_dir: pathlib.Path, asynchronous: bool) -> dict:
         model = {

@@ -96,12 +96,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run_dir):
 
 
 def flipped(rank, ranks, path, bits):
-    """For each bit of each file, in turn: what a resuming launch makes of it. Returns those that are not noticed."""
+    """For each bit of each file, in turn: what a resuming launch makes of it. Returns those that have an effect unseen,
+    and those that are noticed."""
     with small.layout(1, 1) as groups:
         from megakd.checkpoints.folder import read_checkpoint
         from megakd.training.checkpointing import resume
 
-        run, silent, noticed = small.student_step(small.config(), groups), [], 0
+        run, silent, noticed = small.student_step(small.config(), groups), [], []
         whole = read_checkpoint(path)
         for name, bit in bits:
             flip(path / name, bit)
@@ -111,7 +112,7 @@ def flipped(rank, ranks, path, bits):
                 if checkpoint != whole:
                     silent.append((name, bit))
             except DamagedCheckpointError:
-                noticed += 1
+                noticed.append((name, bit))
             flip(path / name, bit)
         resume(run, read_checkpoint(path))
         return silent, noticed
@@ -121,7 +122,8 @@ def flipped(rank, ranks, path, bits):
 def test_a_bit_that_flips_in_any_file_of_a_run_is_noticed_or_without_effect(run_dir):
     path, bits = run_dir / "checkpoints" / "step_00000002", random.Random(7)
     files = sorted(path.iterdir())
-    chosen = [(file.name, bits.randrange(8 * file.stat().st_size)) for file in files for _ in range(25)]
+    chosen = [(file.name, bits.randrange(8 * file.stat().st_size)) for file in files for _ in range(7)]
     ((silent, noticed),) = run_ranks(1, flipped, path, chosen, timeout_seconds=280)
     assert not silent
-    assert noticed >= len(chosen) - 10, "bits of white space in the record alone have no effect"
+    missed = {name for name, bit in chosen if (name, bit) not in noticed}
+    assert missed <= {"megakd.json"}, "bits of white space in the record alone have no effect"

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tests import forked
 from tests.checkpoints.planted import PLANTS, Plant, plant
 from tests.ranks import run_ranks
 from tests.runs.test_cache import record
@@ -146,20 +147,12 @@ def test_ranks_fail_together_when_one_of_them_cannot_read(trained, tmp_path):
     assert said[0].startswith("rank 1: ") and all("refers to posix.system" in text for text in said)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["generate", "evaluate"])
 def test_nothing_runs_in_a_launch(verb, folder, trained, tmp_path):
-    import subprocess
-    import sys
-
-    import yaml
-
     there, name = planted(trained, tmp_path, "metadata")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(runs.values(folder, there)))
-    flags = ["--checkpoint", str(there), "--prompt", "def", "--max-new-tokens", "4", "--device", "cpu"]
-    given = {"generate": flags}
-    command = [sys.executable, "-m", "megakd", verb, *given.get(verb, [str(tmp_path / "config.yaml")])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, timeout=200)
+    flags = ["--checkpoint", there, "--prompt", "def", "--max-new-tokens", 4, "--device", "cpu"]
+    given = {"generate": flags, "evaluate": [runs.write_config(tmp_path, runs.values(folder, there))]}
+    done = forked.run("megakd.cli", verb, *given[verb])
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert name in done.stderr and "refers to posix.system" in done.stderr, done.stderr
     assert not (tmp_path / "ran").exists(), "it ran"

@@ -1,12 +1,9 @@
 """`megakd cache` and training from what it leaves, on real files, at several layouts."""
 
-import contextlib
 import json
-import os
 import pathlib
 import random
 import re
-import signal
 import time
 
 import numpy as np
@@ -280,12 +277,16 @@ def test_two_ranks_killed_again_and_again_end_with_the_rows_of_one_that_was_not(
     ]
     assert run_ranks(1, record, configs[0]) == [None]
     for _ in range(3):
-        process, enough = runs.launch(tmp_path, 2, "cache", configs[1]), shards(cut) + chance.randint(1, 12)
-        while shards(cut) < enough and process.poll() is None:
+        ranks, enough = runs.by_hand(tmp_path, 2, "cache", configs[1]), shards(cut) + chance.randint(1, 12)
+        while shards(cut) < enough and all(rank.poll() is None for rank in ranks):
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
-        assert process.poll() is None, process.communicate()[0]
-        kill_launch(process)
+        ended = [rank.communicate()[0] for rank in ranks if rank.poll() is not None]
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.wait()
+        assert not ended, ended
         assert not read_header(cut).finished, "too fast to be killed: this test shows nothing"
     assert run_ranks(2, record, configs[1]) == [None, None]
     names = sorted(path.name for path in whole.iterdir())
@@ -294,19 +295,6 @@ def test_two_ranks_killed_again_and_again_end_with_the_rows_of_one_that_was_not(
         assert name == "cache.json" or (cut / name).read_bytes() == (whole / name).read_bytes(), name
     assert read_header(cut).shards == read_header(whole).shards
     assert len(CacheReader(cut)) == 48 and not CacheReader(cut).index.duplicates()
-
-
-def kill_launch(process):
-    """SIGKILL of torchrun and its ranks, each of which leads a session of its own."""
-    ranks = []
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            _, parent, *_ = path.read_text().rpartition(")")[2].split()
-            ranks += [int(path.parent.name)] if int(parent) == process.pid else []
-    assert len(ranks) == 2
-    for pid in (*ranks, process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
 
 
 def shards(folder) -> int:

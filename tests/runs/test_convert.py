@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from megakd.checkpoints import folder, record
 from megakd.cli import main
 from megakd.converters.huggingface.safetensors_files import make_header
 from megakd.digests import digest_files
+from tests import forked
 from tests.converters import hf_models, nemo_models
+from tests.ranks import forkserver
 
 
 @pytest.fixture
@@ -33,6 +36,13 @@ def convert(capfd):
     return run
 
 
+@pytest.fixture
+def gate_of_forks(monkeypatch):
+    """The gate's processes are forked with their imports done, instead of spawned."""
+    context = forkserver()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
 def test_there_and_back_verified_at_two_layouts(convert, tmp_path):
     source = hf_models.build("qwen2", tmp_path / "hf")
     assert "verified: largest difference of a logit" in convert("--from", source, "--to", tmp_path / "megatron")
@@ -44,7 +54,7 @@ def test_there_and_back_verified_at_two_layouts(convert, tmp_path):
     assert json.loads((tmp_path / "back" / "megakd_conversion.json").read_text())["verified"]["tp"] == 2
 
 
-def test_nemo_to_hugging_face(convert, tmp_path):
+def test_nemo_to_hugging_face(convert, gate_of_forks, tmp_path):
     nemo_models.build("core_tp2", tmp_path / "model.nemo")
     convert("--from", tmp_path / "model.nemo", "--to", tmp_path / "hf", "--format", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -52,7 +62,7 @@ def test_nemo_to_hugging_face(convert, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model", "model.nemo"]
 
 
-def test_gpt_2b_is_written_as_stablelm_with_its_gains_plus_one(convert, tmp_path):
+def test_gpt_2b_is_written_as_stablelm_with_its_gains_plus_one(convert, gate_of_forks, tmp_path):
     nemo_models.build("gpt2b_tp2", tmp_path / "model.nemo")
     assert "verified" in convert("--from", tmp_path / "model.nemo", "--to", tmp_path / "hf", "--format", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -80,7 +90,7 @@ def test_the_digests_of_a_conversion_are_made_while_it_is_written(convert, tmp_p
     assert main(["check", str(tmp_path / "megatron")]) == 0
 
 
-def test_a_conversion_that_computes_something_else_is_thrown_away(convert, tmp_path, monkeypatch):
+def test_a_conversion_that_computes_something_else_is_thrown_away(convert, gate_of_forks, tmp_path, monkeypatch):
     from megakd.converters import convert as conversion
 
     source = hf_models.build("llama2", tmp_path / "hf")
@@ -115,11 +125,10 @@ def test_list_names_every_family(convert):
 
 def test_killed_conversion_leaves_nothing_that_looks_whole(convert, tmp_path):
     source = hf_models.build("llama2", tmp_path / "hf")
-    command = [sys.executable, "-m", "megakd", "convert", "--from", str(source), "--to", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.Forked("megakd.cli", "convert", "--from", source, "--to", tmp_path / "out")
     begun = tmp_path / "out.incomplete" / ".metadata"
     while not begun.exists():
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.kill()
     process.wait()

@@ -1,7 +1,6 @@
 """Runs from config to checkpoint: curves, resume to the bit after kill -9, stopping, refusals."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -9,6 +8,7 @@ import time
 
 import pytest
 
+from tests import forked
 from tests.ranks import run_ranks
 from tests.training import runs
 
@@ -75,51 +75,72 @@ def test_tensor_and_data_parallel_runs_from_one_checkpoint_have_one_curve(folder
 def test_a_killed_run_resumes_to_the_bit(folder, teacher, tmp_path):
     config = distil(folder, teacher, tmp_path / "whole", train__steps=20, student__model__hidden_dropout=0.1)
     config["checkpoint"] = {"every_steps": 5, "keep_last": 10}
-    whole = runs.launch(tmp_path, 2, "train", config)
-    output = whole.communicate(timeout=300)[0]
-    assert whole.returncode == 0, output
+    assert run_ranks(2, runs.train, config) == [None, None]
     config["run"]["dir"] = str(tmp_path / "killed")
-    killed = runs.launch(tmp_path, 2, "train", config)
+    killed = runs.by_hand(tmp_path, 2, "train", config)
     wait_for(tmp_path / "killed" / "checkpoints" / "step_00000010" / "megakd.json", killed)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    killed.stdout.close()  # not read to its end: the ranks outlive torchrun for a while
+    end_all(killed)
     assert len(runs.lines(tmp_path / "killed")) < 20, "killed too late to prove anything"
-    again = runs.launch(tmp_path, 2, "train", config, "run.resume=required")
-    output = again.communicate(timeout=300)[0]
-    assert again.returncode == 0, output
-    assert "continuing from" in output
+    again = runs.by_hand(tmp_path, 2, "train", config, "run.resume=required")
+    assert_good(again)
+    assert "continuing from" in again[0].communicate()[0]
     for kind in ("train", "validation"):
         assert runs.lines(tmp_path / "killed", kind) == runs.lines(tmp_path / "whole", kind)
 
 
-def wait_for(path, process, seconds=120):
+def wait_for(path, processes, seconds=120):
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.02)
+    try:
+        while not path.exists():
+            assert not any(process.poll() for process in processes), [p.communicate()[0] for p in processes if p.poll()]
+            assert time.monotonic() < deadline, f"no {path}"
+            time.sleep(0.02)
+    except BaseException:
+        end_all(processes)
+        raise
+
+
+def end_all(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait(60)
+
+
+def assert_good(processes):
+    """All end by themselves, with exit code 0."""
+    try:
+        outputs = [process.communicate(120)[0] for process in processes]
+    finally:
+        end_all(processes)
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
 
 
 @pytest.mark.parametrize(
     ("number", "asynchronous", "whom"),
-    [(signal.SIGTERM, False, "all"), (signal.SIGINT, True, "all"), (signal.SIGUSR1, True, "one")],
+    [(signal.SIGTERM, False, "torchrun"), (signal.SIGINT, True, "torchrun"), (signal.SIGUSR1, True, "one rank")],
 )
 def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(
     number, asynchronous, whom, folder, teacher, tmp_path
 ):
     config = distil(folder, teacher, tmp_path / "run", train__steps=5000)
     config["checkpoint"] = {"every_steps": 3, "asynchronous": asynchronous}
-    process = runs.launch(tmp_path, 2, "train", config)
-    wait_for(tmp_path / "run" / "checkpoints" / "step_00000003" / "megakd.json", process)
+    if whom == "torchrun":
+        processes = [runs.launch(tmp_path, 2, "train", config)]
+    else:
+        processes = runs.by_hand(tmp_path, 2, "train", config)
+    wait_for(tmp_path / "run" / "checkpoints" / "step_00000003" / "megakd.json", processes)
     for _ in range(2):  # the launcher may repeat it
-        os.kill(process.pid if whom == "all" else runs.session_leaders(process.pid)[-1], number)
+        processes[-1].send_signal(number)
         time.sleep(0.1)
-    output = process.communicate(timeout=120)[0]
+    try:
+        output = processes[0].communicate(timeout=120)[0]
+    finally:
+        end_all(processes)
+    assert whom == "torchrun" or [process.returncode for process in processes] == [0, 0], output
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["finished"] is False and 0 < stopped["step"] < 5000, output
     assert (tmp_path / "run" / "checkpoints" / f"step_{stopped['step']:08d}" / "megakd.json").exists(), output
-    config["train"]["steps"] = 5000
     config["run"]["stop_after"] = 2
     assert run_ranks(2, runs.train, config) == [None, None]
     assert json.loads((tmp_path / "run" / "stopped.json").read_text())["step"] == stopped["step"] + 2
@@ -139,32 +160,33 @@ def test_background_saves_are_whole(folder, tmp_path):
     assert runs.lines(tmp_path) == before
 
 
-BROKEN = """
-import sys
-import megakd.megatron_on_cpu as seam
-install = seam.install
-def install_and_break(device):
-    install(device)
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+FULL = """
+import os, sys
+from megakd.cli import main
+from megakd.megatron_on_cpu import install
+install("cpu")
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+if os.environ["RANK"] == "0":
     TorchCommonSaveStrategy.save_common = full
-seam.install = install_and_break
-if __name__ == "__main__":
-    from megakd.cli import main
-    sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_disk_that_is_full_for_rank_0_alone_ends_all_ranks(folder, tmp_path):
-    script = tmp_path / "broken.py"
-    script.write_text(BROKEN)
-    process = runs.launch(tmp_path, 2, "train", runs.values(folder, tmp_path / "run", train__steps=1), program=[script])
-    started = time.monotonic()
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode != 0
-    assert "CheckpointError: checkpoint" in output and "the disk is full" in output, output
-    assert time.monotonic() - started < 120
+    """The others wait in Megatron for rank 0, and end with the launch."""
+    script = tmp_path / "full.py"
+    script.write_text(FULL)
+    config = runs.values(folder, tmp_path / "run", train__steps=1)
+    processes = runs.by_hand(tmp_path, 2, "train", config, program=script)
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        end_all(processes)
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    assert "CheckpointError: checkpoint" in outputs[0] and "the disk is full" in outputs[0], outputs
+    assert "rank 1 stopped: rank 0 failed with CheckpointError" in outputs[1], outputs
     assert not (tmp_path / "run" / "checkpoints" / "step_00000001").exists()
 
 
@@ -198,10 +220,8 @@ def test_a_schedule_longer_than_its_epochs_is_refused(folder, tmp_path):
 
 
 def test_nothing_to_evaluate_is_refused(folder, tmp_path):
-    import yaml
-
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(runs.values(folder, tmp_path / "nowhere")))
-    done = run_python(["-m", "megakd", "evaluate", str(tmp_path / "config.yaml")])
+    file = runs.write_config(tmp_path, runs.values(folder, tmp_path / "nowhere"))
+    done = forked.run("megakd.cli", "evaluate", file)
     assert done.returncode == 1 and "would be evaluated with random weights" in done.stderr
     assert not (tmp_path / "nowhere").exists()
 
@@ -284,25 +304,16 @@ def test_a_run_folder_belongs_to_one_run(folder, tmp_path):
 
 def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
     config = distil(folder, teacher, teacher, tp=2, loss={"top_k": runs.PIECES})
-    process = runs.launch(tmp_path, 2, "evaluate", config)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+    assert_good(runs.by_hand(tmp_path, 2, "evaluate", config))
     scores = json.loads((teacher / "evaluations.jsonl").read_text().splitlines()[-1])
     assert scores["kd"] == pytest.approx(0, abs=1e-5) and scores["agreement"] == 1
     assert scores["ce"] == pytest.approx(runs.lines(teacher, "validation")[-1]["ce"], rel=1e-4)
-    generate = ["-m", "megakd", "generate", "--checkpoint", str(teacher), "--prompt", "def main(", "--device", "cpu"]
-    output = run_python([*generate, "--max-new-tokens", "8"])
+    generate = ["megakd.cli", "generate", "--checkpoint", str(teacher), "--prompt", "def main(", "--device", "cpu"]
+    output = forked.run(*generate, "--max-new-tokens", 8)
     assert output.returncode == 0, output.stderr
     assert output.stdout.startswith("def main(") and len(output.stdout) > len("def main(") + 4
-    refused = run_python([*generate, "--max-new-tokens", "32"])
+    refused = forked.run(*generate, "--max-new-tokens", 32)
     assert refused.returncode == 1 and "exceed the model" in refused.stderr and "Traceback" not in refused.stderr
-
-
-def run_python(arguments):
-    import subprocess
-    import sys
-
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=runs.ROOT)
 
 
 def test_the_last_line_cut_off_by_a_kill_is_dropped(tmp_path):

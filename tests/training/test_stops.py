@@ -100,21 +100,22 @@ def wait_for(condition, seconds=120):
     return found
 
 
-@pytest.mark.slow
 def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  # noqa: F811
     line = json.dumps({"text": "the same words again and again " * 20}) + "\n"
     (tmp_path / "long.jsonl").write_text(line * (60_000_000 // len(line)))
     config = runs.values(folder, tmp_path / "run", data__train=str(tmp_path / "long.jsonl"), data__workers=2)
-    torchrun = runs.launch(tmp_path, 2, "train", config)
+    ranks = runs.by_hand(tmp_path, 2, "train", config)
     try:
-        ranks = wait_for(lambda: runs.session_leaders(torchrun.pid)[1:] and sorted(runs.session_leaders(torchrun.pid)))
-        workers = wait_for(lambda: [worker for rank in ranks for worker in runs.session_leaders(rank)])
-        torchrun.send_signal(signal.SIGTERM)
-        output = torchrun.communicate(timeout=60)[0]
-        wait_for(lambda: not [p for p in (*ranks, *workers) if pathlib.Path(f"/proc/{p}").exists()], 60)
+        workers = wait_for(lambda: [worker for rank in ranks for worker in runs.session_leaders(rank.pid)])
+        for rank in ranks:  # as torchrun sends it on
+            rank.send_signal(signal.SIGTERM)
+        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+        wait_for(lambda: not [p for p in workers if pathlib.Path(f"/proc/{p}").exists()], 60)
     finally:
-        torchrun.kill()
-        torchrun.communicate()
+        for rank in ranks:
+            rank.kill()
+    output = "".join(outputs)
+    assert [rank.returncode for rank in ranks] == [0, 0], output
     assert "was asked to stop by SIGTERM before the first step" in output, output
     assert "DataError" not in output, "a worker's end is no failure of its own"
     assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"step": 0, "finished": False}
