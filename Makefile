@@ -35,6 +35,7 @@ build/megatron-core-%: .venv/.installed
 	$(PY) -m pip download --quiet --no-deps --no-input --python-version 3.12 --platform manylinux_2_28_x86_64 \
 		--only-binary=:all: --dest $@.wheel megatron-core==$*
 	$(PY) -m zipfile -e $@.wheel/*.whl $@.part
+	$(PY) -W ignore -m compileall -q $@.part
 	rm -rf $@.wheel && mv $@.part $@
 
 check: .venv/.installed ## formatting, lint, import layers

@@ -1,9 +1,13 @@
-"""Experts and latent attention: the fields of Megatron's config for them, and three upstream bugs mended.
+"""Experts and latent attention: the fields of Megatron's config for them, and four upstream bugs mended.
 
 1. megatron-core 0.16.1, no Transformer Engine: every router's forward raises NameError (te_general_gemm).
 2. The same: latent attention compares its layers with a mock of TELinear and raises TypeError.
 3. The same, with tensor parallelism: the rotated channels of the keys, which all heads share, get the gradient of one
    rank's heads only.
+4. megatron-core 0.19: latent attention whose queries have no rank of their own (DeepSeek-V2-Lite) normalises its hidden
+   states once more before the queries, with Transformer Engine, and raises without.
+
+Each mend looks whether its bug is there: 1 and 2 are gone in 0.19.
 """
 
 import functools
@@ -17,7 +21,18 @@ from megakd.config import Model
 
 
 def mend() -> None:
-    """Mends the first two bugs; does nothing with Transformer Engine."""
+    """Mends the first two bugs, of which Transformer Engine is free, and the fourth."""
+    attention = multi_latent_attention.MLASelfAttention
+    upstream = getattr(attention, "_resolve_qk_norm_config", None)
+    if upstream is not None and upstream.__module__ != __name__:
+
+        def resolve(self, submodules):
+            if self.config.q_lora_rank is not None:
+                return upstream(self, submodules)
+            named = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+            return {name: getattr(submodules, name) for name in named}
+
+        attention._resolve_qk_norm_config = resolve
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
         multi_latent_attention.HAVE_TE = False
