@@ -14,6 +14,7 @@ from megakd.kernels import (
     kd_loss_reference,
     paths,
     records,
+    rows,
     sample_targets,
     select_top_k,
     terms,
@@ -64,7 +65,10 @@ class Slices:
 
 
 def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monkeypatch):
-    """Everything around the row passes, for two slices of a vocabulary of 300 of which the first holds 200."""
+    """Everything around the row passes, for two slices of a vocabulary of 300 of which the first holds 200.
+
+    What the passes say (rows.py has them tested) is plain PyTorch's both times.
+    """
     top_k, tokens, size, split = 9, 7, 300, 200
     if not use_triton:
         monkeypatch.setattr(paths, "fused", lambda *_: None)
@@ -93,7 +97,7 @@ def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monk
         own = torch.where((labels >= first) & (labels < last), labels - first, -1).where(labels != -100, -100)
         s = terms.localize(local, own, shard)
         on, width = labels != -100, last - first
-        stats.append(triton_rows.statistics(x[:, first:last], s.columns_TK, s.label_columns_T, on, width, temperature))
+        stats.append(rows.statistics(x[:, first:last], s.columns_TK, s.label_columns_T, on, width, temperature))
         sent.append(records.build_record(stats[-1], s.logprobs_TK, temperature, sampled=sampled))
         parts.append(s._replace(supervised_T=on))
     sent = torch.stack(sent)
