@@ -77,6 +77,7 @@ def problem(temperature, sampled):
     x[3, 4] = 300.0
     ids = torch.stack([torch.randperm(SIZE, generator=generator)[:TOP_K] for _ in range(TOKENS)]).sort(1).values
     ids[4] = torch.arange(SPLIT, SPLIT + TOP_K)  # no entry on the first slice
+    ids[6] = torch.tensor([0, 40, 80, 120, SPLIT - 1, SPLIT, 250, SIZE - 2, SIZE - 1])  # the slices' first and last
     log_p = torch.log_softmax(3 * torch.randn(TOKENS, TOP_K + 1, generator=generator), 1)
     log_p[5, -1] = -torch.inf
     log_p[5] = log_p[5].log_softmax(0)

@@ -13,6 +13,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # NaN and infinity in the logits are part of the cases; numpy, which the interpreter computes with, remarks on them.
 REMARKS = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic:UserWarning")
 
+TILE = triton_tiles.TILE.value
 WIDTHS = [1, 101, 127, 128, 129, 4099]
 ALIGNED = "aligned"  # padding to a multiple of 16 columns: neighbours are loaded together, as in every real model
 # One rounding to the output's dtype. The interpreter cuts the last bits off instead of rounding, when it stores bf16.
@@ -40,6 +41,9 @@ def case(width, top_k, dtype, padding):
     columns[torch.rand(7, top_k, generator=generator) < 0.2] = -1
     columns[0, 0] = width - 1
     columns[0, 1:][columns[0, 1:] == width - 1] = -1
+    if width > TILE:  # the last column of a tile and the first of the next
+        columns[5][(columns[5] == TILE - 1) | (columns[5] == TILE)] = -1
+        columns[5, -2:] = torch.tensor([TILE - 1, TILE])[-top_k:]
     labels = torch.randint(0, width, (7,), generator=generator)
     labels[0], labels[2] = -1, columns[2, 0]
     supervised = torch.arange(7) != 1
