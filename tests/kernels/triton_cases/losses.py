@@ -112,7 +112,7 @@ def before_the_exchange(temperature, sampled, path):
             local = dataclasses.replace(
                 targets, ids_TK=torch.where(targets.ids_TK >= first, targets.ids_TK - first, -1)
             )
-            own = torch.where((labels >= first) & (labels < last), labels - first, -1).where(on, -100)
+            own = torch.where(labels >= first, labels - first, -1).where(on, -100)  # beyond the slice too
             s = terms.localize(local, own, Slices(last - first, SIZE, ()))
             given = x[:, first:last], s.columns_TK, s.label_columns_T, on, last - first, temperature
             stats.append(rows.statistics(*given))
