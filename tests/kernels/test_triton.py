@@ -16,7 +16,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
-CASES = ("rows", "selection", "losses", "dense", "extremes")
+CASES = (("rows",), ("losses",), ("dense", "selection", "extremes"))  # a process each: it costs seconds to start
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -28,32 +28,27 @@ def run(*arguments, **environment):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def run_cases(name, **environment):
-    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_cases" / f"{name}.py"), **environment)
+def run_cases(names, **environment):
+    files = [str(HERE / "triton_cases" / f"{name}.py") for name in names]
+    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, **environment)
 
 
 @needs_triton
 @pytest.mark.timeout(1200)  # the interpreter is slow, and a busy machine slower
-@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.parametrize("cases", CASES, ids=" ".join)
 def test_interpreted(cases):
     run_cases(cases, TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, tmp_path):
-    run(
-        str(HERE / "triton_compile.py"),
-        capability,
-        TRITON_CACHE_DIR=str(tmp_path),
-        PYTHONPATH=str(ROOT),
-    )
+def test_every_kernel_compiles_for_gpus_that_are_not_there(tmp_path):
+    run(str(HERE / "triton_compile.py"), "90", "80", TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.parametrize("cases", CASES, ids=" ".join)
 def test_compiled(cases):
     run_cases(cases, CUBLAS_WORKSPACE_CONFIG=":4096:8")

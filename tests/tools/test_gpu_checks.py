@@ -13,7 +13,13 @@ import torch
 from megakd.divergences import DIVERGENCES
 from tests.kernels.test_triton import needs_triton
 
-GPU_TOOLS = pathlib.Path(__file__).parents[2] / "tools" / "gpu"
+ROOT = pathlib.Path(__file__).parents[2]
+GPU_TOOLS = ROOT / "tools" / "gpu"
+INTERPRETED = {
+    "TRITON_INTERPRET": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{pathlib.Path(__file__).parent / 'interpreted'}:{ROOT}",
+}
 sys.path.append(str(GPU_TOOLS))
 
 import check_kernels  # noqa: E402
@@ -40,7 +46,7 @@ ROWS = {
 
 
 def run(output, *arguments):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | (INTERPRETED if "cpu" in arguments else {"TRITON_INTERPRET": "1"})
     command = [sys.executable, str(GPU_TOOLS / "check_kernels.py"), "--output", str(output), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     return done, json.loads(output.read_text())

@@ -20,7 +20,7 @@ VOCAB = 131072 - 300  # padded to 131,072
 LAYERS = {"num_query_groups": 8, "tie_embeddings": True, "max_sequence_length": 4096}
 STUDENT = LAYERS | {"num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 5632, "num_attention_heads": 16}
 TEACHER = LAYERS | {"num_layers": 24, "hidden_size": 2560, "ffn_hidden_size": 6912, "num_attention_heads": 16}
-TINY = {"num_layers": 1, "ffn_hidden_size": 16, "num_attention_heads": 2, "max_sequence_length": 16}
+TINY = {"num_layers": 1, "ffn_hidden_size": 16, "num_attention_heads": 2, "max_sequence_length": 2}
 MICRO_BATCHES, REPEATS, TOP_K = 4, 3, 64
 
 

@@ -1,7 +1,14 @@
 """Outputs are poisoned: torch.empty is full of NaN here."""
 
+import os
+
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.kernels import quick_interpreter
+
+    quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

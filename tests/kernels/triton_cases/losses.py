@@ -1,6 +1,8 @@
 """The loss on these kernels against its definition, and the steps between the passes against plain PyTorch."""
 
+import contextlib
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from megakd.kernels import (
     kd_loss_reference,
     paths,
     records,
+    rows,
     sample_targets,
     select_top_k,
     terms,
@@ -63,57 +66,91 @@ class Slices:
         return torch.stack([mine, other])
 
 
-def same_steps(divergence, tail, temperature, sampled, weights, use_triton, monkeypatch):
-    """Everything around the row passes, for two slices of a vocabulary of 300 of which the first holds 200."""
-    top_k, tokens, size, split = 9, 7, 300, 200
-    if not use_triton:
-        monkeypatch.setattr(paths, "fused", lambda *_: None)
-    generator = torch.Generator().manual_seed(top_k)
-    x = 3 * torch.randn(tokens, size, generator=generator)
-    x[2, :split] = -torch.inf  # nothing on the first slice
+TOP_K, TOKENS, SIZE, SPLIT = 9, 7, 300, 200  # two slices of a vocabulary, the first holding SPLIT
+
+
+def problem(temperature, sampled):
+    """Logits, targets, labels, and a gradient of each token's loss."""
+    generator = torch.Generator().manual_seed(TOP_K)
+    x = 3 * torch.randn(TOKENS, SIZE, generator=generator)
+    x[2, :SPLIT] = -torch.inf  # nothing on the first slice
     x[3, 4] = 300.0
-    ids = torch.stack([torch.randperm(size, generator=generator)[:top_k] for _ in range(tokens)]).sort(1).values
-    ids[4] = torch.arange(split, split + top_k)  # no entry on the first slice
-    log_p = torch.log_softmax(3 * torch.randn(tokens, top_k + 1, generator=generator), 1)
+    ids = torch.stack([torch.randperm(SIZE, generator=generator)[:TOP_K] for _ in range(TOKENS)]).sort(1).values
+    ids[4] = torch.arange(SPLIT, SPLIT + TOP_K)  # no entry on the first slice
+    ids[6] = torch.tensor([0, 40, 80, 120, SPLIT - 1, SPLIT, 250, SIZE - 2, SIZE - 1])  # the slices' first and last
+    log_p = torch.log_softmax(3 * torch.randn(TOKENS, TOP_K + 1, generator=generator), 1)
     log_p[5, -1] = -torch.inf
     log_p[5] = log_p[5].log_softmax(0)
     if sampled:
-        log_p = torch.cat([log_p[:, :-1].log_softmax(1), torch.full((tokens, 1), -torch.inf)], 1)
+        log_p = torch.cat([log_p[:, :-1].log_softmax(1), torch.full((TOKENS, 1), -torch.inf)], 1)
     labels = torch.tensor([3, 250, 7, -100, int(ids[4, 2]), 299, 0])
-    entropy = torch.rand(tokens, generator=generator) if sampled else None
-    x, ids, log_p, labels, entropy = (
-        part if part is None else part.to(DEVICE) for part in (x, ids, log_p, labels, entropy)
+    entropy = torch.rand(TOKENS, generator=generator) if sampled else None
+    grad = torch.rand(TOKENS, generator=generator)
+    x, ids, log_p, labels, entropy, grad = (
+        part if part is None else part.to(DEVICE) for part in (x, ids, log_p, labels, entropy, grad)
     )
     targets = TeacherTargets(ids, log_p[:, :-1].contiguous(), log_p[:, -1].contiguous(), temperature, entropy)
-    options = terms.Options(divergence, tail, 0.3, temperature, *weights, sampled)
-    parts, stats, sent = [], [], []
-    for first, last in ((0, split), (split, size)):
-        shard = Slices(last - first, size, ())
-        local = dataclasses.replace(targets, ids_TK=torch.where(ids >= first, ids - first, -1))
-        own = torch.where((labels >= first) & (labels < last), labels - first, -1).where(labels != -100, -100)
-        s = terms.localize(local, own, shard)
-        on, width = labels != -100, last - first
-        stats.append(triton_rows.statistics(x[:, first:last], s.columns_TK, s.label_columns_T, on, width, temperature))
-        sent.append(records.build_record(stats[-1], s.logprobs_TK, temperature, sampled=sampled))
-        parts.append(s._replace(supervised_T=on))
-    sent = torch.stack(sent)
+    return x, targets, labels, grad
+
+
+@contextlib.contextmanager
+def steps_of(path):
+    """The steps around the passes are Triton's, or plain PyTorch's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "torch":
+            patch.setattr(paths, "fused", lambda *_: None)
+        yield
+
+
+@functools.cache  # the divergence, its tail and the weights come later
+def before_the_exchange(temperature, sampled, path):
+    """What each slice brings along, the passes' results (plain PyTorch's both times), and the records."""
+    x, targets, labels, _ = problem(temperature, sampled)
+    parts, stats, sent, on = [], [], [], labels != -100
+    with steps_of(path):
+        for first, last in ((0, SPLIT), (SPLIT, SIZE)):
+            local = dataclasses.replace(
+                targets, ids_TK=torch.where(targets.ids_TK >= first, targets.ids_TK - first, -1)
+            )
+            own = torch.where(labels >= first, labels - first, -1).where(on, -100)  # beyond the slice too
+            s = terms.localize(local, own, Slices(last - first, SIZE, ()))
+            given = x[:, first:last], s.columns_TK, s.label_columns_T, on, last - first, temperature
+            stats.append(rows.statistics(*given))
+            sent.append(records.build_record(stats[-1], s.logprobs_TK, temperature, sampled=sampled))
+            parts.append(s._replace(supervised_T=on))
+    return parts, stats, torch.stack(sent)
+
+
+def after_the_exchange(divergence, tail, temperature, sampled, weights, path):
+    """What the first slice makes of both slices' records: outputs, what is saved, and the factors of both gradients."""
+    _, targets, labels, grad = problem(temperature, sampled)
+    parts, stats, sent = before_the_exchange(temperature, sampled, path)
+    options, on = terms.Options(divergence, tail, 0.3, temperature, *weights, sampled), labels != -100
     messages = [sent[1]]
-    if mixes(divergence):
-        merged = records.merge_records(sent, temperature)
-        compared = divergences.compare(merged, targets.log_tail_T.where(on, 0), tail)
-        above = (stats[1].entry_logits_TK - merged.entry_max_T[:, None].float()) / temperature
-        logs = divergences.entry_logs(compared, parts[1].logprobs_TK, above)
-        messages.append(divergences.entry_sums(divergence, *logs, options.parameter))
-    outputs, saved = terms.evaluate(
-        sent[0], stats[0].entry_logits_TK, parts[0], targets, labels, Slices(split, size, messages), options
-    )
-    assert not use_triton or not any(part._is_view() for part in outputs)
-    grad = torch.rand(tokens, generator=generator).to(DEVICE)
-    factors = []
-    for part, read in zip(parts, stats, strict=True):
-        factors += terms.gradient_factors(grad, read.entry_logits_TK, part, saved, options)
-    on = labels != -100
-    return parts, sent, outputs, [part[on] for part in saved], [part[on] for part in factors if part is not None]
+    with steps_of(path):
+        if mixes(divergence):
+            merged = records.merge_records(sent, temperature)
+            compared = divergences.compare(merged, targets.log_tail_T.where(on, 0), tail)
+            above = (stats[1].entry_logits_TK - merged.entry_max_T[:, None].float()) / temperature
+            logs = divergences.entry_logs(compared, parts[1].logprobs_TK, above)
+            messages.append(divergences.entry_sums(divergence, *logs, options.parameter))
+        outputs, saved = terms.evaluate(
+            sent[0], stats[0].entry_logits_TK, parts[0], targets, labels, Slices(SPLIT, SIZE, messages), options
+        )
+        assert path == "torch" or not any(part._is_view() for part in outputs)
+        factors = []
+        for part, read in zip(parts, stats, strict=True):
+            factors += terms.gradient_factors(grad, read.entry_logits_TK, part, saved, options)
+    return outputs, [part[on] for part in saved], [part[on] for part in factors if part is not None]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_steps_before_the_exchange(sampled, temperature):
+    got, want = (before_the_exchange(temperature, sampled, path) for path in ("triton", "torch"))
+    for a, b in zip(got[0], want[0], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+    assert_close(got[2], want[2], rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 PAIRS = [(name, tail, False) for name, row in DIVERGENCES.items() for tail in row.tails]
@@ -125,13 +162,11 @@ PAIRS = [(name, tail, False) for name, row in DIVERGENCES.items() for tail in ro
 @pytest.mark.parametrize(
     "divergence, tail, sampled", [*PAIRS, ("forward_kl", "drop", True), ("forward_kl", "bucket", True)]
 )
-def test_the_steps_between_the_passes(divergence, tail, sampled, weights, temperature, monkeypatch):
-    with monkeypatch.context() as plain:
-        want = same_steps(divergence, tail, temperature, sampled, weights, False, plain)
-    got = same_steps(divergence, tail, temperature, sampled, weights, True, monkeypatch)
-    for a, b in zip(got[0], want[0], strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
-    for a, b in zip(got[1:], want[1:], strict=True):
+def test_the_steps_after_the_exchange(divergence, tail, sampled, weights, temperature):
+    got, want = (
+        after_the_exchange(divergence, tail, temperature, sampled, weights, path) for path in ("triton", "torch")
+    )
+    for a, b in zip(got, want, strict=True):
         assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)  # reverse_kl is infinite where P's tail is 0
 
 

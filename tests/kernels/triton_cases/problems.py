@@ -1,5 +1,6 @@
 """Logits with everything that a kernel may meet, and how far off its results may be."""
 
+import itertools
 import os
 
 import pytest
@@ -12,6 +13,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # NaN and infinity in the logits are part of the cases; numpy, which the interpreter computes with, remarks on them.
 REMARKS = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic:UserWarning")
 
+TILE = triton_tiles.TILE.value
 WIDTHS = [1, 101, 127, 128, 129, 4099]
 ALIGNED = "aligned"  # padding to a multiple of 16 columns: neighbours are loaded together, as in every real model
 # One rounding to the output's dtype. The interpreter cuts the last bits off instead of rounding, when it stores bf16.
@@ -39,22 +41,32 @@ def case(width, top_k, dtype, padding):
     columns[torch.rand(7, top_k, generator=generator) < 0.2] = -1
     columns[0, 0] = width - 1
     columns[0, 1:][columns[0, 1:] == width - 1] = -1
+    if width > TILE:  # the last column of a tile and the first of the next
+        columns[5][(columns[5] == TILE - 1) | (columns[5] == TILE)] = -1
+        columns[5, -2:] = torch.tensor([TILE - 1, TILE])[-top_k:]
     labels = torch.randint(0, width, (7,), generator=generator)
     labels[0], labels[2] = -1, columns[2, 0]
     supervised = torch.arange(7) != 1
     return (part.to(DEVICE) for part in (x.to(dtype), columns, labels, supervised))
 
 
+KINDS = [(1.0, torch.bfloat16), (2.0, torch.float32), (2.0, torch.bfloat16), (1.0, torch.float32), (2.0, torch.float16)]
+
+
 def case_list():
-    """(width, padding, K, temperature, dtype, programs): every width with every K."""
+    """(width, padding, K, temperature, dtype, programs).
+
+    The widest, which has two tiles, in one program or two, meets every kind with and without neighbours. The narrow
+    ones differ by a lane more or less: each of them meets every K, and kinds and padding by turns.
+    """
+    turn = itertools.count()
     for width in WIDTHS:
         for top_k in dict.fromkeys(k for k in (1, 8, 100, width) if k <= min(width, 1024)):
-            kinds = [(1.0, torch.bfloat16), (2.0, torch.float32)]
-            if top_k == 8:
-                kinds += [(2.0, torch.bfloat16), (1.0, torch.float32), (2.0, torch.float16)]
-            for temperature, dtype in kinds:
-                for programs in (1, 8192) if (width, top_k) == (4099, 8) else (8192,):
-                    for padding in (3, ALIGNED) if top_k in (1, 8) else (ALIGNED,):
+            for padding in (3, ALIGNED):
+                several = width > 4096
+                kinds = KINDS if several and top_k == 8 else KINDS[:2] if several else [KINDS[next(turn) % len(KINDS)]]
+                for temperature, dtype in kinds:
+                    for programs in (1, 8192) if (width, top_k) == (4099, 8) else (8192,):
                         yield width, padding, top_k, temperature, dtype, programs
 
 
