@@ -226,7 +226,7 @@ def warn_of_version(version: str) -> None:
     oldest, newest, here = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (*TESTED, version))
     if not oldest <= here <= newest:
         LOG.warning(
-            "megatron-core %s: megakd was tested with %s to %s; compare a first run with docs/loss.md's figures",
+            "megatron-core %s: megakd was tested with %s to %s; docs/is-my-run-right.md says what to look at",
             version, *TESTED,
         )  # fmt: skip
 

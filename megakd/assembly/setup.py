@@ -16,7 +16,6 @@ from megakd.config import Config, Loss, Model, check_features, check_model, chec
 from megakd.data.blend import indices_of_step
 from megakd.data.dataset import batch_length, load_batch
 from megakd.data.order import split_batch, validation_indices
-from megakd.errors import TrainingError
 from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
@@ -169,16 +168,3 @@ def loss_of(config: Config) -> Loss:
     if idle := config.idle_keys():
         LOG.info("there is no teacher: the loss is cross-entropy alone, without effect: %s", ", ".join(idle))
     return CE_ONLY.model_copy(update={"logits_memory_budget_bytes": config.loss.logits_memory_budget_bytes})
-
-
-def check_teacher_knows(setup: Setup, metrics: dict[str, float]) -> None:
-    """A teacher whose CE is that of a guess was not loaded, or belongs to other data: refuse to learn from it."""
-    if setup.teacher is None or setup.config.teacher.allow_weak or "teacher_ce" not in metrics:
-        return
-    chance, source = math.log(setup.tokenizer.vocab_size), setup.config.teacher.cache or setup.config.teacher.checkpoint
-    if not metrics["teacher_ce"] < chance - 0.1:
-        raise TrainingError(
-            f"the teacher's cross-entropy on the first batch is {metrics['teacher_ce']:.3f} nats, guessing gives "
-            f"{chance:.3f}: {source} knows nothing about this data",
-            hint="check that the teacher is trained; set teacher.allow_weak=true to learn from it all the same",
-        )

@@ -88,7 +88,8 @@ class Teacher(Section):
     cache_checks: Literal["always", "sampled"] = "always"
     """Which rows of the cache have their checksum compared when they are read: every one, or one in 16."""
     allow_weak: bool = False
-    """Go on although the teacher predicts the first batch no better than chance."""
+    """Go on although the teacher predicts the first batch no better than counting its tokens does, or worse than the
+    student before its first update."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint is None and self.cache is None:

@@ -6,7 +6,7 @@ import pathlib
 
 import torch.distributed as dist
 
-from megakd.assembly.setup import Setup, build_setup, check_teacher_knows
+from megakd.assembly.setup import Setup, build_setup
 from megakd.config import Config
 from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
@@ -20,6 +20,7 @@ from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_d
 from megakd.training.run_folder import open_run_folder, write_run_files
 from megakd.training.step import BrokenBatch, StudentStep, check_finite, describe_head
 from megakd.training.stragglers import compare_ranks
+from megakd.training.teacher_check import TeacherCheck
 
 LOG = logging.getLogger("megakd")
 
@@ -79,7 +80,7 @@ class Loop:
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
         self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
-        self.teacher_checked = False
+        self.teacher_is_known = setup.teacher is None or setup.config.teacher.allow_weak
 
     def run(self) -> bool:
         """All steps of this launch, each followed by what is due after it; True when the whole run is finished."""
@@ -124,16 +125,21 @@ class Loop:
         return not from_rank_0(lambda: has_line(path, "validation", step))
 
     def one_step(self) -> None:
-        progress, watch, check_teacher = self.progress, Stopwatch(), not self.teacher_checked
+        progress, watch = self.progress, Stopwatch()
         self.ranks.pulse.mark("data", progress.step + 1)
         micro_batches = self.setup.batch(progress.step)
         data_seconds = watch.lap()
         self.ranks.pulse.mark("step", progress.step + 1)
         logged = due(self.config.log.every_steps, progress.step + 1)
         limit = loss_limit(progress.recent, self.config.train.spike_factor)
+        check = None if self.teacher_is_known else self.teacher_check(micro_batches)
         try:
             metrics = self.student(
-                micro_batches, step=progress.step + 1, measure=logged or check_teacher, loss_limit=limit
+                micro_batches,
+                step=progress.step + 1,
+                measure=logged or check is not None,
+                loss_limit=limit,
+                check=check,
             )
         except BrokenBatch as error:
             self.leave_out(error, micro_batches)
@@ -143,9 +149,7 @@ class Loop:
             progress.skipped += 1
             self.log.advance(None)
             return
-        if check_teacher:
-            check_teacher_knows(self.setup, metrics)
-            self.teacher_checked = True
+        self.teacher_is_known = True
         tokens = metrics.pop("tokens")
         progress.tokens += int(tokens)
         positions = sum(micro_batch.ids_BS.numel() for micro_batch in micro_batches) * self.setup.groups.dp.size()
@@ -156,6 +160,16 @@ class Loop:
             counts = {"tokens": progress.tokens, "skipped": progress.skipped, "broken": progress.broken}
             self.log.write("train", progress.step, metrics | counts)
         self.log.advance(metrics)
+
+    def teacher_check(self, micro_batches: list[MicroBatch]) -> TeacherCheck:
+        teacher, progress = self.config.teacher, self.progress
+        return TeacherCheck(
+            micro_batches,
+            vocab_size=self.setup.tokenizer.vocab_size,
+            source=teacher.cache or teacher.checkpoint,
+            fresh=progress.step == progress.skipped + progress.broken,
+            group=self.setup.groups.dp_cp,
+        )
 
     def leave_out(self, error: BrokenBatch, micro_batches: list[MicroBatch]) -> None:
         """Keep what is needed to look into a batch that breaks the run, and go on without it if that is allowed.

@@ -6,6 +6,7 @@ Legend: S sequence, B micro-batch, H hidden, T supervised tokens of one micro-ba
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,13 @@ class StudentStep:
         self.gpt.config.finalize_model_grads_func = self.own.before(self.gpt.config.finalize_model_grads_func)
 
     def __call__(
-        self, micro_batches: list[MicroBatch], *, step: int, measure: bool, loss_limit: float = math.inf
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        step: int,
+        measure: bool,
+        loss_limit: float = math.inf,
+        check: Callable[[dict[str, float]], None] | None = None,
     ) -> dict[str, float] | None:
         """Run one step.
 
@@ -65,6 +72,7 @@ class StudentStep:
             step: its number, for messages.
             measure: compute agreement and teacher CE too (one more read of both models' logits).
             loss_limit: a larger loss is a spike, and refused.
+            check: is given the averages before the update, and may raise on every rank.
         Returns:
             Averages over the supervised tokens of the global batch with learning rate and gradient norm, equal on all
             ranks; None for a batch without supervised tokens, which changes nothing.
@@ -100,6 +108,8 @@ class StudentStep:
             metrics["loss"] += metrics["features"]
         parts = [name for name in ("loss", "kd", "ce", "features") if name in metrics]
         check_finite(metrics, parts, f"step {step}", BrokenBatch)
+        if check:
+            check(metrics)
         if metrics["loss"] > loss_limit:
             raise BrokenBatch(
                 f"step {step}: loss = {metrics['loss']:.6g} is a spike: above train.spike_factor x the running median, "

@@ -1,5 +1,6 @@
 """Runs from config to checkpoint: curves, resume to the bit after kill -9, stopping, refusals."""
 
+import importlib.metadata
 import json
 import pathlib
 import shutil
@@ -50,7 +51,8 @@ def test_a_run_leaves_a_whole_run_folder(teacher):
     assert validation[-1]["ce"] < validation[0]["ce"] and 0 < validation[-1]["ece"] < 1
     assert "kd" not in steps[0] and "agreement" not in validation[0], "no teacher, nothing said of one"
     assert json.loads((teacher / "stopped.json").read_text()) == {"step": 60, "finished": True}
-    assert "megatron-core 0.16" in (teacher / "versions.txt").read_text()
+    version = importlib.metadata.version("megatron-core")
+    assert f"megatron-core {version}\n" in (teacher / "versions.txt").read_text()
     assert list((teacher / "tensorboard").iterdir())
     names = sorted(f.name for f in (teacher / "checkpoints").iterdir())
     assert names == ["step_00000040", "step_00000060"]
@@ -165,11 +167,11 @@ import os, sys
 from megakd.cli import main
 from megakd.megatron_on_cpu import install
 install("cpu")
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megakd.checkpoints import torch_dist
 def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 if os.environ["RANK"] == "0":
-    TorchCommonSaveStrategy.save_common = full
+    torch_dist.write_plain = full
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -268,8 +270,51 @@ def test_a_teacher_that_knows_nothing_is_refused(folder, teacher, tmp_path):
     config = distil(folder, tmp_path / "fresh", tmp_path / "run", tp=1)
     (message,) = run_ranks(1, runs.train, config)
     assert "TrainingError: the teacher's cross-entropy on the first batch" in message
+    assert "counting how often each token occurs in it gives" in message
+    assert not list((tmp_path / "run").glob("checkpoints/step_*")), "refused before the first update"
     config["teacher"]["allow_weak"] = True
     assert run_ranks(1, runs.train, config) == [None]
+
+
+def train_without_the_teachers_head(rank, ranks, config):
+    """As after a load that has left the output layer as it was drawn."""
+    from megakd.assembly import setup
+
+    upstream = setup.OnlineTeacher
+
+    def half_loaded(gpt, **options):
+        gpt.head_weight.data.normal_(0, 0.1)
+        return upstream(gpt, **options)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(setup, "OnlineTeacher", half_loaded)
+        return runs.train(rank, ranks, config)
+
+
+def test_a_teacher_whose_output_layer_was_not_loaded_is_refused(folder, teacher, tmp_path):
+    config = distil(folder, teacher, tmp_path / "run")
+    messages = run_ranks(2, train_without_the_teachers_head, config)
+    assert messages[0] == messages[1] and "knows nothing about this data" in messages[0]
+
+
+def test_a_teacher_with_another_rotary_base_is_refused_by_a_student_that_knows_better(folder, teacher, tmp_path):
+    from megakd.checkpoints.record import write_record
+
+    last = sorted((teacher / "checkpoints").iterdir())[-1]
+    shutil.copytree(last, tmp_path / "wrong")
+    record = json.loads((tmp_path / "wrong" / "megakd.json").read_text())
+    record["model"]["rotary_base"] = 2
+    write_record(tmp_path / "wrong", record)
+    config = distil(folder, tmp_path / "wrong", tmp_path / "run")
+    config["student"] = {"checkpoint": str(teacher)}
+    messages = run_ranks(2, runs.train, config)
+    assert messages[0] == messages[1] and "has nothing to teach this student about this data" in messages[0], messages
+    config["teacher"]["checkpoint"] = str(teacher)
+    assert run_ranks(2, runs.train, config) == [None, None], "its own copy teaches nothing new, and is no mistake"
+    config["train"]["steps"] += 1
+    config["run"]["allow_change"] = ["train.steps", "teacher.checkpoint"]
+    config["teacher"]["checkpoint"] = str(tmp_path / "wrong")
+    assert run_ranks(2, runs.train, config) == [None, None], "a student may have overtaken its teacher, later"
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(folder, teacher, tmp_path):
