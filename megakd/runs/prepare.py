@@ -29,6 +29,7 @@ from megakd.data.files import DEFAULT_SUFFIXES, find_files
 from megakd.data.formats import FORMATS, SampleFormat, texts_of
 from megakd.data.records import Problems, records_of
 from megakd.errors import DataError
+from megakd.paths import path_argument, path_text
 from megakd.processes import check_one_process
 
 
@@ -49,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     tokenizer = verbs.add_parser("tokenizer", help="train a SentencePiece tokenizer that reproduces every text exactly")
     _add_input(tokenizer)
-    tokenizer.add_argument("--output", required=True, type=Path, metavar="TOK.model", help="the model file to write")
+    tokenizer.add_argument(
+        "--output", required=True, type=path_argument, metavar="TOK.model", help="the model file to write"
+    )
     tokenizer.add_argument("--vocab-size", required=True, type=int, metavar="N", help="exact number of ids")
     tokenizer.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="algorithm (default: %(default)s)")
     tokenizer.add_argument(
@@ -73,17 +76,19 @@ def build_parser() -> argparse.ArgumentParser:
     adopt = verbs.add_parser(
         "adopt", help="describe .bin/.idx files that Megatron or NeMo wrote, so that runs read them"
     )
-    adopt.add_argument("prefix", type=Path, metavar="PREFIX", help="the files, without ending")
-    adopt.add_argument("--tokenizer", required=True, metavar="TOK", help="the tokenizer they were written with")
+    adopt.add_argument("prefix", type=path_argument, metavar="PREFIX", help="the files, without ending")
+    adopt.add_argument(
+        "--tokenizer", required=True, type=path_text, metavar="TOK", help="the tokenizer they were written with"
+    )
     adopt.set_defaults(run=prepare_adopt)
 
     inspect = verbs.add_parser("inspect", help="show samples with their supervised parts, lengths, and what is dropped")
-    inspect.add_argument("data", metavar="DATA", help="what data.train would name: a file, a folder, or a prefix")
-    inspect.add_argument("--tokenizer", required=True, metavar="TOK", help="the run's tokenizer")
+    inspect.add_argument("data", type=path_text, metavar="DATA", help="as data.train: a file, a folder, or a prefix")
+    inspect.add_argument("--tokenizer", required=True, type=path_text, metavar="TOK", help="the run's tokenizer")
     inspect.add_argument("--sequence-length", required=True, type=int, metavar="N", help="data.sequence_length")
     inspect.add_argument("--samples", type=int, default=3, metavar="N", help="how many to show (default: %(default)s)")
     inspect.add_argument("--packing", action="store_true", help="data.packing")
-    inspect.add_argument("--png", type=Path, metavar="FILE", help="write the histogram of lengths as a picture too")
+    inspect.add_argument("--png", type=path_argument, metavar="FILE", help="write the histogram as a picture too")
     inspect.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="of supervised parts")
     _add_on_error(inspect)
     _add_strict(inspect)
@@ -94,7 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input", required=True, nargs="+", metavar="PATH", help="files, patterns, and folders to search"
+        "--input",
+        required=True,
+        nargs="+",
+        type=path_text,
+        metavar="PATH",
+        help="files, patterns, and folders to search",
     )
     parser.add_argument(
         "--suffix", default=",".join(DEFAULT_SUFFIXES), metavar=".A,.B",
@@ -118,9 +128,15 @@ def _add_strict(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     _add_strict(parser)
     parser.add_argument(
-        "--tokenizer", required=True, metavar="TOK", help="a tokenizer file, its folder, or a checkpoint"
+        "--tokenizer",
+        required=True,
+        type=path_text,
+        metavar="TOK",
+        help="a tokenizer file, its folder, or a checkpoint",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="where to write, without ending")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, metavar="PREFIX", help="where to write, without ending"
+    )
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the tokenizer's eos")
 
 

@@ -37,6 +37,21 @@ def prepare(corpus, model, output, *flags):
     return main(["text", "--input", str(corpus), "--tokenizer", str(model), "--output", str(output), *flags])
 
 
+def test_every_path_may_begin_with_the_home_folder(corpus, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(corpus)
+    made = ["--tokenizer", "~/made/t.model", "--output", "~/out/text"]
+    assert main(["tokenizer", "--input", "~/corpus/*.py", "--output", "~/made/u.model", "--vocab-size", "290"]) == 0
+    assert main(["text", "--input", "~/corpus/a.py", *made]) == 0
+    assert main(["adopt", "~/out/text", "--tokenizer", "~/made/t.model"]) == 0
+    looked = ["inspect", "~/corpus/c.jsonl", "--tokenizer", "~/made/t.model", "--sequence-length", "16"]
+    assert main([*looked, "--png", "~/lengths.png"]) == 0
+    assert (tmp_path / "lengths.png").exists() and (tmp_path / "made" / "u.model").exists()
+    assert not list(corpus.glob("~*"))
+    with pytest.raises(SystemExit):
+        main(["text", "--input", "s3://bucket/x", *made])
+
+
 def test_text_to_tokens_and_back(corpus, model, tmp_path, capsys):
     assert prepare(corpus, model, tmp_path / "out" / "train") == 0
     summary = capsys.readouterr().out
