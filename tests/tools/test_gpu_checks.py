@@ -1,5 +1,6 @@
 """tools/gpu/check_kernels.py without a GPU: every part to its end, and what becomes of one that does not get there."""
 
+import functools
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from megakd.divergences import DIVERGENCES
-from tests.kernels.test_triton import needs_triton
+from tests.kernels.test_triton import needs_triton, side_by_side
 
 ROOT = pathlib.Path(__file__).parents[2]
 GPU_TOOLS = ROOT / "tools" / "gpu"
@@ -52,13 +53,29 @@ def run(output, *arguments):
     return done, json.loads(output.read_text())
 
 
+PARTS = (("passes", "losses"), ("head", "merge"), ("steps", "te"), ("checks",))
+
+
+@pytest.fixture(scope="module")
+def started(request, tmp_path_factory):
+    tiny = ("--device", "cpu", "--tiny", "--seconds", "780", "--parts")
+    jobs = {
+        f"test_every_part_gets_to_its_end[{' '.join(parts)}]": functools.partial(
+            run, tmp_path_factory.mktemp("dry") / "gpu.json", *tiny, *parts
+        )
+        for parts in PARTS
+    }
+    with side_by_side(request, jobs) as futures:
+        yield futures
+
+
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(850)
-@pytest.mark.parametrize("parts", [("passes", "losses"), ("head", "merge"), ("steps", "te"), ("checks",)])
-def test_every_part_gets_to_its_end(parts, tmp_path):
+@pytest.mark.parametrize("parts", PARTS, ids=" ".join)
+def test_every_part_gets_to_its_end(parts, started, request):
     """Everything but the device's events, on the smallest sizes."""
-    done, report = run(tmp_path / "gpu.json", "--device", "cpu", "--tiny", "--seconds", "780", "--parts", *parts)
+    done, report = started[request.node.name].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(report["parts"]) == list(parts) and report["machine"]["triton"]
     for name, part in report["parts"].items():
