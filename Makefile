@@ -31,7 +31,8 @@ MEGATRON_TESTS ?= tests/test_megatron_on_cpu.py tests/training/test_step.py test
 test-megatron: .venv/.installed $(MEGATRON) ## the tests that pin its results, on another Megatron-Core (VERSION=0.19.2)
 	PYTHONPATH=$(MEGATRON) OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(MEGATRON_TESTS) $(ARGS)
 
-build/megatron-core-%: .venv/.installed
+build/megatron-core-%: | .venv/.installed
+	rm -rf $@.wheel $@.part
 	$(PY) -m pip download --quiet --no-deps --no-input --python-version 3.12 --platform manylinux_2_28_x86_64 \
 		--only-binary=:all: --dest $@.wheel megatron-core==$*
 	$(PY) -m zipfile -e $@.wheel/*.whl $@.part

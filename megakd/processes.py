@@ -41,5 +41,6 @@ def check_one_process(verb: str, environ: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"environment: {name} is {environ[name]}, but `megakd {verb}` is one process: each of these would do "
                 "the whole work, into the same place",
-                hint=f"start it without torchrun or mpirun; in a Slurm job: srun --ntasks=1 megakd {verb} ...",
+                hint=f"start it without torchrun or mpirun; in a Slurm job: srun --ntasks=1 megakd {verb} ...; where a "
+                f"container sets {name} for everything in it, unset it",
             )

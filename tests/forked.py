@@ -5,6 +5,7 @@ arguments, a session and streams of its own, runs what it is given, and ends by 
 missing. Tests of that, and torchrun, start real ones.
 """
 
+import ctypes
 import importlib
 import os
 import pathlib
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 
+from megakd.processes import PR_SET_PDEATHSIG
 from tests.ranks import forkserver
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -91,6 +93,8 @@ def free_port() -> int:
 
 def _begin(program, arguments, environment, output, errors):
     os.setsid()
+    # The server that it is forked from ends with the tests, by a kill too; a launch must not go on without them.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
