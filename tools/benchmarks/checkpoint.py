@@ -1,14 +1,15 @@
 """Seconds to save and load a checkpoint, with digests and without: `python tools/benchmarks/checkpoint.py FOLDER`.
 
-One rank writes a torch_dist folder of float32 tensors of the size of a large layer's and reads it back; file and page
-cache are the machine's, so a read comes from memory and the share of the digests is the largest there can be. Every
-round does all kinds, in turns; the figures are medians, and the ratios are of the same round.
+One rank writes a torch_dist folder of float32 tensors of the size of a large layer's and reads it back, from the page
+cache (where the share of the digests is the largest there can be) and, "cold", after the kernel was told to forget the
+files. Every round does all kinds, in turns; the figures are medians, and the ratios are of the same round.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -77,6 +78,14 @@ def without_digests():
     return mock.patch.object(digests.xxhash, "xxh3_128", NoHash)
 
 
+def forget(folder: pathlib.Path) -> None:
+    """The page cache gives up what it has of a folder's files (they are on the disk already)."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(where: pathlib.Path, tensors: list[torch.Tensor], groups, rounds: int) -> list[dict[str, float]]:
     found = []
     for _ in range(rounds + 1):  # the first is not counted
@@ -91,6 +100,8 @@ def measure(where: pathlib.Path, tensors: list[torch.Tensor], groups, rounds: in
         for verify in ("always", "sampled", "never"):
             checked = dataclasses.replace(files, verify=verify)
             seconds[f"load {verify}"] = load(where / "save", checked, tensors, groups)
+            forget(where / "save")
+            seconds[f"cold load {verify}"] = load(where / "save", checked, tensors, groups)
         found.append(seconds)
     return found[1:]
 
@@ -110,11 +121,10 @@ def main() -> None:
         found = measure(pathlib.Path(where), tensors, groups, arguments.rounds)
         dist.destroy_process_group()
     median = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
-    share = {
-        "save": statistics.median(r["save"] / r["save without digests"] for r in found),
-        "load always": statistics.median(r["load always"] / r["load never"] for r in found),
-        "load sampled": statistics.median(r["load sampled"] / r["load never"] for r in found),
-    }
+    share = {"save": statistics.median(r["save"] / r["save without digests"] for r in found)}
+    for kind in ("load", "cold load"):
+        for verify in ("always", "sampled"):
+            share[f"{kind} {verify}"] = statistics.median(r[f"{kind} {verify}"] / r[f"{kind} never"] for r in found)
     print(json.dumps({"bytes": count * WIDTH**2 * 4, "seconds": median, "over_without_digests": share}, indent=1))
 
 
