@@ -184,11 +184,16 @@ class Ranks:
 def rank_device(backend: str, launch: Launch) -> torch.device:
     """The device of a rank: the CPU for gloo, the GPU with the number of its local rank for NCCL.
 
+    A task to which Slurm has given a GPU of its own (`--gpus-per-task=1`) sees that one alone.
+
     Raises:
         ConfigError: there are fewer GPUs than local ranks.
     """
     if backend == "gloo":
         return torch.device("cpu")
+    own = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1"
+    if own and not launch.torchrun and torch.cuda.device_count() == 1:
+        return torch.device("cuda", 0)
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"rank {launch.rank} is local rank {launch.local_rank}, but torch sees {torch.cuda.device_count()} GPU(s)",
