@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megakd.assembly.setup import Setup, build_setup
 from megakd.config import Config
+from megakd.config.section import seconds_of
 from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
@@ -85,9 +86,11 @@ class Loop:
     def run(self) -> bool:
         """All steps of this launch, each followed by what is due after it; True when the whole run is finished."""
         progress = self.progress
-        last = self.setup.steps
-        if self.config.run.stop_after:
-            last = min(last, progress.step + self.config.run.stop_after)
+        last, stop_after = self.setup.steps, self.config.run.stop_after
+        if isinstance(stop_after, int):
+            last = min(last, progress.step + stop_after)
+        elif stop_after:
+            self.ranks.stop_after(seconds_of(stop_after))
         stop = self.ranks.agree_to_stop()
         if not stop and self.owes_validation():
             stop = not self.validate()
@@ -104,7 +107,7 @@ class Loop:
                 stop = not self.validate()
         if stop:
             self.save()
-            LOG.info("asked to stop: the checkpoint of step %d is written", progress.step)
+            LOG.info("asked to stop, or run.stop_after has passed: the checkpoint of step %d is written", progress.step)
         return progress.step >= self.setup.steps and not self.owes_validation()
 
     def save(self) -> None:
