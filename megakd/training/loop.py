@@ -13,8 +13,9 @@ from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.ranks import Ranks, from_rank_0
+from megakd.stopped import write_stopped
 from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
-from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file, write_stop_record
+from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file
 from megakd.training.evaluation import Evaluation
 from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
@@ -39,7 +40,7 @@ def train(config: Config, ranks: Ranks) -> None:
         checkpoint = open_run_folder(config, held)
         from_rank_0(lambda: check_sinks(config))
         saved_step = checkpoint.step if checkpoint else None
-        ranks.on_early_stop(lambda: write_stop_record(config.run.dir, saved_step or 0, finished=False))
+        ranks.on_early_stop(lambda: write_stopped(config.run.dir, step=saved_step or 0, finished=False))
         setup = build_setup(config, ranks.device)
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
