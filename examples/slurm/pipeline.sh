@@ -11,10 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 : "${TEACHER:?a Hugging Face folder, or a .nemo file}" "${STUDENT:?the same of the student}"
 : "${CONFIG:?the YAML of the run}" "${WORK:?a folder on a disk that all nodes see}"
-: "${SAMPLES:?number of samples that the run reads: megakd cache says it when it begins}"
 NODES=${NODES:-1} PARTS=${PARTS:-4} HERE=$PWD
 CACHE=$WORK/cache RUN_DIR=$WORK/run
-export CONFIG SAMPLES CACHE RUN_DIR HERE
+export CONFIG CACHE RUN_DIR HERE
 mkdir -p "$WORK/logs"
 
 # submit NAME AFTER ARGUMENTS...: prints the job's number. AFTER: job numbers, or nothing.

@@ -61,6 +61,7 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
         if dist.get_rank() == 0:
             clear_stopped(folder)
         ranks.on_early_stop(lambda: write_stopped(folder, finished=False))
+        LOG.info("recording samples %d to %d into %s", setup.samples.start, setup.samples.end, folder)
         missing = [part for part in range(header.parts) if part not in whole]
         done = not missing or Recording(setup, header, folder, ranks).run(missing)
         dist.barrier()
