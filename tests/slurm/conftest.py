@@ -48,8 +48,14 @@ class Cluster:
         return self.wait(number, lambda job: job["JobState"] in ENDED)
 
 
+@pytest.fixture
+def cluster(two_nodes):
+    yield two_nodes
+    two_nodes.run("scancel", "--user=root")  # of a test that failed
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def two_nodes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     up = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=120)
     if up.returncode == 2:

@@ -99,7 +99,7 @@ def test_scancel_ends_a_job_for_good_with_a_checkpoint(cluster, folder, variable
 
 
 def processes() -> str:
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 PROGRAM = """

@@ -119,7 +119,7 @@ start_munge() {
 
 up() {
   check_machine
-  [ ! -e /run/netns/megakd-controller ] || { say "one is up already"; exit 2; }
+  [ ! -e /run/netns/megakd-controller ] || { say "one is up already; tools/slurm/cluster.sh down FOLDER ends it"; exit 1; }
   write_configuration
   make_network
   start_munge
