@@ -23,7 +23,8 @@ class Cluster:
             [CLUSTER, "run", self.folder, *command],
             env=os.environ | variables, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        if done.returncode != 0:
+            raise RuntimeError(f"{command}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
     def submit(self, *arguments: str, **variables: str) -> str:

@@ -68,6 +68,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=2,requeue_delay=${REQUEUE_DELAY:-5}
 SlurmdParameters=config_overrides
 ReturnToService=2
+SlurmdTimeout=900
 KillWait=${KILL_WAIT:-15}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
