@@ -10,7 +10,7 @@ VERSION ?= 0.19.2
 
 PY := $(CURDIR)/.venv/bin/python
 
-.PHONY: help quickstart test test-megatron check format bench
+.PHONY: help quickstart test test-megatron test-slurm check format bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,7 +20,7 @@ quickstart: .venv/.installed ## train a teacher, distil a student at TP 2, compa
 	PYTHON=$(PY) bash examples/quickstart/run.sh $(SEED)
 
 test: .venv/.installed ## all tests (ARGS="-k loss -x" goes to pytest)
-	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest -m "not slurm" $(ARGS)
 
 # The wheel is for Python 3.12; what is used of it is plain Python, and the torch at hand goes with it. Its compiled helpers
 # (data sets, not used here) and its CUDA code are not tried this way.
@@ -38,6 +38,9 @@ build/megatron-core-%: | .venv/.installed
 	$(PY) -m zipfile -e $@.wheel/*.whl $@.part
 	$(PY) -W ignore -m compileall -q $@.part
 	rm -rf $@.wheel && mv $@.part $@
+
+test-slurm: .venv/.installed ## job scripts on a real Slurm of two nodes (root, slurm-wlm, munge; skipped without)
+	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest tests/slurm -m slurm $(ARGS)
 
 check: .venv/.installed ## formatting, lint, import layers
 	$(PY) -m ruff format --check .

@@ -235,15 +235,15 @@ def test_devices(monkeypatch):
         Ranks("auto")
 
 
-def test_srun_without_torchrun_is_refused_with_the_command_that_works(script, tmp_path):
+def test_a_batch_script_without_srun_is_refused_with_the_command_that_works(script, tmp_path):
     path = script("""
         with Ranks("cpu") as ranks:
             sys.stdout.write(f"rank {ranks.rank} of {ranks.world_size} was told {sys.argv[1]}\\n")  # one write each
     """)
-    tasks = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "1"}
+    tasks = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # of a batch script
     alone = forked.run(path, "a word", environment=environment(**tasks))
     assert alone.returncode == 1 and "was told" not in alone.stdout
-    assert "SLURM_STEP_NUM_TASKS is 2, but WORLD_SIZE and RANK are missing" in alone.stderr
+    assert "SLURM_NTASKS is 2, but WORLD_SIZE and RANK are missing" in alone.stderr
     hint = alone.stderr.splitlines()[-1].strip()
     assert hint.startswith("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 torchrun ")
     srun = tmp_path / "srun"  # one task, as the options say, on this machine

@@ -12,7 +12,7 @@ import pytest
 LAYERS = [
     "errors",
     "digests divergences limits ownership paths processes progress publish",
-    "config ranks targets megatron_on_cpu",
+    "config ranks stopped targets megatron_on_cpu",
     "kernels",
     "cache",
     "losses data",

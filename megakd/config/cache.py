@@ -1,11 +1,12 @@
 """The `cache` section: what `megakd cache` records."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megakd.config.section import Count, CountOrZero, Positive, Section, Share
+from megakd.config.section import Count, CountOrZero, Positive, Section, Share, Text
 
 
 class Cache(Section):
@@ -32,6 +33,8 @@ class Cache(Section):
     several jobs share the work, each into a folder of its own; `megakd cache merge` joins them."""
     end: Count | None = None
     """Sample to stop before; null: all that the run would read."""
+    share: Text | None = None
+    """Instead of start and end: `I/N`, the I-th (from 0) of N equal shares of the samples, such as an array's job I."""
     shard_samples: Count | None = None
     """Samples of one shard, which is written at once and is what a kill may lose; null: about 128 MiB."""
 
@@ -52,3 +55,16 @@ class Cache(Section):
             yield "keep_label", f"true, but mode {self.mode} draws its entries"
         if self.end is not None and self.end <= self.start:
             yield "end", f"{self.end} must be above start = {self.start}"
+        if self.share is not None:
+            numbers = re.fullmatch(r"(\d+)/(\d+)", self.share)
+            if numbers is None or int(numbers[1]) >= int(numbers[2]):
+                yield "share", f"{self.share!r}; expected I/N with I from 0 to N - 1, such as 0/4"
+            if self.start or self.end:
+                yield "share", f"{self.share} and start or end; expected one or the other"
+
+    def bounds(self, samples: int) -> tuple[int, int]:
+        """First sample to record, and the one to stop before, of so many."""
+        if self.share is None:
+            return self.start, min(self.end or samples, samples)
+        number, shares = map(int, self.share.split("/"))
+        return samples * number // shares, samples * (number + 1) // shares

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from megakd.config.section import Section
+from megakd.config.section import Named, Section
 
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 RELATIONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -77,6 +77,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return "any value for each key" if typing.get_args(annotation)[1] is Any else "text for each key"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
+    if named := next((item.words for item in _flattened(metadata) if isinstance(item, Named)), None):
+        return named
     bounds = " and ".join(_bounds(metadata))
     if any(getattr(item, "min_length", None) for item in _flattened(metadata)):
         return f"non-empty {NAMES[annotation]}"

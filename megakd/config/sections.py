@@ -16,6 +16,7 @@ from megakd.config.section import (
     BelowOne,
     Count,
     CountOrZero,
+    Duration,
     NotNegative,
     Positive,
     Section,
@@ -45,9 +46,9 @@ class Run(Section):
     """Seconds that a step or a validation batch may take before the launch counts as stuck: every rank writes its
     stacks into `stuck` in the run folder, the rank that the others wait for is named, and the launch ends. null: 5
     times the longest seen, and at least 120."""
-    stop_after: Count | None = None
-    """Of train: optimizer steps of this launch after which it writes a checkpoint and stops; null: goes on to the
-    end."""
+    stop_after: Count | Duration | None = None
+    """Of train: optimizer steps of this launch (200), or a time since its ranks met (3h50m, for a queue's limit), after
+    which it writes a checkpoint and stops; null: goes on to the end."""
 
 
 class Parallel(Section):

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megakd.errors import ConfigError, MegakdError
+from megakd.ranks import slurm
+from megakd.ranks.slurm import number_of
 
-# Where Slurm (of the step, else of the job), Open MPI and MPICH say how many tasks they have started.
-SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-TASKS = (SLURM_TASKS, ("OMPI_COMM_WORLD_SIZE",), ("PMI_SIZE",))
+# Where Slurm, Open MPI and MPICH say how many tasks they have started.
+TASKS = (slurm.TASKS, ("OMPI_COMM_WORLD_SIZE",), ("PMI_SIZE",))
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Launch:
         local_rank, local_world_size: on this machine; local_world_size is 0 when the launcher did not say.
         address, port: of the store.
         hosts_store: this process carries the store; under torchrun the launcher does.
-        attempt: how often torchrun has restarted the ranks.
+        attempt: how often torchrun has restarted the ranks, or Slurm the job.
         torchrun: the parent process is torchrun's; without it, nothing follows from the parent's end.
     """
 
@@ -58,11 +59,11 @@ class Launch:
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """Reads torchrun's variables; one rank alone needs none of them.
+    """Reads torchrun's variables, or srun's where there are none; one rank alone needs neither.
 
     Raises:
-        ConfigError: WORLD_SIZE is above 1 and another variable is missing, one is not a number, or srun or mpirun
-            has started several processes that nobody numbered: each would be a launch of one rank.
+        ConfigError: WORLD_SIZE is above 1 and another variable is missing, one is not a number, or several processes
+            would each be a launch of its own: tasks that nobody numbered, or torchruns that do not belong together.
     """
 
     def number(name: str, default: str | None = None) -> int:
@@ -78,7 +79,11 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
             ) from None
 
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        if slurm.is_task(environ):
+            return _of_slurm(environ)
         check_alone(environ, sys.argv)
+    if "TORCHELASTIC_RUN_ID" in environ:
+        slurm.check_one_launch(environ)
     world_size = number("WORLD_SIZE", "1")
     rank = number("RANK", "0" if world_size == 1 else None)
     if not 0 <= rank < world_size:
@@ -102,6 +107,27 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     )
 
 
+def _of_slurm(environ: Mapping[str, str]) -> Launch:
+    """A rank that is a task of srun."""
+    if environ.get("SLURM_HET_SIZE", "1") != "1":
+        raise ConfigError(
+            "environment: a step over the parts of a heterogeneous job does not number its tasks through",
+            hint="start one torchrun on each node (`srun --ntasks-per-node=1 torchrun ...`)",
+        )
+    rank, world_size = int(environ["SLURM_PROCID"]), int(environ[slurm.TASKS[0]])
+    address, port = slurm.meeting_place(environ)
+    return Launch(
+        rank=rank,
+        world_size=world_size,
+        local_rank=int(environ["SLURM_LOCALID"]),
+        local_world_size=slurm.tasks_on_node(environ),
+        address=address,
+        port=port,
+        hosts_store=rank == 0,
+        attempt=number_of(environ, ("SLURM_RESTART_COUNT",), 0),
+    )
+
+
 def check_alone(environ: Mapping[str, str], command: Sequence[str]) -> None:
     """Raises ConfigError, with the command to start instead, where this is one of several tasks of srun or mpirun.
 
@@ -116,7 +142,7 @@ def check_alone(environ: Mapping[str, str], command: Sequence[str]) -> None:
                 f"environment: {name} is {environ[name]}, but WORLD_SIZE and RANK are missing: each of these tasks "
                 "would run alone, as rank 0 of 1, and all of them in one folder",
                 hint="start one torchrun on each node, which starts the ranks there (or `srun --ntasks=1` for one "
-                f"rank):\n  {torchrun_command(environ, command)}",
+                f"rank; in a batch script, srun numbers its tasks):\n  {torchrun_command(environ, command)}",
             )
 
 
@@ -128,12 +154,9 @@ def torchrun_command(environ: Mapping[str, str], command: Sequence[str]) -> str:
     if not any(name.startswith("SLURM_") for name in environ):
         return f"torchrun --nnodes=NODES --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 {rest}"
 
-    def first(*names: str) -> int:
-        return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), 1)
-
-    nodes = first("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
-    tasks = -(-first(*SLURM_TASKS) // nodes)
-    ranks = tasks if tasks > 1 else first("SLURM_GPUS_ON_NODE")
+    nodes = number_of(environ, slurm.NODES)
+    tasks = -(-number_of(environ, slurm.TASKS) // nodes)
+    ranks = tasks if tasks > 1 else number_of(environ, ("SLURM_GPUS_ON_NODE",))
     srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 torchrun"
     if nodes == 1:
         return f"{srun} --standalone --nproc-per-node={ranks} {rest}"

@@ -81,6 +81,7 @@ class Ranks:
         self._watch: FailureWatch | None = None
         self._early_stop: Callable[[], None] | None = None
         self._early = True
+        self._met, self._stop_at = time.monotonic(), float("inf")
 
     def __enter__(self) -> "Ranks":
         start_logging(self.rank)
@@ -107,6 +108,7 @@ class Ranks:
             check_facts(self.launch, self._store, self._facts, self._rendezvous_seconds)
             self._start_group()
             self._watch.peers = Peers(self.rank, identities)
+            self._met = time.monotonic()
         except BaseException as error:
             self._leave(error)
             raise
@@ -129,8 +131,12 @@ class Ranks:
             dist.destroy_process_group()
 
     def stop_requested(self) -> bool:
-        """True once this rank has been asked to stop; other ranks may not have been yet."""
-        return self._signals.requested.is_set()
+        """True once this rank has been asked to stop, or its time is over; of other ranks neither may be true yet."""
+        return self._signals.requested.is_set() or time.monotonic() >= self._stop_at
+
+    def stop_after(self, seconds: float) -> None:
+        """Ask this rank to stop so many seconds after the ranks have met."""
+        self._stop_at = self._met + seconds
 
     def agree_to_stop(self) -> bool:
         """True on every rank when any rank has been asked to stop, or has lost its launcher.
@@ -184,11 +190,16 @@ class Ranks:
 def rank_device(backend: str, launch: Launch) -> torch.device:
     """The device of a rank: the CPU for gloo, the GPU with the number of its local rank for NCCL.
 
+    A task to which Slurm has given a GPU of its own (`--gpus-per-task=1`) sees that one alone.
+
     Raises:
         ConfigError: there are fewer GPUs than local ranks.
     """
     if backend == "gloo":
         return torch.device("cpu")
+    own = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1"
+    if own and not launch.torchrun and torch.cuda.device_count() == 1:
+        return torch.device("cuda", 0)
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"rank {launch.rank} is local rank {launch.local_rank}, but torch sees {torch.cuda.device_count()} GPU(s)",

@@ -10,7 +10,7 @@ from megakd.errors import ConfigError
 
 
 class Samples:
-    """Validation data, then training data in training order, as one data set; counted from cache.start to cache.end.
+    """Validation data, then training data in training order, as one data set; those of this job's share.
 
     A sample that training reads again, in a later epoch or as part of a blend, stands there once.
 
@@ -30,11 +30,13 @@ class Samples:
             train_data, wanted = each_part_once(train_data, config.run.seed), len(train_data)
         self.train_data, self.firsts = train_data, first_readings(train_data, config.run.seed, wanted)
         every = self.validated + (wanted if self.firsts is None else len(self.firsts))
-        self.start, self.end = config.cache.start, min(config.cache.end or every, every)
+        self.start, self.end = config.cache.bounds(every)
         if self.start >= self.end:
             raise ConfigError(
-                f"cache.start = {self.start}, but there are {every} samples ({self.validated} of validation data)",
-                hint="choose cache.start and cache.end within them",
+                f"cache.start = {self.start}, but there are {every} samples ({self.validated} of validation data)"
+                if config.cache.share is None
+                else f"cache.share = {config.cache.share} holds none of {every} samples",
+                hint="choose cache.start and cache.end within them, or fewer shares",
             )
 
     def __len__(self) -> int:

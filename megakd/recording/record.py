@@ -33,6 +33,7 @@ from megakd.ranks import Ranks, from_rank_0
 from megakd.recording.part_writer import PartWriter
 from megakd.recording.reading_order import Samples
 from megakd.recording.recorder import Recorder
+from megakd.stopped import clear_stopped, write_stopped
 from megakd.teachers.entries import Recipe
 
 LOG = logging.getLogger("megakd")
@@ -57,6 +58,10 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
     setup = build_recording(config, ranks.device)
     folder, header = pathlib.Path(config.teacher.cache), make_header(setup, command)
     with writing_together(folder, header) as whole:
+        if dist.get_rank() == 0:
+            clear_stopped(folder)
+        ranks.on_early_stop(lambda: write_stopped(folder, finished=False))
+        LOG.info("recording samples %d to %d into %s", setup.samples.start, setup.samples.end, folder)
         missing = [part for part in range(header.parts) if part not in whole]
         done = not missing or Recording(setup, header, folder, ranks).run(missing)
         dist.barrier()
@@ -64,6 +69,7 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
             if not read_header(folder).finished and done:
                 finish(folder, header)
             elif not done:
+                write_stopped(folder, finished=False)
                 LOG.info("asked to stop: start the same `megakd cache` again, it goes on after the last whole shard")
         dist.barrier()
     if done:

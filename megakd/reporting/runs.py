@@ -14,8 +14,9 @@ import yaml
 
 from megakd.errors import ReportError
 from megakd.reporting.lines import MOST_NAMED, NO_LINES, Lines, by_kind, parse_lines
+from megakd.stopped import STOP_FILE
 
-METRICS_FILE, CONFIG_FILE, STOP_FILE = "metrics.jsonl", "config.yaml", "stopped.json"
+METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
 EVALUATIONS_FILE, VERSIONS_FILE = "evaluations.jsonl", "versions.txt"
 
 

@@ -107,7 +107,7 @@ def why_missing(header: Header, data: dict) -> str:
         )
     return (
         "data, sequence length and seed are those of the recording, which covers other samples of them "
-        "(train.steps, eval.samples, cache.start, cache.end)"
+        "(train.steps, eval.samples, cache.start, cache.end, cache.share)"
     )
 
 

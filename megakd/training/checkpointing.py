@@ -14,9 +14,9 @@ from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
 from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
-from megakd.publish import publish_text
+from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
-from megakd.training.run_folder import STOP_FILE, check_owner
+from megakd.training.run_folder import check_owner
 from megakd.training.step import StudentStep
 
 LOG = logging.getLogger("megakd")
@@ -225,15 +225,10 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
 
 
 def write_stop_file(run_dir: str, step: int, *, finished: bool) -> None:
-    """Say in `stopped.json` how far the run came; job scripts read it, for torchrun's return code says nothing.
+    """Say in `stopped.json` how far the run came.
 
     Collectives: one barrier, after the file is there.
     """
     if dist.get_rank() == 0:
-        write_stop_record(run_dir, step, finished=finished)
+        write_stopped(run_dir, step=step, finished=finished)
     dist.barrier()
-
-
-def write_stop_record(run_dir: str, step: int, *, finished: bool) -> None:
-    """As write_stop_file, on rank 0 alone and without collectives."""
-    publish_text(pathlib.Path(run_dir) / STOP_FILE, f'{{"step": {step}, "finished": {str(finished).lower()}}}\n')

@@ -8,12 +8,14 @@ import torch.distributed as dist
 
 from megakd.assembly.setup import Setup, build_setup
 from megakd.config import Config
+from megakd.config.section import seconds_of
 from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.ranks import Ranks, from_rank_0
+from megakd.stopped import write_stopped
 from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
-from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file, write_stop_record
+from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file
 from megakd.training.evaluation import Evaluation
 from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
@@ -38,7 +40,7 @@ def train(config: Config, ranks: Ranks) -> None:
         checkpoint = open_run_folder(config, held)
         from_rank_0(lambda: check_sinks(config))
         saved_step = checkpoint.step if checkpoint else None
-        ranks.on_early_stop(lambda: write_stop_record(config.run.dir, saved_step or 0, finished=False))
+        ranks.on_early_stop(lambda: write_stopped(config.run.dir, step=saved_step or 0, finished=False))
         setup = build_setup(config, ranks.device)
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
@@ -85,9 +87,11 @@ class Loop:
     def run(self) -> bool:
         """All steps of this launch, each followed by what is due after it; True when the whole run is finished."""
         progress = self.progress
-        last = self.setup.steps
-        if self.config.run.stop_after:
-            last = min(last, progress.step + self.config.run.stop_after)
+        last, stop_after = self.setup.steps, self.config.run.stop_after
+        if isinstance(stop_after, int):
+            last = min(last, progress.step + stop_after)
+        elif stop_after:
+            self.ranks.stop_after(seconds_of(stop_after))
         stop = self.ranks.agree_to_stop()
         if not stop and self.owes_validation():
             stop = not self.validate()
@@ -104,7 +108,7 @@ class Loop:
                 stop = not self.validate()
         if stop:
             self.save()
-            LOG.info("asked to stop: the checkpoint of step %d is written", progress.step)
+            LOG.info("asked to stop, or run.stop_after has passed: the checkpoint of step %d is written", progress.step)
         return progress.step >= self.setup.steps and not self.owes_validation()
 
     def save(self) -> None:

@@ -13,9 +13,10 @@ from megakd.errors import ConfigError
 from megakd.ownership import Taken, owning
 from megakd.publish import make_folder, publish_text, sweep, sync_folder
 from megakd.ranks import from_rank_0
+from megakd.stopped import clear_stopped
 from megakd.training.fallback import check_nothing_is_passed_over, newest_checkpoint
 
-CONFIG_FILE, OWNER_FILE, STOP_FILE = "config.yaml", "owner.lock", "stopped.json"
+CONFIG_FILE, OWNER_FILE = "config.yaml", "owner.lock"
 # What may differ between launches of one run: where and how fast it runs, never what it computes.
 FREE = (
     "run.dir",
@@ -124,7 +125,7 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
         if folder.run_id(run_dir) is None:
             known = checkpoint.run if checkpoint else None
             publish_text(run_dir / folder.RUN_ID_FILE, f"{known or secrets.token_hex(8)}\n")
-        (run_dir / STOP_FILE).unlink(missing_ok=True)  # it speaks of an earlier launch
+        clear_stopped(run_dir)
         sync_folder(run_dir)
     return checkpoint
 

@@ -18,6 +18,9 @@ from megakd.errors import ConfigError
         ({"cache.temperatures": [2.0, 2.0]}, "cache.temperatures: [2.0, 2.0] names one twice"),
         ({"cache.mode": "sampled", "cache.draws": 8, "cache.keep_label": True}, "cache.keep_label: true, but mode"),
         ({"cache.start": 8, "cache.end": 8}, "cache.end: 8 must be above start = 8"),
+        ({"cache.share": "4/4"}, "cache.share: '4/4'; expected I/N with I from 0 to N - 1"),
+        ({"cache.share": "a third"}, "cache.share: 'a third'; expected I/N"),
+        ({"cache.share": "0/4", "cache.start": 8}, "cache.share: 0/4 and start or end"),
     ],
 )
 def test_what_cannot_be_recorded_is_named(build, changes, problem):
@@ -36,3 +39,9 @@ def test_what_cannot_be_recorded_is_named(build, changes, problem):
 )
 def test_what_can_be_recorded(build, changes):
     assert build(changes).teacher.cache == "cache"
+
+
+def test_shares_are_all_samples_each_once(build):
+    for samples, shares in ((48, 3), (10, 4), (3, 5), (0, 2)):
+        bounds = [build({"cache.share": f"{i}/{shares}"}).cache.bounds(samples) for i in range(shares)]
+        assert [number for start, end in bounds for number in range(start, end)] == list(range(samples))

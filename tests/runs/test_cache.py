@@ -122,8 +122,9 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
     config = distil(folder, teacher, "unused", tmp_path)
     assert run_ranks(1, record, config, 9) == [None]
     assert not read_header(tmp_path).finished and len(list(tmp_path.glob("shard-*.arrow"))) == 2
+    assert (tmp_path / "stopped.json").read_text() == '{"finished": false}\n'
     assert run_ranks(2, record, config) == [None, None]
-    assert read_header(tmp_path).shards == read_header(cache).shards
+    assert read_header(tmp_path).shards == read_header(cache).shards and not (tmp_path / "stopped.json").exists()
     before = (tmp_path / "cache.json").stat().st_mtime_ns
     assert run_ranks(1, record, config) == [None]
     assert (tmp_path / "cache.json").stat().st_mtime_ns == before
@@ -158,9 +159,10 @@ def test_every_recorded_temperature_trains_as_online_at_it_with_fewer_entries_to
         same_training(folder, teacher, tmp_path / "cache", run_dir, 1, 1, changes)
 
 
-def test_ranges_recorded_by_two_jobs_and_merged_are_the_whole(folder, teacher, cache, tmp_path):
-    for name, start, end in (("a", 0, 19), ("b", 19, None)):
-        changes = {"cache": {"codec": "fp32", "shard_samples": SHARD_SAMPLES, "start": start, "end": end}}
+@pytest.mark.parametrize("ranges", [({"start": 0, "end": 19}, {"start": 19}), ({"share": "0/2"}, {"share": "1/2"})])
+def test_ranges_recorded_by_two_jobs_and_merged_are_the_whole(folder, teacher, cache, tmp_path, ranges):
+    for name, samples in zip("ab", ranges, strict=True):
+        changes = {"cache": {"codec": "fp32", "shard_samples": SHARD_SAMPLES} | samples}
         assert run_ranks(1, record, distil(folder, teacher, "unused", tmp_path / name, **changes)) == [None]
     main(["merge", "--output", str(tmp_path / "ab"), str(tmp_path / "a"), str(tmp_path / "b")])
     want, got = tables(cache), tables(tmp_path / "ab")

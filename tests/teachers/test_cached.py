@@ -44,7 +44,7 @@ def test_reading(tmp_path, name):
         ),
         ({"merged": [DATA | {"start": 0}, DATA | {"start": 5}]}, "data, sequence length and seed are those"),
         ({"imported": [["a", 1]], "lines": 3}, "imported samples are found whole"),
-        (DATA, "which covers other samples of them (train.steps, eval.samples, cache.start, cache.end)"),
+        (DATA, "which covers other samples of them (train.steps, eval.samples, cache.start, cache.end, cache.share)"),
     ],
 )
 def test_why_a_sample_is_not_there(recorded, words):

@@ -13,6 +13,7 @@ import pytest
 
 from megakd.config import Config
 from megakd.errors import ConfigError
+from megakd.ranks import Ranks
 from tests.ranks import run_ranks
 from tests.training import runs
 from tests.training.test_runs import folder  # noqa: F401  token data, made once
@@ -120,3 +121,32 @@ def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  #
     assert "DataError" not in output, "a worker's end is no failure of its own"
     assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"step": 0, "finished": False}
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_time_after_which_a_launch_stops(folder, tmp_path):  # noqa: F811
+    config = runs.values(folder, tmp_path / "run", train__steps=10**6, run__stop_after="2s")
+    (rank,) = runs.by_hand(tmp_path, 1, "train", config)
+    try:
+        output = rank.communicate(timeout=240)[0]
+    finally:
+        rank.kill()
+    stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert rank.returncode == 0 and stopped["finished"] is False and stopped["step"] < 10**6, output
+    whole = tmp_path / "run" / "checkpoints" / f"step_{stopped['step']:08d}" / "megakd.json"
+    assert whole.exists() == (stopped["step"] > 0), output
+    assert f"run.stop_after has passed: the checkpoint of step {stopped['step']} is written" in output
+
+
+def test_the_time_of_one_rank_is_over_for_all_of_them():
+    with Ranks("cpu") as ranks:
+        ranks.stop_after(3600)
+        assert not ranks.agree_to_stop()
+        ranks.stop_after(0)
+        assert ranks.stop_requested() and ranks.agree_to_stop()
+
+
+def test_a_time_that_is_none_is_refused(folder, tmp_path):  # noqa: F811
+    for wrong in ("4 hours", "3m2h", "0s", ""):
+        with pytest.raises(ConfigError, match=r"run\.stop_after"):
+            Config.from_dict(runs.values(folder, tmp_path, run__stop_after=wrong))
+    assert Config.from_dict(runs.values(folder, tmp_path, run__stop_after="1d4h")).run.stop_after == "1d4h"
