@@ -100,7 +100,7 @@ def test_the_command_is_installed_under_its_name():
 
 
 def test_makefile_targets():
-    for target in ("quickstart", "test", "test-megatron", "check", "bench"):
+    for target in ("quickstart", "test", "test-megatron", "test-slurm", "check", "bench"):
         plan = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True)
         assert plan.returncode == 0, plan.stderr
         assert "-c constraints.txt -e '.[dev]'" in plan.stdout, f"{target} does not set up its environment"
@@ -110,6 +110,7 @@ def test_makefile_targets():
         "quickstart",
         "test",
         "test-megatron",
+        "test-slurm",
         "check",
         "format",
         "bench",
