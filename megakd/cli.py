@@ -67,6 +67,7 @@ VERBS = {
     "prepare": Verb(
         "megakd.runs.prepare:main", "train a tokenizer; records or text into token files; look at samples", False
     ),
+    "replay": Verb("megakd.runs.replay:main", "compute a recorded step again; what differs first", False),
     "report": Verb("megakd.runs.report:main", "one HTML page that shows and compares runs", False),
 }
 GRACE_SECONDS = 2.0

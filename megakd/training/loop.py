@@ -19,6 +19,7 @@ from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_s
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.run_folder import open_run_folder, write_run_files
 from megakd.training.step import BrokenBatch, StudentStep, check_finite, describe_head
+from megakd.training.step_record import StepRecorder, check_recording
 from megakd.training.stragglers import compare_ranks
 from megakd.training.teacher_check import TeacherCheck
 
@@ -40,6 +41,7 @@ def train(config: Config, ranks: Ranks) -> None:
         saved_step = checkpoint.step if checkpoint else None
         ranks.on_early_stop(lambda: write_stop_record(config.run.dir, saved_step or 0, finished=False))
         setup = build_setup(config, ranks.device)
+        check_recording(setup)
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
         student = StudentStep(
@@ -80,6 +82,7 @@ class Loop:
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
         self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
+        self.recorder = StepRecorder(setup, student)
         self.teacher_is_known = setup.teacher is None or setup.config.teacher.allow_weak
 
     def run(self) -> bool:
@@ -133,6 +136,7 @@ class Loop:
         logged = due(self.config.log.every_steps, progress.step + 1)
         limit = loss_limit(progress.recent, self.config.train.spike_factor)
         check = None if self.teacher_is_known else self.teacher_check(micro_batches)
+        witness = self.recorder.begin(progress.step + 1, micro_batches)
         try:
             metrics = self.student(
                 micro_batches,
@@ -140,10 +144,15 @@ class Loop:
                 measure=logged or check is not None,
                 loss_limit=limit,
                 check=check,
+                witness=witness,
             )
         except BrokenBatch as error:
+            if witness:
+                self.recorder.finish(progress.step + 1, witness, None)
             self.leave_out(error, micro_batches)
             return
+        if witness:
+            self.recorder.finish(progress.step + 1, witness, metrics)
         progress.step += 1
         if metrics is None:
             progress.skipped += 1

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megakd.config import Loss
 from megakd.errors import TrainingError
+from megakd.kernels import KDLoss
 from megakd.kernels.predictions import predict
 from megakd.losses import SUMS, fused_objective, means, objective
 from megakd.models.features import FeatureLoss
@@ -27,6 +29,16 @@ from megakd.training.stragglers import OwnSeconds
 
 class BrokenBatch(TrainingError):
     """A batch whose loss or gradient would spoil the weights; nothing has been changed by it."""
+
+
+class Witness(Protocol):
+    """Whoever wants to see what a step computes on the way."""
+
+    def losses(self, micro_batch: MicroBatch, lesson: Lesson, losses: KDLoss) -> None:
+        """Is given every micro-batch with what its teacher said and its tokens' losses, on the last stage."""
+
+    def gradients(self, ddp: torch.nn.Module) -> None:
+        """Is given the student whose gradients are whole, before they are clipped and taken."""
 
 
 @dataclasses.dataclass
@@ -64,6 +76,7 @@ class StudentStep:
         measure: bool,
         loss_limit: float = math.inf,
         check: Callable[[dict[str, float]], None] | None = None,
+        witness: Witness | None = None,
     ) -> dict[str, float] | None:
         """Run one step.
 
@@ -73,6 +86,7 @@ class StudentStep:
             measure: compute agreement and teacher CE too (one more read of both models' logits).
             loss_limit: a larger loss is a spike, and refused.
             check: is given the averages before the update, and may raise on every rank.
+            witness: sees what is computed on the way.
         Returns:
             Averages over the supervised tokens of the global batch with learning rate and gradient norm, equal on all
             ranks; None for a batch without supervised tokens, which changes nothing.
@@ -81,6 +95,26 @@ class StudentStep:
         Collectives: beside those of models and loss: one all-reduce of a count before, one of the sums after.
         """
         self.scheduler.step(increment=1)  # before the update: step 1 of a warm-up does not train at rate 0
+        metrics = self.derive(
+            micro_batches, step=step, measure=measure, loss_limit=loss_limit, check=check, witness=witness
+        )
+        if metrics is None:
+            return None
+        self.optimizer.step()
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics | self.loss.moved(step)
+
+    def derive(
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        step: int,
+        measure: bool,
+        loss_limit: float = math.inf,
+        check: Callable[[dict[str, float]], None] | None = None,
+        witness: Witness | None = None,
+    ) -> dict[str, float] | None:
+        """All of a step but its update: as above, the gradients stay in the optimizer."""
         if self.supervised_tokens(micro_batches) == 0:
             return None
         self.own.start()
@@ -93,7 +127,7 @@ class StudentStep:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = get_forward_backward_func()(
-            forward_step_func=functools.partial(self.forward_step, loss, measure),
+            forward_step_func=functools.partial(self.forward_step, loss, measure, witness),
             data_iterator=iter(zip(micro_batches, lessons, strict=True)),
             model=[self.ddp],
             num_microbatches=len(micro_batches),
@@ -119,9 +153,9 @@ class StudentStep:
         self.optimizer.prepare_grads()  # the norm first: once a step is taken with it, the weights are spoilt
         metrics["grad_norm"] = float(self.optimizer.get_grad_norm())
         check_finite(metrics, ["grad_norm"], f"step {step}", BrokenBatch)
-        self.optimizer.step()
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics | self.loss.moved(step)
+        if witness:
+            witness.gradients(self.ddp)
+        return metrics
 
     def supervised_tokens(self, micro_batches: list[MicroBatch]) -> int:
         """Supervised tokens of the global batch."""
@@ -136,12 +170,20 @@ class StudentStep:
             self.teacher.temperature = loss.temperature  # only a live teacher may have a ramp
         return self.teacher.lessons(micro_batches) or [None] * len(micro_batches)  # none on earlier pipeline stages
 
-    def forward_step(self, loss: Loss, measure: bool, iterator, model):
+    def forward_step(self, loss: Loss, measure: bool, witness: Witness | None, iterator, model):
         micro_batch, lesson = next(iterator)
-        return forward(model, micro_batch), functools.partial(self.loss_function, micro_batch, lesson, loss, measure)
+        keep = functools.partial(witness.losses, micro_batch, lesson) if witness else None
+        how = (micro_batch, lesson, loss, measure, keep)
+        return forward(model, micro_batch), functools.partial(self.loss_function, *how)
 
     def loss_function(
-        self, micro_batch: MicroBatch, lesson: Lesson, loss: Loss, measure: bool, hidden_SBH: Tensor
+        self,
+        micro_batch: MicroBatch,
+        lesson: Lesson,
+        loss: Loss,
+        measure: bool,
+        keep: Callable[[KDLoss], None] | None,
+        hidden_SBH: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
         gpt, labels_T, rows_T = self.gpt, micro_batch.labels_T, micro_batch.rows_T
@@ -162,10 +204,13 @@ class StudentStep:
                 softcap=gpt.softcap,
                 block_tokens=gpt.block_tokens(loss.logits_memory_budget_bytes),
                 on_logits=predict_rows if compared else None,
+                keep=keep,
             )
         else:
             logits_TW = gpt.logits(hidden_SBH, rows_T)
-            loss_sum, sums = objective(logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True)
+            loss_sum, sums = objective(
+                logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True, keep=keep
+            )
             if compared:
                 predict_rows(slice(None), logits_TW.detach())
         if ids:
