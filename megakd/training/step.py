@@ -24,6 +24,7 @@ from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
+from megakd.training.phases import Phases
 from megakd.training.stragglers import OwnSeconds
 
 
@@ -53,6 +54,7 @@ class StudentStep:
         optimizer, scheduler: Megatron's.
         groups: the run's process groups.
         own: this rank's own seconds of the last step.
+        phases: where the seconds of a step go.
     """
 
     gpt: GPT
@@ -64,6 +66,7 @@ class StudentStep:
     scheduler: object
     groups: object
     own: OwnSeconds = dataclasses.field(default_factory=OwnSeconds)
+    phases: Phases = dataclasses.field(default_factory=Phases)
 
     def __post_init__(self):
         self.gpt.config.finalize_model_grads_func = self.own.before(self.gpt.config.finalize_model_grads_func)
@@ -100,7 +103,9 @@ class StudentStep:
         )
         if metrics is None:
             return None
+        self.phases.begin("optimizer")
         self.optimizer.step()
+        self.phases.begin("other")
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return metrics | self.loss.moved(step)
 
@@ -119,11 +124,14 @@ class StudentStep:
             return None
         self.own.start()
         loss = self.loss.at(step)
+        if self.teacher:
+            self.phases.begin("teacher")
         if self.features:
             self.features.begin(micro_batches)
         lessons = self.lessons(micro_batches, loss)
         if self.features:
             self.features.end_teacher()
+        self.phases.begin("student")
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = get_forward_backward_func()(
@@ -137,6 +145,7 @@ class StudentStep:
             **pipeline(self.gpt, self.groups),
         )
         metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device), self.teacher is not None)
+        self.phases.begin("other")
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
             metrics["loss"] += metrics["features"]
@@ -150,8 +159,10 @@ class StudentStep:
                 f"{loss_limit:.6g}",
                 hint="look at the samples; to go on without such batches: train.max_skipped_steps=N",
             )
+        self.phases.begin("optimizer")
         self.optimizer.prepare_grads()  # the norm first: once a step is taken with it, the weights are spoilt
         metrics["grad_norm"] = float(self.optimizer.get_grad_norm())
+        self.phases.begin("other")
         check_finite(metrics, ["grad_norm"], f"step {step}", BrokenBatch)
         if witness:
             witness.gradients(self.ddp)
