@@ -250,6 +250,7 @@ class Loop:
             return True
         check_finite(metrics, ["loss"], f"validation at step {progress.step}")
         self.log.write("validation", progress.step, metrics | {"seconds": watch.lap()})
+        metrics = {name: value for name, value in metrics.items() if name != "calibration"}  # for the checkpoint
         best = progress.best_loss is None or metrics["loss"] < progress.best_loss
         if best:
             progress.best_loss, progress.best_step = metrics["loss"], progress.step
