@@ -46,6 +46,7 @@ run.dir. Averages are over supervised tokens; logarithms are natural.
   ce, perplexity   cross-entropy with the data's next token (nats), and its exponential
   accuracy         share of tokens whose most likely next token is the data's
   ece              calibration error: mean distance of confidence from accuracy, in 15 bins
+  calibration      those bins: tokens in each, sum of their confidence, how many are right
   loss             what training minimises: ce_weight * ce + kd_weight * temperature^2 * kd
 
 With a teacher, live or from a recording:
@@ -67,6 +68,7 @@ VERBS = {
     "prepare": Verb(
         "megakd.runs.prepare:main", "train a tokenizer; records or text into token files; look at samples", False
     ),
+    "replay": Verb("megakd.runs.replay:main", "compute a recorded step again; what differs first", False),
     "report": Verb("megakd.runs.report:main", "one HTML page that shows and compares runs", False),
 }
 GRACE_SECONDS = 2.0

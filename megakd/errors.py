@@ -44,3 +44,7 @@ class TrainingError(MegakdError):
 
 class ReportError(MegakdError):
     """A folder that is no run's, or a report that cannot be written."""
+
+
+class StepError(MegakdError):
+    """A recorded step is missing, damaged, or of another run than the one it is compared with."""

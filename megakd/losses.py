@@ -39,6 +39,7 @@ def objective(
     loss: Loss,
     *,
     inplace_backward: bool,
+    keep: Callable[[KDLoss], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of some supervised tokens, and the sums to report.
 
@@ -46,13 +47,13 @@ def objective(
         logits_TW, targets, labels_T, shard: as for `kd_loss`; every label is a token.
         loss: the config's section; without a teacher kd_weight is 0 and the targets are empty.
         inplace_backward: let the gradient overwrite the logits.
+        keep: is given the losses of every token.
     Returns:
         loss_sum: float32 scalar with gradient; not averaged.
         sums: float64 [len(SUMS)] without gradient; the last three are 0 here, `training.step` fills them in.
     """
-    return summed(
-        kd_loss(logits_TW, targets, labels_T, shard, **options(loss), inplace_backward=inplace_backward), labels_T
-    )
+    losses = kd_loss(logits_TW, targets, labels_T, shard, **options(loss), inplace_backward=inplace_backward)
+    return summed(losses, labels_T, keep)
 
 
 def fused_objective(
@@ -66,6 +67,7 @@ def fused_objective(
     softcap: float | None,
     block_tokens: int,
     on_logits: Callable[[slice | Tensor, Tensor], None] | None = None,
+    keep: Callable[[KDLoss], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`objective` of hidden_TH @ weight_WH.T, whose logits exist for `block_tokens` tokens at a time only.
 
@@ -88,7 +90,7 @@ def fused_objective(
         block_tokens=block_tokens,
         on_logits=on_logits,
     )
-    return summed(losses, labels_T)
+    return summed(losses, labels_T, keep)
 
 
 def options(loss: Loss) -> dict:
@@ -97,8 +99,10 @@ def options(loss: Loss) -> dict:
     return {name: getattr(loss, name) for name in names}
 
 
-def summed(losses: KDLoss, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+def summed(losses: KDLoss, labels_T: Tensor, keep: Callable[[KDLoss], None] | None) -> tuple[Tensor, Tensor]:
     """Per-token losses as (loss_sum, sums)."""
+    if keep:
+        keep(losses)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=labels_T.device)
     sums[0] = len(labels_T)
     for i, part_T in enumerate((losses.loss_T, losses.kd_T, losses.ce_T, losses.teacher_mass_T, losses.student_mass_T)):

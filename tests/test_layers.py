@@ -14,7 +14,7 @@ LAYERS = [
     "digests divergences limits ownership paths processes progress publish",
     "config ranks stopped targets megatron_on_cpu",
     "kernels",
-    "cache",
+    "cache steps",
     "losses data",
     "models",
     "checkpoints",

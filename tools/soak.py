@@ -34,9 +34,8 @@ KINDS = (
     "term", "int", "term-twice", "term-rank", "usr1-rank", "int-rank",
     "kill-rank", "kill-ranks", "kill-torchrun",
 )  # fmt: skip
-UNREPEATABLE = {
-    "seconds", "data_seconds", "tokens_per_second", "tflops_per_rank", "peak_memory_bytes",
-    "slowest_rank", "slowest_over_median",
+UNREPEATABLE = {  # and every key that ends with _seconds
+    "seconds", "tokens_per_second", "tflops_per_rank", "peak_memory_bytes", "slowest_rank", "slowest_over_median",
 }  # fmt: skip
 
 
@@ -279,7 +278,11 @@ def differences(reference: pathlib.Path, run_dir: pathlib.Path) -> list[str]:
 
 def measured(run_dir: pathlib.Path, kind: str) -> list[dict]:
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in UNREPEATABLE} for e in entries if e["kind"] == kind]
+    return [
+        {k: v for k, v in e.items() if k not in UNREPEATABLE and not k.endswith("_seconds")}
+        for e in entries
+        if e["kind"] == kind
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

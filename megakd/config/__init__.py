@@ -9,6 +9,7 @@ from megakd.config.cache import Cache
 from megakd.config.checks import check_features, check_model, check_ranks, check_vocab
 from megakd.config.config import Config
 from megakd.config.features import Features
+from megakd.config.log import Log, Profile
 from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
 from megakd.config.reference import format_reference, section_summaries
@@ -17,7 +18,6 @@ from megakd.config.sections import (
     Checkpoint,
     Data,
     Eval,
-    Log,
     Optimizer,
     Parallel,
     Run,
@@ -41,6 +41,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "Parallel",
+    "Profile",
     "RopeScaling",
     "Run",
     "Schedule",

@@ -12,6 +12,7 @@ from megakd.config.cache import Cache
 from megakd.config.features import Features
 from megakd.config.fit import model_problems
 from megakd.config.keys import iter_keys, section_of
+from megakd.config.log import Log
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
 from megakd.config.problems import explain, nearest_key, problems_error
@@ -38,7 +39,7 @@ class Config(sections.Section):
     schedule: sections.Schedule = sections.Schedule()
     eval: sections.Eval = sections.Eval()
     checkpoint: sections.Checkpoint = sections.Checkpoint()
-    log: sections.Log = sections.Log()
+    log: Log = Log()
 
     @classmethod
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Config":

@@ -49,6 +49,10 @@ class Run(Section):
     stop_after: Count | Duration | None = None
     """Of train: optimizer steps of this launch (200), or a time since its ranks met (3h50m, for a queue's limit), after
     which it writes a checkpoint and stops; null: goes on to the end."""
+    record_steps: list[Count] = Field([])
+    """Optimizer steps (the first is 1) of which everything is kept in `steps` in the run folder: ids, labels, the
+    teacher's targets, the loss of every token, gradient norms, and the weights before it. `megakd replay` computes such
+    a step again at another layout, version or device, and says what differs first."""
 
 
 class Parallel(Section):
@@ -278,27 +282,3 @@ class Checkpoint(Section):
     verify: Literal["always", "sampled", "never"] = "always"
     """Which chunks (of 4 MiB) of a checkpoint's files have their digests compared when they are read: every one, one in
     16, or none."""
-
-
-class Log(Section):
-    """Where metrics go beside metrics.jsonl"""
-
-    every_steps: Count = 1
-    """Optimizer steps between lines."""
-    progress: bool = True
-    """Progress bar on rank 0."""
-    tensorboard: bool = False
-    """TensorBoard files in the run folder."""
-    wandb_project: Text | None = None
-    """Weights & Biases project; null: not used. Needs `pip install "megakd[wandb]"`."""
-    wandb_entity: Text | None = None
-    """User or team that the project belongs to; null: the account's own."""
-    wandb_group: Text | None = None
-    """Group that the run is shown in, such as a sweep; null: none."""
-    wandb_tags: list[Text] = Field([])
-    """Tags of the run."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        for key in ("wandb_entity", "wandb_group", "wandb_tags"):
-            if getattr(self, key) and self.wandb_project is None:
-                yield key, f"{getattr(self, key)} has no effect without wandb_project"

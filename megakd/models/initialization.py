@@ -45,6 +45,21 @@ def global_name(model, name: str) -> str:
     return f"decoder.layers.{number}.{name[layer.end() :]}"
 
 
+def shared_name(model, name: str) -> str:
+    """As global_name, and the same whichever of Megatron's layers a model is built of.
+
+    Transformer Engine has a norm in the projection that follows it; that name is the one in checkpoints, too.
+    """
+    name = global_name(model, name)
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if layer:
+        here = next(one for one in model.decoder.layers if one.layer_number - 1 == int(layer[1]))
+        for own, shared in here.submodules_config.sharded_state_dict_keys_map.items():
+            if name.startswith(own, layer.end()):
+                return name[: layer.end()] + shared + name[layer.end() + len(own) :]
+    return name
+
+
 def draw(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

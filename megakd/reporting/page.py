@@ -5,7 +5,7 @@ import json
 import math
 
 from megakd import __version__
-from megakd.reporting import tables
+from megakd.reporting import reliability, tables
 from megakd.reporting.curves import Charts, color, short
 from megakd.reporting.markup import Markup, join, printable, tag
 from megakd.reporting.quantities import quantity
@@ -32,8 +32,9 @@ SECTIONS = (
     ),
 )
 REMARKS = {
-    "Calibration": "Mean distance between the confidence in the most likely token and how often it is right. "
-    "The single bins are not recorded: a diagram of accuracy over confidence is not measured.",
+    "Calibration": "The error is the mean distance between the confidence in the most likely token and how often it is "
+    "right. In the diagram a dot is a bin of confidences, larger where more tokens are; below the diagonal the model "
+    "is surer than it is right.",
     "Optimizer": "The gradient norm is that before clipping.",
     "Teacher": "Over the training batches. Mass is the probability of the teacher's top K tokens.",
     "Speed and memory": "Bars: the mean step, without the first one logged.",
@@ -150,6 +151,10 @@ def chart_sections(runs: list[Run], drawn: Charts) -> list[Markup]:
             keys += [key for key in recorded[kind] if key.endswith("_seconds")]
         charts = [drawn.chart(kind, key) for key in keys]
         missing = [quantity(key).title for key in expected if key not in recorded[kind]]
+        if title == "Calibration":
+            diagrams = reliability.figures(runs)
+            charts += diagrams
+            missing += [] if diagrams else ["accuracy over confidence"]
         above = tables.speeds(runs) if title.startswith("Speed") else Markup()
         parts.append(section(title, above, charts, missing))
         known |= {(kind, key) for key in keys}

@@ -28,6 +28,7 @@ class Run:
         folder: as it was named.
         name: short, and no other run's in the report.
         lines: kind (`train`, `validation`, `data`, ...) to its lines.
+        validations: the lines of validations as they stand in the file, bins of calibration among them.
         evaluations: lines of `megakd evaluate`, the last one last.
         config: dotted key to its text; empty where the config cannot be read.
         versions: package to its version.
@@ -38,6 +39,7 @@ class Run:
     folder: pathlib.Path
     name: str
     lines: dict[str, Lines]
+    validations: list[dict]
     evaluations: list[dict]
     config: dict[str, str]
     versions: dict[str, str]
@@ -76,13 +78,15 @@ def read_run(folder: pathlib.Path, name: str, notes: list[str]) -> Run:
             f"{folder / METRICS_FILE} cannot be read: {error.strerror}", hint="check its permissions"
         ) from error
     notes = list(notes)
-    lines = by_kind(parse_lines(metrics, METRICS_FILE, notes), METRICS_FILE, notes)
+    entries = parse_lines(metrics, METRICS_FILE, notes)
+    lines = by_kind(entries, METRICS_FILE, notes)
     if not lines.keys() & {"train", "validation"}:
         notes.append(f"{METRICS_FILE} has no step yet")
     return Run(
         folder=folder,
         name=name,
         lines=lines,
+        validations=[entry for entry in entries if entry.get("kind") == "validation"],
         evaluations=parse_lines(read_optional(folder / EVALUATIONS_FILE, notes), EVALUATIONS_FILE, notes),
         config=read_config(folder / CONFIG_FILE, notes),
         versions=dict(

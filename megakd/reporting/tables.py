@@ -10,7 +10,7 @@ from megakd.reporting.quantities import duration, number, phase, quantity, shown
 from megakd.reporting.runs import Run
 from megakd.reporting.settings import care, differing, setting_texts, value_at
 
-SHADES, REST = (44, 26, 36, 54), 14  # per cent of the run's colour: phases, and what is none
+SHADES, REST = (44, 26, 36, 54, 20, 62), 14  # per cent of the run's colour: phases, and what is none
 NARROW = 0.07  # of the longest bar: no room for letters
 KINDS = {"validation": "held out", "train": "training"}
 

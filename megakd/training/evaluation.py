@@ -50,7 +50,8 @@ class Evaluation:
             stopping: asked before each batch, on all ranks alike; True gives up, and None is returned.
         Returns:
             Means as in training, with `perplexity` (of CE), `accuracy` (of the next token) and `ece` (expected
-            calibration error of the most likely token, 15 equal bins, arXiv:1706.04599); equal on all ranks.
+            calibration error of the most likely token, 15 equal bins, arXiv:1706.04599), and those bins as
+            `calibration`; equal on all ranks.
         Collectives: those of the models; one all-reduce and one broadcast at the end.
         """
         totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
@@ -115,10 +116,19 @@ def share_bins(bins_3N: Tensor, groups) -> Tensor:
     return bins_3N
 
 
-def calibration(bins_3N: Tensor) -> dict[str, float]:
-    """Accuracy, and the mean distance between confidence and accuracy over the bins, weighted by their tokens."""
+def calibration(bins_3N: Tensor) -> dict[str, float | dict[str, list]]:
+    """Accuracy, the mean distance between confidence and accuracy over the bins by their tokens, and the bins.
+
+    Of each bin: how many tokens it holds, the sum of their confidence, and how many of them are right.
+    """
     count_N, confidence_N, right_N = bins_3N
     tokens = float(count_N.sum())
     if tokens == 0:
         return {}
-    return {"accuracy": float(right_N.sum()) / tokens, "ece": float((confidence_N - right_N).abs().sum()) / tokens}
+    bins = {
+        "tokens": count_N.long().tolist(),
+        "confidence": [round(value, 4) for value in confidence_N.tolist()],
+        "right": right_N.long().tolist(),
+    }
+    error = float((confidence_N - right_N).abs().sum()) / tokens
+    return {"accuracy": float(right_N.sum()) / tokens, "ece": error, "calibration": bins}

@@ -19,10 +19,13 @@ from megakd.training.checkpointing import Progress, Saver, resume_newest, write_
 from megakd.training.evaluation import Evaluation
 from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
+from megakd.training.overview import overview
 from megakd.training.run_folder import open_run_folder, write_run_files
 from megakd.training.step import BrokenBatch, StudentStep, check_finite, describe_head
+from megakd.training.step_record import StepRecorder, check_recording
 from megakd.training.stragglers import compare_ranks
 from megakd.training.teacher_check import TeacherCheck
+from megakd.training.tracing import Tracer
 
 LOG = logging.getLogger("megakd")
 
@@ -42,6 +45,7 @@ def train(config: Config, ranks: Ranks) -> None:
         saved_step = checkpoint.step if checkpoint else None
         ranks.on_early_stop(lambda: write_stopped(config.run.dir, step=saved_step or 0, finished=False))
         setup = build_setup(config, ranks.device)
+        check_recording(setup)
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
         student = StudentStep(
@@ -65,7 +69,9 @@ def train(config: Config, ranks: Ranks) -> None:
         else:
             LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
         saver = Saver(config, student, setup.model, setup.tokenizer, setup.origin, saved_step)
-        finished = Loop(setup, student, saver, log, progress, ranks).run()
+        loop = Loop(setup, student, saver, log, progress, ranks)
+        finished = loop.run()
+        loop.tracer.close()
         saver.finish()
         write_stop_file(config.run.dir, progress.step, finished=finished)
         LOG.info(
@@ -82,6 +88,8 @@ class Loop:
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
         self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
+        self.recorder, self.tracer = StepRecorder(setup, student), Tracer(setup.config, dist.get_rank(), setup.device)
+        self.is_introduced = False
         self.teacher_is_known = setup.teacher is None or setup.config.teacher.allow_weak
 
     def run(self) -> bool:
@@ -97,7 +105,9 @@ class Loop:
             stop = not self.validate()
         while progress.step < last and not stop:
             self.one_step()
-            self.saver.poll()
+            self.tracer.after(progress.step)
+            with self.student.phases.saving():
+                self.saver.poll()
             stop = self.ranks.agree_to_stop()
             ending = stop or progress.step == last
             if ending or due(self.config.checkpoint.every_steps, progress.step):
@@ -114,8 +124,9 @@ class Loop:
     def save(self) -> None:
         if self.progress.step > 0:
             self.ranks.pulse.mark("save", self.progress.step)
-            self.log.sync()
-            self.saver.save(self.progress, {})
+            with self.student.phases.saving():
+                self.log.sync()
+                self.saver.save(self.progress, {})
 
     def owes_validation(self) -> bool:
         """Whether the step reached was to be validated, and an end came before its line was written.
@@ -129,10 +140,15 @@ class Loop:
         return not from_rank_0(lambda: has_line(path, "validation", step))
 
     def one_step(self) -> None:
-        progress, watch = self.progress, Stopwatch()
+        progress, phases = self.progress, self.student.phases
+        self.tracer.before(progress.step + 1)
+        phases.start()
         self.ranks.pulse.mark("data", progress.step + 1)
+        phases.begin("data")
         micro_batches = self.setup.batch(progress.step)
-        data_seconds = watch.lap()
+        phases.begin("save")
+        witness = self.recorder.begin(progress.step + 1, micro_batches)
+        phases.begin("other")
         self.ranks.pulse.mark("step", progress.step + 1)
         logged = due(self.config.log.every_steps, progress.step + 1)
         limit = loss_limit(progress.recent, self.config.train.spike_factor)
@@ -144,23 +160,40 @@ class Loop:
                 measure=logged or check is not None,
                 loss_limit=limit,
                 check=check,
+                witness=witness,
             )
         except BrokenBatch as error:
+            if witness:
+                self.recorder.finish(progress.step + 1, witness, None)
             self.leave_out(error, micro_batches)
             return
+        if witness:
+            phases.begin("save")
+            self.recorder.finish(progress.step + 1, witness, metrics)
+            phases.begin("other")
         progress.step += 1
         if metrics is None:
             progress.skipped += 1
             self.log.advance(None)
             return
         self.teacher_is_known = True
+        self.account(metrics, micro_batches, logged)
+
+    def account(self, metrics: dict[str, float], micro_batches: list[MicroBatch], logged: bool) -> None:
+        """Count a step that was taken, and show and write its metrics."""
+        progress = self.progress
         tokens = metrics.pop("tokens")
         progress.tokens += int(tokens)
         positions = sum(micro_batch.ids_BS.numel() for micro_batch in micro_batches) * self.setup.groups.dp.size()
         progress.recent = [*progress.recent, metrics["loss"]][-REMEMBERED:]
-        metrics |= self.speed(data_seconds, watch.lap(), tokens, positions)
+        metrics |= self.student.phases.read(last=logged)
+        metrics |= self.speed(metrics["seconds"], tokens, positions)
+        if not self.is_introduced:
+            self.is_introduced = True
+            said = overview(self.setup, self.setup.steps - progress.step, tokens, metrics["seconds"])
+            LOG.info("step %d: %s", progress.step, said)
         if logged:
-            metrics |= compare_ranks(data_seconds + self.student.own.read(), self.setup.device)
+            metrics |= compare_ranks(metrics["data_seconds"] + self.student.own.read(), self.setup.device)
             counts = {"tokens": progress.tokens, "skipped": progress.skipped, "broken": progress.broken}
             self.log.write("train", progress.step, metrics | counts)
         self.log.advance(metrics)
@@ -192,18 +225,15 @@ class Loop:
         LOG.warning("%s; left out (%d so far), see %s", why, progress.broken, folder)
         self.log.advance(None)
 
-    def speed(self, data_seconds: float, step_seconds: float, tokens: float, positions: int) -> dict[str, float]:
+    def speed(self, seconds: float, tokens: float, positions: int) -> dict[str, float]:
         """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
         setup, length = self.setup, self.config.data.sequence_length
         flops = model_flops_per_token(setup.model, setup.model.vocab_size, length, backward=True)
         if setup.teacher_model and flops is not None:
             teacher = model_flops_per_token(setup.teacher_model, setup.model.vocab_size, length, backward=False)
             flops = None if teacher is None else flops + teacher
-        seconds = data_seconds + step_seconds
         rate = {} if flops is None else {"tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12}
         return rate | {
-            "seconds": seconds,
-            "data_seconds": data_seconds,
             "tokens_per_second": tokens / seconds,
             "peak_memory_bytes": memory_peak_bytes(setup.device),
         }
@@ -224,6 +254,7 @@ class Loop:
             return True
         check_finite(metrics, ["loss"], f"validation at step {progress.step}")
         self.log.write("validation", progress.step, metrics | {"seconds": watch.lap()})
+        metrics = {name: value for name, value in metrics.items() if name != "calibration"}  # for the checkpoint
         best = progress.best_loss is None or metrics["loss"] < progress.best_loss
         if best:
             progress.best_loss, progress.best_step = metrics["loss"], progress.step

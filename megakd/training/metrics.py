@@ -50,8 +50,8 @@ class MetricsLog:
         if config.log.wandb_project:
             self.wandb = start_wandb(config)
 
-    def write(self, kind: str, step: int, metrics: dict[str, float]) -> None:
-        """kind: `train` or `validation`; becomes a field of the line and the prefix elsewhere."""
+    def write(self, kind: str, step: int, metrics: dict) -> None:
+        """kind: `train` or `validation`; becomes a field of the line and the prefix elsewhere, where numbers go."""
         if not self.enabled:
             return
         try:
@@ -59,7 +59,7 @@ class MetricsLog:
             self.file.flush()
         except OSError as error:
             raise self.unwritable(error) from error
-        named = {f"{kind}/{name}": value for name, value in metrics.items()}
+        named = {f"{kind}/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
         if self.board:
             for name, value in named.items():
                 self.board.add_scalar(name, value, step)

@@ -26,6 +26,7 @@ FREE = (
     "run.stop_after",
     "run.timeout_seconds",
     "run.watchdog_seconds",
+    "run.record_steps",
     "parallel",
     "train.micro_batch_size",
     "train.recompute",

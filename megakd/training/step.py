@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megakd.config import Loss
 from megakd.errors import TrainingError
+from megakd.kernels import KDLoss
 from megakd.kernels.predictions import predict
 from megakd.losses import SUMS, fused_objective, means, objective
 from megakd.models.features import FeatureLoss
@@ -22,11 +24,22 @@ from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
+from megakd.training.phases import Phases
 from megakd.training.stragglers import OwnSeconds
 
 
 class BrokenBatch(TrainingError):
     """A batch whose loss or gradient would spoil the weights; nothing has been changed by it."""
+
+
+class Witness(Protocol):
+    """Whoever wants to see what a step computes on the way."""
+
+    def losses(self, micro_batch: MicroBatch, lesson: Lesson, losses: KDLoss) -> None:
+        """Is given every micro-batch with what its teacher said and its tokens' losses, on the last stage."""
+
+    def gradients(self, ddp: torch.nn.Module) -> None:
+        """Is given the student whose gradients are whole, before they are clipped and taken."""
 
 
 @dataclasses.dataclass
@@ -41,6 +54,7 @@ class StudentStep:
         optimizer, scheduler: Megatron's.
         groups: the run's process groups.
         own: this rank's own seconds of the last step.
+        phases: where the seconds of a step go.
     """
 
     gpt: GPT
@@ -52,6 +66,7 @@ class StudentStep:
     scheduler: object
     groups: object
     own: OwnSeconds = dataclasses.field(default_factory=OwnSeconds)
+    phases: Phases = dataclasses.field(default_factory=Phases)
 
     def __post_init__(self):
         self.gpt.config.finalize_model_grads_func = self.own.before(self.gpt.config.finalize_model_grads_func)
@@ -64,6 +79,7 @@ class StudentStep:
         measure: bool,
         loss_limit: float = math.inf,
         check: Callable[[dict[str, float]], None] | None = None,
+        witness: Witness | None = None,
     ) -> dict[str, float] | None:
         """Run one step.
 
@@ -73,6 +89,7 @@ class StudentStep:
             measure: compute agreement and teacher CE too (one more read of both models' logits).
             loss_limit: a larger loss is a spike, and refused.
             check: is given the averages before the update, and may raise on every rank.
+            witness: sees what is computed on the way.
         Returns:
             Averages over the supervised tokens of the global batch with learning rate and gradient norm, equal on all
             ranks; None for a batch without supervised tokens, which changes nothing.
@@ -81,19 +98,44 @@ class StudentStep:
         Collectives: beside those of models and loss: one all-reduce of a count before, one of the sums after.
         """
         self.scheduler.step(increment=1)  # before the update: step 1 of a warm-up does not train at rate 0
+        metrics = self.derive(
+            micro_batches, step=step, measure=measure, loss_limit=loss_limit, check=check, witness=witness
+        )
+        if metrics is None:
+            return None
+        self.phases.begin("optimizer")
+        self.optimizer.step()
+        self.phases.begin("other")
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics | self.loss.moved(step)
+
+    def derive(
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        step: int,
+        measure: bool,
+        loss_limit: float = math.inf,
+        check: Callable[[dict[str, float]], None] | None = None,
+        witness: Witness | None = None,
+    ) -> dict[str, float] | None:
+        """All of a step but its update: as above, the gradients stay in the optimizer."""
         if self.supervised_tokens(micro_batches) == 0:
             return None
         self.own.start()
         loss = self.loss.at(step)
+        if self.teacher:
+            self.phases.begin("teacher")
         if self.features:
             self.features.begin(micro_batches)
         lessons = self.lessons(micro_batches, loss)
         if self.features:
             self.features.end_teacher()
+        self.phases.begin("student")
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = get_forward_backward_func()(
-            forward_step_func=functools.partial(self.forward_step, loss, measure),
+            forward_step_func=functools.partial(self.forward_step, loss, measure, witness),
             data_iterator=iter(zip(micro_batches, lessons, strict=True)),
             model=[self.ddp],
             num_microbatches=len(micro_batches),
@@ -103,6 +145,7 @@ class StudentStep:
             **pipeline(self.gpt, self.groups),
         )
         metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device), self.teacher is not None)
+        self.phases.begin("other")
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
             metrics["loss"] += metrics["features"]
@@ -116,12 +159,14 @@ class StudentStep:
                 f"{loss_limit:.6g}",
                 hint="look at the samples; to go on without such batches: train.max_skipped_steps=N",
             )
+        self.phases.begin("optimizer")
         self.optimizer.prepare_grads()  # the norm first: once a step is taken with it, the weights are spoilt
         metrics["grad_norm"] = float(self.optimizer.get_grad_norm())
+        self.phases.begin("other")
         check_finite(metrics, ["grad_norm"], f"step {step}", BrokenBatch)
-        self.optimizer.step()
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics | self.loss.moved(step)
+        if witness:
+            witness.gradients(self.ddp)
+        return metrics
 
     def supervised_tokens(self, micro_batches: list[MicroBatch]) -> int:
         """Supervised tokens of the global batch."""
@@ -136,12 +181,20 @@ class StudentStep:
             self.teacher.temperature = loss.temperature  # only a live teacher may have a ramp
         return self.teacher.lessons(micro_batches) or [None] * len(micro_batches)  # none on earlier pipeline stages
 
-    def forward_step(self, loss: Loss, measure: bool, iterator, model):
+    def forward_step(self, loss: Loss, measure: bool, witness: Witness | None, iterator, model):
         micro_batch, lesson = next(iterator)
-        return forward(model, micro_batch), functools.partial(self.loss_function, micro_batch, lesson, loss, measure)
+        keep = functools.partial(witness.losses, micro_batch, lesson) if witness else None
+        how = (micro_batch, lesson, loss, measure, keep)
+        return forward(model, micro_batch), functools.partial(self.loss_function, *how)
 
     def loss_function(
-        self, micro_batch: MicroBatch, lesson: Lesson, loss: Loss, measure: bool, hidden_SBH: Tensor
+        self,
+        micro_batch: MicroBatch,
+        lesson: Lesson,
+        loss: Loss,
+        measure: bool,
+        keep: Callable[[KDLoss], None] | None,
+        hidden_SBH: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
         gpt, labels_T, rows_T = self.gpt, micro_batch.labels_T, micro_batch.rows_T
@@ -162,10 +215,13 @@ class StudentStep:
                 softcap=gpt.softcap,
                 block_tokens=gpt.block_tokens(loss.logits_memory_budget_bytes),
                 on_logits=predict_rows if compared else None,
+                keep=keep,
             )
         else:
             logits_TW = gpt.logits(hidden_SBH, rows_T)
-            loss_sum, sums = objective(logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True)
+            loss_sum, sums = objective(
+                logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True, keep=keep
+            )
             if compared:
                 predict_rows(slice(None), logits_TW.detach())
         if ids:

@@ -48,6 +48,14 @@ def validation_line(step: int, **changes) -> dict:
     return line | changes
 
 
+def calibrated(line: dict, sharp: float = 1.0) -> dict:
+    """The line with bins: of 5, the first is empty; `sharp` above 1 is a model that is too sure."""
+    tokens = [0, 40, 30, 20, 10]
+    sure = [0.0, *(n * (0.1 + 0.2 * i) for i, n in enumerate(tokens[1:], start=1))]
+    right = [round(value / sharp) for value in sure]
+    return line | {"calibration": {"tokens": tokens, "confidence": sure, "right": right}}
+
+
 def lines_of(steps: int = 23, every: int = 1, validate: int = 5) -> list[dict]:
     """Every line of a run's metrics, in the order of a run."""
     lines = [{"kind": "data", "step": 0, "samples": 1234}]

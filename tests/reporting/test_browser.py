@@ -82,7 +82,8 @@ def at(name, step):
 
 @pytest.fixture
 def text(tmp_path):
-    a = made.write(tmp_path / "distilled from a large teacher", made.lines_of(23))
+    lines = [made.calibrated(line) if line["kind"] == "validation" else line for line in made.lines_of(23)]
+    a = made.write(tmp_path / "distilled from a large teacher", lines)
     b = made.write(tmp_path / "b", made.lines_of(11), torn="{")
     return page(read_runs([a, b]), datetime.datetime(2026, 11, 27))
 

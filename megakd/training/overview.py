@@ -1,0 +1,62 @@
+"""What a launch is, in one line after its first step: sizes, tokens, memory, and how long it will take."""
+
+import datetime
+
+import torch
+import torch.distributed as dist
+
+from megakd.assembly.setup import Setup
+from megakd.models.initialization import is_split
+from megakd.teachers.online import OnlineTeacher
+from megakd.training.optimizer import memory_peak_bytes
+
+
+def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> str:
+    """The line.
+
+    Args:
+        steps_left: after the step that was just done.
+        tokens: supervised ones in its global batch.
+        seconds: that it took.
+    Collectives: two or three all-reduces of 8 bytes.
+    """
+    train, device = setup.config.train, setup.device
+    sizes = [f"student {large(count_parameters(setup.student, setup.groups, device))} parameters"]
+    if isinstance(setup.teacher, OnlineTeacher):
+        sizes.append(f"teacher {large(count_parameters(setup.teacher.gpt, setup.groups, device))}")
+    length = setup.config.data.sequence_length
+    peak = torch.tensor(memory_peak_bytes(device), dtype=torch.int64, device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    kind = "GPU memory" if device.type == "cuda" else "memory"
+    return (
+        f"{', '.join(sizes)}; a step is {train.global_batch_size:,} samples of up to {length:,} tokens, "
+        f"{tokens:,.0f} supervised; {int(peak) / 1e9:.2f} GB of {kind} on the fullest rank; {seconds:.3g} s for this "
+        f"step; {steps_left:,} to go: {spell(steps_left * seconds)} at its pace, and a first step is slow"
+    )
+
+
+def count_parameters(gpt, groups, device: torch.device) -> int:
+    """Of the whole model, its padded vocabulary included; a tied embedding counts once.
+
+    Collectives: one all-reduce of 8 bytes over the ranks of a model.
+    """
+    own = sum(
+        parameter.numel()
+        for parameter in gpt.parameters()
+        if (is_split(parameter) or groups.tp.rank() == 0) and not getattr(parameter, "shared", False)
+    )
+    total = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=groups.mp)
+    return int(total)
+
+
+def large(number: int) -> str:
+    """`13.0 B`, `1.24 M`, `97`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:,}"
+
+
+def spell(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
