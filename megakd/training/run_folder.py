@@ -26,6 +26,7 @@ FREE = (
     "run.timeout_seconds",
     "run.watchdog_seconds",
     "parallel",
+    "data.verify",
     "train.micro_batch_size",
     "train.recompute",
     "eval",
