@@ -78,6 +78,15 @@ def parse_source(source) -> tuple[list[str], list[float] | None]:
     return paths, [float(weight) for weight in weights]
 
 
+def order_version(data: Data) -> int:
+    """Which order samples of data.train come in for a seed: a resumed run must go on in the one that it began with.
+
+    Of weighted blends: 1 until they kept their proportions at every sample, 2 since. Of all other data: 1.
+    """
+    paths, weights = parse_source(data.train)
+    return 2 if weights is not None and len(paths) > 1 else 1
+
+
 def _open(data: Data, prefix: str | Path, tokenizer: Tokenizer, seed: int | None):
     if not load_info(prefix).masked:
         text = TextDataset(prefix, data.sequence_length, seed, tokenizer.fingerprint)
