@@ -6,6 +6,7 @@ change its digests too, and no hash of this kind is a defence against that.
 """
 
 import io
+import json
 import os
 import pathlib
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ PIECE_BYTES = 256 << 10  # hashed while it is still in the processor's cache
 SAMPLED = 16  # of so many chunks one is compared, and the first and the last of a file
 READERS = 8
 KEPT = 4
+KIND = {"algorithm": ALGORITHM, "chunk_bytes": CHUNK_BYTES}  # as records name it
 
 Verify = Literal["always", "sampled", "never"]
 
@@ -222,3 +224,10 @@ def digest_files(paths: Iterable[pathlib.Path]) -> list[FileDigests]:
 def digest_of(data: bytes) -> str:
     """The digest of a short text or record."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def sealed(record: dict) -> dict:
+    """A record (plain values) with the digest of its other values as `digest`."""
+    values = {key: value for key, value in record.items() if key != "digest"}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return values | {"digest": digest_of(text.encode())}

@@ -11,7 +11,7 @@ import pytest
 # Packages from the ground up; those on one line do not import each other.
 LAYERS = [
     "errors",
-    "digests divergences limits ownership paths processes progress publish",
+    "digests divergences file limits ownership paths processes progress publish",
     "config ranks stopped targets megatron_on_cpu",
     "kernels",
     "cache steps",

@@ -1,18 +1,28 @@
 """The data of a run: opened, counted, and described so that a recording and a training can be compared."""
 
+import logging
 import math
+import os
+from collections.abc import Iterator
 
 import torch.distributed as dist
 
 from megakd.config import Config
 from megakd.data.blend import BlendedDataset
 from megakd.data.sources import open_data
-from megakd.ranks import from_rank_0
+from megakd.data.token_files.reader import TokenFile
+from megakd.data.token_files.verification import chunks_to_compare, compare, size_of
+from megakd.progress import progress_bar
+from megakd.ranks import from_rank_0, read_launch
+
+LOG = logging.getLogger("megakd")
 
 
 def open_both(config: Config, tokenizer) -> tuple:
     """Training and validation data (None without); what is not tokenized yet is, by rank 0 while the others wait.
 
+    Raises:
+        DataError: see `open_data`; or a file is not what was written.
     Collectives: one broadcast; `run.timeout_seconds` must be enough for rank 0 (or use `megakd prepare` before).
     """
 
@@ -25,7 +35,34 @@ def open_both(config: Config, tokenizer) -> tuple:
 
     shown = config.log.progress and dist.get_rank() == 0
     from_rank_0(lambda: open_all(build=True) and None)
-    return open_all(build=False)
+    opened = open_all(build=False)
+    verify_data(config, [file for data in opened if data is not None for file in token_files(data)], shown)
+    return opened
+
+
+def verify_data(config: Config, files: list[TokenFile], shown: bool) -> None:
+    """Compare token files with their digests, as far as data.verify says; the ranks of each machine share the work.
+
+    Raises:
+        DataError: on the rank that finds a difference.
+    """
+    for file in files:
+        if file.info.parts is None and config.data.verify != "never":
+            LOG.info("%s was written without digests: nothing to compare (`megakd prepare` writes them)", file.prefix)
+    launch = read_launch(os.environ)  # a machine may have copies of its own
+    share, shares = (launch.local_rank, launch.local_world_size) if launch.local_world_size else (0, 1)
+    chunks = chunks_to_compare(files, config.data.verify, share, shares)
+    with progress_bar(sum(map(size_of, chunks)), "comparing data", unit="B", shown=shown) as bar:
+        compare(chunks, bar.update)
+
+
+def token_files(data) -> Iterator[TokenFile]:
+    """The token files that a data set reads; of a blend, its parts' in order."""
+    if isinstance(data, BlendedDataset):
+        for part in data.parts:
+            yield from token_files(part)
+    else:
+        yield data.file
 
 
 def run_steps(config: Config, train_data) -> int:
@@ -46,6 +83,4 @@ def describe_data(config: Config, train_data, validation_data) -> dict:
 
 def content(data) -> str:
     """The identity of what a data set reads; of a blend, of its parts in order."""
-    if isinstance(data, BlendedDataset):
-        return "+".join(content(part) for part in data.parts)
-    return data.file.info.content
+    return "+".join(file.info.content for file in token_files(data))

@@ -12,11 +12,11 @@ import pathlib
 
 import numpy as np
 
-from megakd.cache.file import File
 from megakd.cache.header import Header, IndexRecord, digest_of
 from megakd.cache.publish import publishing
 from megakd.cache.shard import Shard
 from megakd.errors import CacheError
+from megakd.file import File
 
 INDEX_FILE = "index.bin"
 _ROW_BYTES = 24

@@ -13,11 +13,11 @@ import pathlib
 import numpy as np
 import pyarrow as pa
 
-from megakd.cache.file import File
 from megakd.cache.header import ShardRecord, digest_of
 from megakd.cache.publish import publishing
 from megakd.cache.row import EncodedRow
 from megakd.errors import CacheError
+from megakd.file import File
 
 SCHEMA = pa.schema(
     [

@@ -54,6 +54,7 @@ class Checkpoint:
         conversion: what `megakd convert` made it from and how that was verified; None for one that was trained.
         run: identity of the run that saved it; None if no run did, or an older megakd.
         layout: its ranks, {"tp", "pp", "dp"}; None likewise.
+        data: how samples were made and in which order they came; None likewise.
     """
 
     path: pathlib.Path
@@ -67,6 +68,7 @@ class Checkpoint:
     conversion: dict | None = None
     run: str | None = None
     layout: dict[str, int] | None = None
+    data: dict | None = None
 
     @property
     def tokenizer_path(self) -> pathlib.Path | None:
@@ -150,6 +152,7 @@ def read_checkpoint(path, verify: Verify = "always") -> Checkpoint:
             conversion=record.get("conversion"),
             run=record.get("run"),
             layout=record.get("layout"),
+            data=record.get("data"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise unreadable(path / RECORD, error) from error
@@ -234,7 +237,8 @@ def publish(
     Args:
         tokenizer: megakd.data Tokenizer whose files travel along, or None.
         conversion: see Checkpoint.
-        data: how samples were made of records (templates, masks), for whoever uses the model.
+        data: how samples were made of records (templates, masks), for whoever uses the model, and in which `order`
+            (a version) they came.
         origin: checkpoint that training started from; what it has kept of its Hugging Face origin goes along.
         run, layout: see Checkpoint.
         written: digests that were made when the files were written, by name; other files are read for theirs.

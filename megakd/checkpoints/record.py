@@ -13,12 +13,13 @@ from megakd.checkpoints.inside import below
 from megakd.digests import (
     ALGORITHM,
     CHUNK_BYTES,
+    KIND,
     DamagedFile,
     FileDigests,
     VerifiedFile,
     Verify,
     digest_files,
-    digest_of,
+    sealed,
 )
 from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.limits import parse_json
@@ -106,19 +107,12 @@ def describe_files(folder: pathlib.Path, written: dict[str, FileDigests]) -> dic
     missing = [name for name in names if name not in written]
     known = written | dict(zip(missing, digest_files(folder / name for name in missing), strict=True))
     files = {name: {"bytes": known[name].size_bytes, "digests": known[name].chunks} for name in names}
-    return {"digests": {"algorithm": ALGORITHM, "chunk_bytes": CHUNK_BYTES}, "files": files}
+    return {"digests": KIND, "files": files}
 
 
 def write_record(folder: pathlib.Path, record: dict) -> None:
     """Write (or replace) a folder's record, with its digest."""
     publish_text(folder / RECORD, json.dumps(sealed(record), indent=1))
-
-
-def sealed(record: dict) -> dict:
-    """A record with the digest of its own values."""
-    values = {key: value for key, value in record.items() if key != "digest"}
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return values | {"digest": digest_of(text.encode())}
 
 
 def read_record(folder: pathlib.Path) -> dict:
@@ -156,7 +150,7 @@ def check_shape(record: dict) -> None:
     """Raises TypeError or KeyError where a record's values are not of the kinds that are read."""
     text, values = str | None, dict(record)
     kinds = {"model": dict, "step": int, "training": bool, "metrics": dict, "tokenizer": dict | None, "files": dict}
-    added = {"conversion": dict | None, "run": text, "layout": dict | None}
+    added = {"conversion": dict | None, "run": text, "layout": dict | None, "data": dict | None}
     kinds |= {key: kind for key, kind in added.items() if key in record}
     if isinstance(record["tokenizer"], dict):
         kinds["tokenizer.fingerprint"] = text
@@ -181,7 +175,7 @@ def read_files(folder: pathlib.Path, record: dict, verify: Verify) -> Files:
             raise TypeError("its files have no sizes")
         return Files(folder, sizes, None, verify)
     kind = record["digests"]
-    if kind != {"algorithm": ALGORITHM, "chunk_bytes": CHUNK_BYTES}:
+    if kind != KIND:
         raise CheckpointError(
             f"{folder} has digests of the kind {kind}, this megakd ({__version__}) knows {ALGORITHM} of {CHUNK_BYTES}",
             hint=f"use megakd {record.get('megakd_version', 'of a later version')}",

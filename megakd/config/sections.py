@@ -168,6 +168,9 @@ class Data(Section):
     """Refuse a record with text that its format or template does not use; false: such keys are named once."""
     index_dir: LocalPath | None = None
     """Folder for the tokens of raw files; null: `PATH.megakd` beside each."""
+    verify: Literal["always", "sampled", "never"] = "always"
+    """Which chunks (of 4 MiB) of the token files are compared with their digests when a run starts, by the ranks of
+    each machine together: every one, one in 16, or none."""
     workers: Count | None = None
     """Processes that tokenize; null: one for each processor."""
 

@@ -91,10 +91,10 @@ class TextDataset:
         place = int(np.searchsorted(ends, start, side="right"))
         parts = []
         while start < stop:
-            tokens = self.file.document(documents[place])
-            offset = start - (int(ends[place]) - len(tokens))
-            parts.append(tokens[offset : offset + stop - start])
-            start += len(parts[-1])
+            left = min(int(ends[place]), stop) - start  # of the document at this place, as far as it is wanted
+            document_end = int(self.file.starts[documents[place]]) + int(self.file.lengths[documents[place]])
+            parts.append(self.file.read_tokens(document_end - (int(ends[place]) - start), left))
+            start += left
             place += 1
         return np.concatenate(parts).astype(np.int64)
 

@@ -7,6 +7,7 @@ import numpy as np
 from megakd.data.dataset import IGNORED
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
+from megakd.publish import publishing
 
 _ON, _OFF = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 _BINS, _WIDTH = 16, 50
@@ -79,7 +80,8 @@ def draw_lengths(dataset, path: Path) -> None:
     axes.hist(lengths_of(dataset), bins=50, range=(0, dataset.sequence_length))
     axes.set(xlabel="tokens of a sample", ylabel="samples", title=f"{len(dataset):,} samples")
     try:
-        figure.savefig(path, dpi=120, bbox_inches="tight")
+        with publishing(path) as incomplete:
+            figure.savefig(incomplete, dpi=120, bbox_inches="tight", format=Path(path).suffix.lstrip(".") or "png")
     except ValueError as error:
         raise DataError(f"cannot write {path}: {error}", hint="a picture ends in .png, .svg or .pdf") from error
     finally:

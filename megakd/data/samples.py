@@ -78,9 +78,9 @@ class SampleDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         document = self._documents[index]
         start, length = int(self.file.starts[document]), int(self._lengths[index])
-        tokens = self.file.tokens[start : start + length + 1].astype(np.int64)
+        tokens = self.file.read_tokens(start, length + 1).astype(np.int64)
         self.file.check_ids(tokens)
-        labels = np.where(self.file.mask[start + 1 : start + length + 1], tokens[1:], IGNORED)
+        labels = np.where(self.file.read_mask(start + 1, length), tokens[1:], IGNORED)
         return {"ids": tokens[:-1], "labels": labels, "segments": [length]}
 
 

@@ -27,12 +27,13 @@ from megakd.data.files import (
 from megakd.data.formats import TEMPLATED, SampleFormat
 from megakd.data.nemo_chat import ChatTokens
 from megakd.data.samples import PackedDataset, SampleDataset
-from megakd.data.token_files.layout import load_info, part
+from megakd.data.token_files.layout import is_prefix, load_info, part
 from megakd.data.token_files.reader import TokenFile
 from megakd.data.tokenization import detect, write_token_file
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import ConfigError, DataError
 from megakd.ownership import owning
+from megakd.publish import publish_text
 
 LOG = logging.getLogger("megakd")
 _ENCODING = 2  # version of how samples are encoded; part of every key
@@ -60,7 +61,7 @@ def open_data(data: Data, source, tokenizer: Tokenizer, seed: int | None, *, bui
     paths, weights = parse_source(source)
     parts = []
     for path in paths:
-        prefix = path if part(path, ".idx").exists() else find_index(data, path, tokenizer, build, progress)
+        prefix = path if is_prefix(path) else find_index(data, path, tokenizer, build, progress)
         parts.append(_open(data, prefix, tokenizer, seed))
     if len(parts) == 1:
         return parts[0]
@@ -75,6 +76,15 @@ def parse_source(source) -> tuple[list[str], list[float] | None]:
         return list(source), None
     weights, paths = list(source[::2]), list(source[1::2])
     return paths, [float(weight) for weight in weights]
+
+
+def order_version(data: Data) -> int:
+    """Which order samples of data.train come in for a seed: a resumed run must go on in the one that it began with.
+
+    Of weighted blends: 1 until they kept their proportions at every sample, 2 since. Of all other data: 1.
+    """
+    paths, weights = parse_source(data.train)
+    return 2 if weights is not None and len(paths) > 1 else 1
 
 
 def _open(data: Data, prefix: str | Path, tokenizer: Tokenizer, seed: int | None):
@@ -216,7 +226,7 @@ def _key(
         digests[str(file.absolute())] = seen if same else [stat.st_size, stat.st_mtime_ns, _digest(file)]
     if known | digests != known:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: read the data again next time
-            remembered.write_text(json.dumps(known | digests, indent=1))
+            publish_text(remembered, json.dumps(known | digests, indent=1))
     parts = {
         "encoding": _ENCODING,
         "data": [[kind_of(file), digests[str(file.absolute())][2]] for file in files],

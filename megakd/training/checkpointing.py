@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megakd.checkpoints import folder, torch_dist
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Model
+from megakd.data.sources import order_version
 from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.stopped import write_stopped
@@ -100,7 +101,7 @@ class Saver:
             parts = {"model": self.model, "step": step, "training": True, "metrics": metrics, "layout": sizes}
             check_owner(self.config.run.dir)
             parts["run"] = folder.run_id(pathlib.Path(self.config.run.dir))
-            data = self.config.data.model_dump(include=SAMPLE_KEYS)
+            data = self.config.data.model_dump(include=SAMPLE_KEYS) | {"order": order_version(self.config.data)}
             folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, written=written, **parts)
             self.prune(best_step)
 

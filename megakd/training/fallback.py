@@ -6,7 +6,8 @@ import pathlib
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint, read_checkpoint, step_folders
 from megakd.config import Config
-from megakd.errors import CheckpointError, DamagedCheckpointError
+from megakd.data.sources import order_version
+from megakd.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from megakd.ranks import from_rank_0
 
 LOG = logging.getLogger("megakd")
@@ -42,6 +43,26 @@ def pass_over(config: Config, path: pathlib.Path, error: DamagedCheckpointError)
     )  # fmt: skip
 
 
+def check_order(checkpoint: Checkpoint, config: Config) -> None:
+    """Samples come in the order in which the run began to read them.
+
+    Raises:
+        ConfigError: they would not, and run.allow_change does not name data.train.
+    """
+    before, now = (checkpoint.data or {}).get("order", 1), order_version(config.data)
+    if before == now:
+        return
+    said = (
+        f"{checkpoint.path} was trained on data.train in order {before}, this megakd reads it in order {now}: what is "
+        "left of the epoch would hold samples that were read already, and miss others"
+    )
+    if not {"data", "data.train"} & set(config.run.allow_change):
+        raise ConfigError(
+            said, hint="finish the run with the megakd that began it, or go on with run.allow_change=[data.train]"
+        )
+    LOG.warning("%s (run.allow_change)", said)
+
+
 def older_checkpoint(config: Config, damaged: Checkpoint, error: DamagedCheckpointError) -> Checkpoint:
     """What to continue from when the checkpoint that was chosen turned out to be damaged while it was read.
 
@@ -52,7 +73,9 @@ def older_checkpoint(config: Config, damaged: Checkpoint, error: DamagedCheckpoi
 
     def choose() -> Checkpoint:
         pass_over(config, damaged.path, error)
-        return newest_checkpoint(config)
+        checkpoint = newest_checkpoint(config)
+        check_order(checkpoint, config)
+        return checkpoint
 
     return from_rank_0(choose)
 

@@ -14,7 +14,7 @@ from megakd.ownership import Taken, owning
 from megakd.publish import make_folder, publish_text, sweep, sync_folder
 from megakd.ranks import from_rank_0
 from megakd.stopped import clear_stopped
-from megakd.training.fallback import check_nothing_is_passed_over, newest_checkpoint
+from megakd.training.fallback import check_nothing_is_passed_over, check_order, newest_checkpoint
 
 CONFIG_FILE, OWNER_FILE = "config.yaml", "owner.lock"
 # What may differ between launches of one run: where and how fast it runs, never what it computes.
@@ -28,6 +28,7 @@ FREE = (
     "run.watchdog_seconds",
     "run.record_steps",
     "parallel",
+    "data.verify",
     "train.micro_batch_size",
     "train.recompute",
     "eval",
@@ -122,6 +123,7 @@ def _open(config: Config, held: contextlib.ExitStack) -> Checkpoint | None:
     checkpoint = newest_checkpoint(config) if found else None
     if checkpoint:
         check_same_run(Config.load(run_dir / CONFIG_FILE), config)
+        check_order(checkpoint, config)
     with _writing(run_dir):
         if folder.run_id(run_dir) is None:
             known = checkpoint.run if checkpoint else None

@@ -1,5 +1,6 @@
 """TextDataset: golden windows and labels, every token predicted once per epoch, orders decided by (seed, epoch)."""
 
+import dataclasses
 import os
 import sys
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.data.dataset import TextDataset, load_batch
-from megakd.data.token_files.layout import part
+from megakd.data.token_files.layout import load_info, part, write_info
 from megakd.errors import DataError
 from tests.data.test_token_files import write
 
@@ -138,8 +139,9 @@ def open_and_read(prefix, count, length):
     index = part(prefix, ".idx").read_bytes()[:18] + np.array([count, count + 1], np.int64).tobytes()
     index += np.full(count, length, np.int32).tobytes() + (np.arange(count) * 2 * length).astype(np.int64).tobytes()
     part(prefix, ".idx").write_bytes(index + np.arange(count + 1, dtype=np.int64).tobytes())
-    info = part(prefix, ".json").read_text().replace('"documents": 1', f'"documents": {count}')
-    part(prefix, ".json").write_text(info.replace('"tokens": 1', f'"tokens": {count * length}'))
+    one = load_info(prefix)
+    info = dataclasses.replace(one, documents=count, tokens=count * length, parts=None, format=1)
+    write_info(part(prefix, ".json"), info)
 
     def work():
         dataset = TextDataset(prefix, 1024, seed=3)

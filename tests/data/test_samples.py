@@ -128,10 +128,10 @@ def test_a_damaged_mask_is_named(tmp_path):
     prefix = write_samples(tmp_path / "x")
     content = part(prefix, ".mask").read_bytes()
     part(prefix, ".mask").write_bytes(content[:-1])
-    with pytest.raises(DataError, match=r"x\.mask has 39 bytes, its tokens and documents need 40"):
+    with pytest.raises(DataError, match=r"x\.mask is damaged: it has 39 bytes, 40 were written"):
         TokenFile(prefix)
     part(prefix, ".mask").unlink()
-    with pytest.raises(DataError, match=r"x\.mask cannot be read"):
+    with pytest.raises(DataError, match=r"x\.mask is damaged: it is missing"):
         TokenFile(prefix)
 
 

@@ -1,6 +1,9 @@
 """Token files: equal to Megatron's own, whole or absent, and every kind of damage refused by name."""
 
+import contextlib
+import dataclasses
 import errno
+import itertools
 import json
 import os
 import struct
@@ -10,11 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
-from megakd.data.token_files.layout import part
+from megakd.data.token_files import reader
+from megakd.data.token_files.layout import is_prefix, load_info, part, write_info
 from megakd.data.token_files.reader import TokenFile
+from megakd.data.token_files.verification import chunks_to_compare, compare, size_of
 from megakd.data.token_files.writer import TokenFileWriter
+from megakd.digests import KIND, sealed
 from megakd.errors import DataError
+from tests import file_operations
 
 DOCUMENTS = [[5, 6, 7, 2], [2], [9, 9, 2], list(range(3, 31)), [8, 2]]
 
@@ -33,9 +41,16 @@ def test_the_bytes_are_the_documented_ones(tmp_path):
         b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i2q3q", 3, 2, 0, 6, 0, 1, 2)
     )
     info = json.loads((tmp_path / "x.json").read_text())
+    assert info.pop("digest") == sealed(info)["digest"] and info.pop("digests") == KIND
+    digests = {
+        suffix: xxhash.xxh3_128_hexdigest(part(tmp_path / "x", suffix).read_bytes()) for suffix in (".bin", ".idx")
+    }
+    assert info.pop("parts") == {
+        ".bin": {"bytes": 10, "digests": digests[".bin"]}, ".idx": {"bytes": 82, "digests": digests[".idx"]},
+    }  # fmt: skip
     assert info.pop("content") and info == {
         "tokenizer_fingerprint": "aa" * 32, "vocab_size": 97, "documents": 2, "tokens": 5, "eos_appended": True,
-        "masked": False, "supervised": 5, "made_from": None, "skipped": 0, "format": 1,
+        "masked": False, "supervised": 5, "made_from": None, "skipped": 0, "format": 2,
     }  # fmt: skip
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -72,7 +87,7 @@ def test_megatron_and_megakd_read_each_others_files(tmp_path):
         part(theirs, ".json").write_bytes(part(ours, ".json").read_bytes())
         file = TokenFile(theirs)
         assert [file.document(number).tolist() for number in range(len(file))] == documents
-        assert file.tokens.dtype == sizes[size]
+        assert file.index.dtype == sizes[size]
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [97], [3, 97]])
@@ -107,26 +122,9 @@ def test_a_full_disk_publishes_nothing(tmp_path, monkeypatch, call):
             real = writer._bin
             monkeypatch.setattr(writer, "_bin", type("Full", (), {"write": full, "close": lambda self: real.close()})())
         else:
-            monkeypatch.setattr("megakd.data.token_files.layout.os.fsync", full)
+            monkeypatch.setattr(os, "fsync", full)
         writer.add([1, 2, 3])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_crash_between_renames_leaves_no_description(tmp_path, monkeypatch):
-    """PREFIX.json goes first and comes last, so a mixture of old and new is never taken for a whole file."""
-    write(tmp_path / "x")
-    real = type(tmp_path).replace
-
-    def stop_at_index(self, target):
-        if str(target).endswith(".idx"):
-            raise KeyboardInterrupt
-        return real(self, target)
-
-    monkeypatch.setattr(type(tmp_path), "replace", stop_at_index)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "x", [[1, 2]])
-    with pytest.raises(DataError, match=r"x\.json does not exist \(only \.bin and \.idx: it was not finished"):
-        TokenFile(tmp_path / "x")
 
 
 def test_an_unwritable_place_is_named(tmp_path):
@@ -139,27 +137,193 @@ def cut(path, bytes_kept):
     path.write_bytes(path.read_bytes()[:bytes_kept])
 
 
+def without_digests(prefix):
+    """As the description of an older megakd."""
+    write_info(part(prefix, ".json"), dataclasses.replace(load_info(prefix), parts=None, format=1))
+    return prefix
+
+
+DAMAGES = [
+    (
+        lambda p: cut(part(p, ".bin"), -1),
+        r"x\.bin .*has 75 bytes, .*places tokens up to byte 76",
+        "has 75 bytes, 76 were",
+    ),
+    (lambda p: cut(part(p, ".bin"), 0), r"x\.bin .*has 0 bytes", "has 0 bytes, 76 were"),
+    (lambda p: cut(part(p, ".idx"), -1), r"x\.idx .*has \d+ bytes, 5 documents need", "has 141 bytes, 142 were"),
+    (lambda p: cut(part(p, ".idx"), 20), r"x\.idx .*has 20 bytes, its header alone needs 34", "has 20 bytes, 142 were"),
+    (lambda p: cut(part(p, ".idx"), 0), r"x\.idx .*has 0 bytes", "has 0 bytes, 142 were"),
+    (lambda p: cut(part(p, ".json"), 30), r"x\.json cannot be read", r"x\.json cannot be read"),
+    (lambda p: part(p, ".bin").unlink(), r"x\.bin cannot be read.*No such file", r"x\.bin .*is missing"),
+    (lambda p: part(p, ".idx").unlink(), r"x\.idx cannot be read.*No such file", r"x\.idx .*is missing"),
+    (lambda p: part(p, ".json").unlink(), r"x\.json does not exist", r"x\.json does not exist"),
+    (lambda p: part(p, ".idx").write_bytes(b"X" * 142), "no Megatron index", "no Megatron index"),
+]
+
+
+@pytest.mark.parametrize(("damage", "complaint", "with_digests"), DAMAGES)
+def test_damage_is_named(tmp_path, damage, complaint, with_digests):
+    (tmp_path / "old").mkdir()
+    for prefix, expected in ((write(tmp_path / "x"), with_digests), (write(tmp_path / "old" / "x"), complaint)):
+        if expected is complaint:
+            without_digests(prefix)
+        damage(prefix)
+        with pytest.raises(DataError, match=expected):
+            TokenFile(prefix)
+
+
+def compared(prefix, **options):
+    compare(chunks_to_compare([TokenFile(prefix)], "always", **options))
+
+
+def test_a_set_mixed_of_two_is_named(tmp_path):
+    """Parts of two preparations side by side, of the same sizes or not, as copying one over the other leaves them."""
+    for other, documents in (("other", [[1] * len(d) for d in DOCUMENTS]), ("smaller", [[1, 2]])):
+        theirs = write(tmp_path / other, documents)
+        for count in (1, 2):
+            for suffixes in itertools.combinations((".bin", ".idx", ".json"), count):
+                prefix = write(tmp_path / "x")
+                for suffix in suffixes:
+                    part(prefix, suffix).write_bytes(part(theirs, suffix).read_bytes())
+                if other == "other" and suffixes in ((".idx",), (".bin", ".json")):
+                    compared(prefix)  # documents of the same lengths have the same .idx: the set is whole
+                    continue
+                with pytest.raises(DataError, match=r"x\.(bin|idx) is damaged: .*\n.*of another preparation"):
+                    compared(prefix)
+
+
+def test_what_was_written_is_found_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("megakd.digests.CHUNK_BYTES", 16)
+    monkeypatch.setattr("megakd.data.token_files.verification.CHUNK_BYTES", 16)
+    prefix = write(tmp_path / "x", DOCUMENTS * 30)  # 2,280 bytes of tokens
+    file = TokenFile(prefix)
+    every = chunks_to_compare([file], "always")
+    assert len(every) == -(-2280 // 16) + -(-part(prefix, ".idx").stat().st_size // 16)
+    assert sum(map(size_of, every)) == 2280 + part(prefix, ".idx").stat().st_size
+    compare(every)
+    shares = [chunks_to_compare([file], "always", share, 3) for share in range(3)]
+    assert sorted(map(repr, itertools.chain(*shares))) == sorted(map(repr, every)) and len({*map(len, shares)}) <= 2
+    sampled = chunks_to_compare([file], "sampled")
+    assert [number for part_, _, number in sampled if part_ is file.files[".bin"]] == [*range(0, 143, 16), 142]
+    assert chunks_to_compare([file], "never") == [] == chunks_to_compare([TokenFile(without_digests(prefix))], "always")
+
+
+def test_no_bit_of_any_file_flips_unseen(tmp_path):
+    prefix = tmp_path / "x"
+    with masked_writer(prefix) as file:
+        for document in DOCUMENTS:
+            file.add(document, np.arange(len(document)) % 2 == 0)
+    compared(prefix)
+    for suffix in (".bin", ".idx", ".mask", ".json"):
+        content = part(prefix, suffix).read_bytes()
+        for bit in range(0, 8 * len(content), 5 if suffix != ".json" else 19):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            part(prefix, suffix).write_bytes(flipped)
+            try:
+                compared(prefix)
+            except DataError as error:
+                assert "x." in str(error)
+            else:
+                assert suffix == ".json" and json.loads(flipped) == json.loads(content)  # white space, a capital E
+            part(prefix, suffix).write_bytes(content)
+
+
+def test_what_shrinks_under_a_reader_is_an_error(tmp_path):
+    """A mapped file would end the process with SIGBUS."""
+    prefix = write(tmp_path / "x", [[7] * 40_000, [8] * 40_000])
+    file = TokenFile(prefix)
+    os.truncate(part(prefix, ".bin"), 100)
+    assert file.read_tokens(3, 40).tolist() == [7] * 40
+    with pytest.raises(DataError, match=r"x\.bin is damaged: it has 100 bytes now, 160,000 were written"):
+        file.document(1)
+    with masked_writer(prefix) as writer:
+        writer.add([7] * 40_000, [True] * 40_000)
+    file = TokenFile(prefix)
+    os.truncate(part(prefix, ".mask"), 100)
+    with pytest.raises(DataError, match=r"x\.mask is damaged: it has 100 bytes now, 40,004 were written"):
+        file.read_mask(5, 2000)
+
+
+OTHER = [[3, 2], [4, 5, 6, 2]]
+
+
 @pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (lambda p: cut(part(p, ".bin"), -1), r"x\.bin has 75 bytes, .*places tokens up to byte 76"),
-        (lambda p: cut(part(p, ".bin"), 0), r"x\.bin has 0 bytes"),
-        (lambda p: cut(part(p, ".idx"), -1), r"x\.idx has \d+ bytes, 5 documents need"),
-        (lambda p: cut(part(p, ".idx"), 20), r"x\.idx has 20 bytes, its header alone needs 34"),
-        (lambda p: cut(part(p, ".idx"), 0), "cannot be read"),
-        (lambda p: cut(part(p, ".json"), 30), r"x\.json cannot be read"),
-        (lambda p: part(p, ".bin").unlink(), "cannot be read.*No such file"),
-        (lambda p: part(p, ".idx").unlink(), "cannot be read.*No such file"),
-        (lambda p: part(p, ".json").unlink(), r"x\.json does not exist"),
-        (lambda p: part(p, ".idx").write_bytes(b"X" * 999), "no Megatron index"),
-        (lambda p: write(p.with_name("y"), [[1, 2]]).with_name("y.json").replace(part(p, ".json")), "describes 1 doc"),
-    ],
+    ("before", "after"), [("nothing", "samples"), ("text", "text"), ("text", "samples"), ("samples", "text")]
 )
-def test_damage_is_named(tmp_path, damage, complaint):
-    prefix = write(tmp_path / "x")
-    damage(prefix)
-    with pytest.raises(DataError, match=complaint):
-        TokenFile(prefix)
+def test_a_power_cut_leaves_the_old_or_the_new_set(tmp_path, monkeypatch, before, after):
+    """After every recorded file operation; what was not synced is lost, torn or zeros. Then it can be written anew."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    written = {"nothing": {}, "text": {"masked": False}, "samples": {"masked": True}}
+    if before != "nothing":
+        write_either(root / "x", DOCUMENTS, **written[before])
+    known = [None if before == "nothing" else contents_of(root / "x")]
+    with file_operations.recorded(root, tmp_path / "log"):
+        write_either(root / "x", OTHER, **written[after])
+    known.append(contents_of(root / "x"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what follows is not recorded
+    seen = set()
+    for where, disk in file_operations.crash_states(tmp_path / "log", tmp_path / "crashed"):
+        found = contents_of(disk / "x")
+        assert found in known, where
+        seen.add(known.index(found))
+        with contextlib.suppress(ValueError), writer(disk / "x") as file:
+            file.add([1])
+            raise ValueError  # a writer that comes to nothing
+        assert contents_of(disk / "x") == found, where
+        write_either(disk / "x", [[1, 2]], masked=False)
+        names = {".bin", ".idx", ".json"}
+        assert {path.name for path in disk.iterdir()} == {f"x{suffix}" for suffix in names}, where
+    assert seen == {0, 1}
+    for _, disk in file_operations.crash_states(tmp_path / "log", tmp_path / "returned", at_the_end=True):
+        assert contents_of(disk / "x") == known[1]
+
+
+def write_either(prefix, documents, masked, fingerprint="aa" * 32, vocab_size=97):
+    with TokenFileWriter(
+        prefix, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size, eos_appended=False, masked=masked
+    ) as file:
+        for document in documents:
+            file.add(document, np.arange(len(document)) % 2 == 0)
+
+
+def contents_of(prefix):
+    """All that a reader finds, None for nothing; raises where it is not whole."""
+    if not is_prefix(prefix) or not part(prefix, ".json").exists():
+        return None
+    file = TokenFile(prefix)
+    compare(chunks_to_compare([file], "always"))
+    mask = file.read_mask(0, file.info.tokens).tolist() if file.info.masked else None
+    return [file.document(number).tolist() for number in range(len(file))], mask
+
+
+@pytest.mark.parametrize("other", [[[n + 1 for n in document] for document in OTHER], DOCUMENTS])
+@pytest.mark.parametrize("masked", [False, True])
+def test_readers_meet_a_writer(tmp_path, monkeypatch, other, masked):
+    """Another set, of the same sizes or not, is published before each thing that a reader does to open one."""
+    moments = {}
+    for moment in itertools.count():
+        prefix, calls = tmp_path / f"{moment}", itertools.count()
+        write_either(prefix, OTHER, masked)
+
+        def meet(real, moment=moment, prefix=prefix, calls=calls):
+            def call(*arguments):
+                if next(calls) == moment:
+                    write_either(prefix, other, not masked)
+                    moments[moment] = real
+                return real(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in ("load_info", "File"):
+                patched.setattr(reader, name, meet(getattr(reader, name)))
+            found = contents_of(prefix)[0]
+        assert found == (other if moment in moments else OTHER)
+        if moment not in moments:
+            break
+    assert len(moments) >= 6
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -219,6 +383,10 @@ def test_writers_at_once_without_locks(tmp_path, monkeypatch):
             part(tmp_path / "x", ".lock").write_text("another process")
     assert TokenFile(tmp_path / "x").document(0).tolist() == [3]
     assert not list(tmp_path.glob("*incomplete"))
+
+
+def masked_writer(prefix):
+    return TokenFileWriter(prefix, tokenizer_fingerprint="aa" * 32, vocab_size=97, eos_appended=False, masked=True)
 
 
 def writer(prefix):

@@ -355,6 +355,32 @@ def test_a_run_folder_belongs_to_one_run(folder, tmp_path):
     assert "holds no whole checkpoint" in run_ranks(1, runs.train, config)[0]
 
 
+def test_a_blend_is_not_continued_in_another_order(folder, tmp_path):
+    """Before checkpoints said so, weighted blends had another order; other data have the one they had."""
+    from megakd.checkpoints.record import write_record
+
+    def forget_order(run_dir, step):
+        checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
+        record = json.loads((checkpoint / "megakd.json").read_text())
+        order = record["data"].pop("order")
+        write_record(checkpoint, record)
+        return order
+
+    blend = [0.5, f"{folder}/train", 0.5, f"{folder}/validation"]
+    config = runs.values(folder, tmp_path, train__steps=4, run__stop_after=1, data__train=blend)
+    assert run_ranks(1, runs.train, config) == [None] and forget_order(tmp_path, 1) == 2
+    (message,) = run_ranks(1, runs.train, config)
+    assert "step_00000001 was trained on data.train in order 1, this megakd reads it in order 2" in message
+    config["run"]["allow_change"] = ["data.train"]
+    assert run_ranks(1, runs.train, config) == [None]
+    del config["run"]["allow_change"]
+    assert run_ranks(1, runs.train, config) == [None] and forget_order(tmp_path, 3) == 2
+
+    plain = runs.values(folder, tmp_path / "plain", train__steps=2, run__stop_after=1)
+    assert run_ranks(1, runs.train, plain) == [None]
+    assert forget_order(tmp_path / "plain", 1) == 1 and run_ranks(1, runs.train, plain) == [None]
+
+
 def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
     config = distil(folder, teacher, teacher, tp=2, loss={"top_k": runs.PIECES})
     assert_good(runs.by_hand(tmp_path, 2, "evaluate", config))

@@ -21,6 +21,7 @@ from megakd.cache import CacheReader, Contents, Header, Row, decode_row, encode_
 from megakd.cache.aligner import format_line, parse_line, to_row
 from megakd.cache.segments import reduce_tokens
 from megakd.cache.shard import ShardWriter
+from megakd.publish import publish_text
 from megakd.targets import sample_key
 
 V, K, PER_SHARD = 131072, 64, 16
@@ -154,7 +155,7 @@ def main() -> int:
         result["aligner"] = aligner_scan(scratch, rows, 10_000)
     show(result)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        publish_text(arguments.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from loss_forms import BASELINE, HEADLINES
 
+from megakd.publish import publish_text
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "torch megatron-core triton nvidia-modelopt liger-kernel".split()
 GRADIENT_BYTES = {"bf16": 6, "fp16": 6, "fp32": 12}  # per logit: read, read, written
@@ -142,9 +144,7 @@ def _cells(row: dict) -> list[str]:
 
 def save_report(report: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    part.replace(path)
+    publish_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def _hardware(device: str) -> dict:

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from megakd.data.token_files.layout import DAMAGED, DTYPES, HEADER, MAGIC, TokenFileInfo, load_info, part
+from megakd.data.token_files.publication import waiting
 from megakd.errors import DataError
+from megakd.file import File
 
 
 class TokenFile:
-    """A token file opened for reading through memory maps.
+    """A token file opened for reading, by position: a file that shrinks or a disk that fails later is a DataError.
 
     Args:
         prefix: PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json.
@@ -17,11 +19,8 @@ class TokenFile:
 
     Attributes:
         info: PREFIX.json.
-        lengths: int32[documents], tokens of each document.
-        starts: int64[documents], index of each document's first token in `tokens`.
-        tokens: the whole of PREFIX.bin, memory-mapped.
-        mask: bool[tokens], memory-mapped; None if every token is supervised.
-        firsts: int32[documents] of PREFIX.mask; None without one.
+        index: lengths and starts of the documents.
+        files: the open parts, by suffix.
 
     Raises:
         DataError: a part is missing, damaged, or does not fit the others, or the tokenizer is another one.
@@ -29,15 +28,7 @@ class TokenFile:
 
     def __init__(self, prefix: str | Path, tokenizer_fingerprint: str | None = None):
         self.prefix = Path(prefix)
-        self.info = load_info(prefix)
-        self.lengths, self.starts, self.tokens = load_index(self.prefix)
-        found = (len(self.lengths), int(self.lengths.sum(dtype=np.int64)))
-        if found != (self.info.documents, self.info.tokens):
-            raise DataError(
-                f"{prefix}.json describes {self.info.documents:,} documents and {self.info.tokens:,} tokens, "
-                f"{prefix}.idx holds {found[0]:,} and {found[1]:,}",
-                hint="the files of one prefix come from different runs of `megakd prepare text`: prepare it again",
-            )
+        self.info, self.files, self.index = self._open()
         if tokenizer_fingerprint not in (None, self.info.tokenizer_fingerprint):
             raise DataError(
                 f"{prefix} was written with tokenizer {self.info.tokenizer_fingerprint[:12]}..., "
@@ -46,17 +37,55 @@ class TokenFile:
                 "or point data.tokenizer at the one it was written with",
             )
 
-        self.mask = self.firsts = None
-        if self.info.masked:
-            self.mask, self.firsts = _load_mask(self.prefix, self.info)
+    def _open(self) -> tuple[TokenFileInfo, dict[str, File], "Index"]:
+        """All parts of one set: if another one is published meanwhile, that one."""
+        while True:
+            info = load_info(self.prefix)
+            try:
+                files = open_parts(self.prefix, info)
+                index = Index(files, self.prefix)
+                _check_counts(self.prefix, info, files, index)
+            except DataError:
+                if load_info(self.prefix) == info:
+                    raise
+            else:
+                if load_info(self.prefix) == info:
+                    return info, files, index
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.index.lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32[documents], tokens of each document."""
+        return self.index.lengths
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64[documents], index of each document's first token."""
+        return self.index.starts
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """int32[documents] of PREFIX.mask, read now."""
+        return np.frombuffer(self.files[".mask"].read(self.info.tokens, 4 * self.info.documents), np.int32)
+
+    def read_tokens(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), in the file's type.
+
+        Raises:
+            DataError: they cannot be read, or are no longer there.
+        """
+        dtype = self.index.dtype
+        return np.frombuffer(self.files[".bin"].read(start * dtype.itemsize, count * dtype.itemsize), dtype)
+
+    def read_mask(self, start: int, count: int) -> np.ndarray:
+        """bool[count], which of tokens [start, start + count) of a masked file are supervised; raises as above."""
+        return np.frombuffer(self.files[".mask"].read(start, count), bool)
 
     def document(self, number: int) -> np.ndarray:
-        """Tokens of one document, a view of the file."""
-        start = int(self.starts[number])
-        return self.tokens[start : start + int(self.lengths[number])]
+        """Tokens of one document."""
+        return self.read_tokens(int(self.starts[number]), int(self.lengths[number]))
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Raise a DataError unless all ids read from this file belong to the vocabulary."""
@@ -67,44 +96,88 @@ class TokenFile:
             )
 
 
-def _load_mask(prefix: Path, info: TokenFileInfo) -> tuple[np.ndarray, np.ndarray]:
-    path = part(prefix, ".mask")
-    expected = info.tokens + 4 * info.documents
-    try:
-        found = path.stat().st_size
-        if found != expected:
-            raise DataError(f"{path} has {found:,} bytes, its tokens and documents need {expected:,}", hint=DAMAGED)
-        content = np.memmap(path, mode="r", dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}", hint=DAMAGED) from error
-    return content[: info.tokens].view(bool), np.frombuffer(content, np.int32, info.documents, info.tokens)
+class Index:
+    """PREFIX.idx, after checking every size in its header against the files.
 
+    Args:
+        files: the open ".bin" and ".idx".
 
-def load_index(prefix: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(lengths, starts, tokens) of a prefix, after checking every size in the header against the files."""
-    index_path, bin_path = part(prefix, ".idx"), part(prefix, ".bin")
-    try:
-        index = np.memmap(index_path, mode="r", dtype=np.uint8)
-        bin_bytes = bin_path.stat().st_size
-        if index.size < HEADER.size:
-            raise DataError(f"{index_path} has {index.size} bytes, its header alone needs {HEADER.size}", hint=DAMAGED)
-        magic, version, code, count, boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+    Attributes:
+        dtype: of the tokens.
+        lengths: int32[documents], tokens of each document.
+        starts: int64[documents], index of each document's first token.
+
+    Raises:
+        DataError: they do not fit each other.
+    """
+
+    def __init__(self, files: dict[str, File], prefix: Path):
+        index, content = files[".idx"], files[".bin"]
+        if index.size_bytes < HEADER.size:
+            raise damaged(index.path, f"it has {index.size_bytes} bytes, its header alone needs {HEADER.size}")
+        magic, version, code, count, boundaries = HEADER.unpack(index.read(0, HEADER.size))
         if magic != MAGIC or version != 1 or code not in DTYPES:
-            raise DataError(f"{index_path} is no Megatron index of version 1 with integer tokens", hint=DAMAGED)
+            raise damaged(index.path, "it is no Megatron index of version 1 with integer tokens")
         expected = HEADER.size + 12 * count + 8 * boundaries
-        if index.size < expected:
-            raise DataError(
-                f"{index_path} has {index.size:,} bytes, {count:,} documents need {expected:,}", hint=DAMAGED
+        if index.size_bytes < expected:
+            raise damaged(index.path, f"it has {index.size_bytes:,} bytes, {count:,} documents need {expected:,}")
+        self.dtype = np.dtype(DTYPES[code])
+        self.lengths = np.frombuffer(index.read(HEADER.size, 4 * count), np.int32)
+        offsets = np.frombuffer(index.read(HEADER.size + 4 * count, 8 * count), np.int64)
+        needed = int((offsets + self.lengths.astype(np.int64) * self.dtype.itemsize).max()) if count else 0
+        negative = count and (self.lengths.min() < 0 or offsets.min() < 0)
+        if content.size_bytes < needed or content.size_bytes == 0 or negative:
+            raise damaged(
+                content.path, f"it has {content.size_bytes:,} bytes, {index.path} places tokens up to byte {needed:,}"
             )
-        lengths = np.frombuffer(index, np.int32, count, HEADER.size)
-        offsets = np.frombuffer(index, np.int64, count, HEADER.size + 4 * count)
-        dtype = np.dtype(DTYPES[code])
-        needed = int((offsets + lengths.astype(np.int64) * dtype.itemsize).max()) if count else 0
-        if bin_bytes < needed or bin_bytes == 0 or (count and (lengths.min() < 0 or offsets.min() < 0)):
-            raise DataError(
-                f"{bin_path} has {bin_bytes:,} bytes, {index_path} places tokens up to byte {needed:,}", hint=DAMAGED
-            )
-        tokens = np.memmap(bin_path, mode="r", dtype=dtype, shape=(bin_bytes // dtype.itemsize,))
-    except (OSError, ValueError) as error:  # ValueError: numpy will not map an empty file
-        raise DataError(f"{prefix} cannot be read: {error}", hint=DAMAGED) from error
-    return lengths, offsets // dtype.itemsize, tokens
+        self.starts = offsets // self.dtype.itemsize
+
+
+def damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path} is damaged: {reason}", hint=DAMAGED)
+
+
+def open_parts(prefix: Path, info: TokenFileInfo | None) -> dict[str, File]:
+    """The files of a prefix by suffix.
+
+    Args:
+        info: None for files that have no description yet.
+    Raises:
+        DataError: one is missing, cannot be read, or has another size than was written.
+    """
+    suffixes = (".bin", ".idx", ".mask") if info is not None and info.masked else (".bin", ".idx")
+    return {suffix: _open_part(prefix, suffix, info) for suffix in suffixes}
+
+
+def _open_part(prefix: Path, suffix: str, info: TokenFileInfo | None) -> File:
+    path = part(prefix, suffix)
+    if info is None or info.parts is None:
+        return File(path, _size_bytes(path), damaged)
+    size_bytes, early = info.parts[suffix].size_bytes, waiting(prefix, suffix, info)
+    try:
+        return File(early, size_bytes, damaged)
+    except DataError:
+        if early.exists():
+            raise
+    return File(path, size_bytes, damaged)
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", hint=DAMAGED) from error
+
+
+def _check_counts(prefix: Path, info: TokenFileInfo, files: dict[str, File], index: Index) -> None:
+    found = (len(index.lengths), int(index.lengths.sum(dtype=np.int64)))
+    if found != (info.documents, info.tokens):
+        raise DataError(
+            f"{prefix}.json describes {info.documents:,} documents and {info.tokens:,} tokens, "
+            f"{prefix}.idx holds {found[0]:,} and {found[1]:,}",
+            hint=DAMAGED,
+        )
+    expected = info.tokens + 4 * info.documents
+    if info.masked and files[".mask"].size_bytes != expected:
+        mask = files[".mask"]
+        raise damaged(mask.path, f"it has {mask.size_bytes:,} bytes, its tokens and documents need {expected:,}")

@@ -3,21 +3,25 @@
 import contextlib
 import errno
 import hashlib
-import re
 import secrets
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-from megakd.data.token_files.layout import CODES, HEADER, MAGIC, NEVER, TokenFileInfo, flush, part, write_info
+from megakd.data.token_files.layout import CODES, HEADER, MAGIC, NEVER, TokenFileInfo, part, write_info
+from megakd.data.token_files.publication import publish_parts, settle
+from megakd.digests import DigestingFile
 from megakd.errors import DataError
 from megakd.ownership import Taken, check_owner, owning
-from megakd.publish import INCOMPLETE, sync_folder
+from megakd.publish import INCOMPLETE, make_folder
 
 
 class TokenFileWriter:
     """Writes one token file, document by document; nothing appears under PREFIX unless the `with` block ends well.
+
+    At every moment, and after a kill or a power cut, a `TokenFile` finds the old file or the new one whole
+    (`megakd.data.token_files.publication`).
 
     Args:
         prefix: where to write; an older file of that name is replaced.
@@ -59,11 +63,11 @@ class TokenFileWriter:
 
     def __enter__(self) -> "TokenFileWriter":
         try:
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.prefix.parent)
             self._ownership.enter_context(owning(part(self.prefix, ".lock"), remove=True))
-            self._remove_leftovers()
-            self._bin = self._incomplete(".bin").open("wb")
-            self._mask = self._incomplete(".mask").open("wb") if self._described["masked"] else None
+            settle(self.prefix)
+            self._bin = DigestingFile(self._incomplete(".bin"))
+            self._mask = DigestingFile(self._incomplete(".mask")) if self._described["masked"] else None
         except Taken as owner:
             raise DataError(
                 f"{self.prefix} is being written by {owner}", hint="wait for it, or write elsewhere"
@@ -72,13 +76,6 @@ class TokenFileWriter:
             self._ownership.close()
             raise self._explain(error) from error
         return self
-
-    def _remove_leftovers(self) -> None:
-        """Remove what writers of this prefix that were killed have left; as its owner, nobody else is writing it."""
-        name = re.compile(re.escape(self.prefix.name) + r"\.(bin|mask|idx|json)(\.[0-9a-f]{8})?\.incomplete")
-        for path in self.prefix.parent.iterdir():
-            if name.fullmatch(path.name):
-                path.unlink()
 
     def add(self, ids, mask=None) -> None:
         """Append one document: its ids, and for a masked file whether each is supervised."""
@@ -147,16 +144,18 @@ class TokenFileWriter:
         lengths = np.concatenate(self._lengths)
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        flush(self._bin)
+        files = {".bin": self._bin}
         if self._mask is not None:
             self._mask.write(np.concatenate(self._firsts).tobytes())
-            flush(self._mask)
-        with self._incomplete(".idx").open("wb") as index:
+            files[".mask"] = self._mask
+        with DigestingFile(self._incomplete(".idx")) as index:
             index.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), len(lengths) + 1))
             index.write(lengths.tobytes())
             index.write((offsets * self.dtype.itemsize).tobytes())
             index.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-            flush(index)
+            files[".idx"] = index
+            for file in files.values():
+                file.sync()
         info = TokenFileInfo(
             **self._described,
             documents=self.documents,
@@ -164,14 +163,11 @@ class TokenFileWriter:
             content=self._digest.hexdigest(),
             supervised=self.supervised,
             skipped=self.skipped,
+            parts={suffix: file.digester.digests() for suffix, file in files.items()},
         )
         write_info(self._incomplete(".json"), info)
         check_owner(part(self.prefix, ".lock"))
-        part(self.prefix, ".json").unlink(missing_ok=True)  # from here until the last rename there is no whole file
-        part(self.prefix, ".mask").unlink(missing_ok=True)
-        for suffix in (".bin", ".mask", ".idx", ".json") if self._mask is not None else (".bin", ".idx", ".json"):
-            self._incomplete(suffix).replace(part(self.prefix, suffix))
-        sync_folder(self.prefix.parent)
+        publish_parts(self.prefix, {suffix: self._incomplete(suffix) for suffix in [*files, ".json"]}, info)
 
     def _incomplete(self, suffix: str) -> Path:
         return part(self.prefix, f"{suffix}{self._private}")

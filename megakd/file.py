@@ -1,4 +1,4 @@
-"""A file of a cache, read by position and never mapped.
+"""A file that is read by position and never mapped.
 
 A mapped file that shrinks, or a disk that fails under it, ends the process with a signal; here both are an error.
 """
@@ -8,7 +8,7 @@ import pathlib
 import weakref
 from collections.abc import Callable, Iterator
 
-from megakd.errors import CacheError
+from megakd.errors import MegakdError
 
 BLOCK_BYTES = 1 << 24
 
@@ -20,10 +20,10 @@ class File:
         path, size_bytes: where it is, and how long it was when it was written.
         damaged: makes the error of a path and a reason.
     Raises:
-        CacheError: it is missing, cannot be read, or has another size.
+        MegakdError: as `damaged` makes it; it is missing, cannot be read, or has another size.
     """
 
-    def __init__(self, path: pathlib.Path, size_bytes: int, damaged: Callable[[pathlib.Path, str], CacheError]):
+    def __init__(self, path: pathlib.Path, size_bytes: int, damaged: Callable[[pathlib.Path, str], MegakdError]):
         self.path, self.size_bytes, self.damaged = path, size_bytes, damaged
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -40,7 +40,7 @@ class File:
         """`size` bytes from `start` on.
 
         Raises:
-            CacheError: they cannot be read, or are no longer there.
+            MegakdError: as `damaged` makes it; they cannot be read, or are no longer there.
         """
         pieces, missing = [], size
         while missing:
