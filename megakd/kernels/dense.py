@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from megakd.divergences import find
 from megakd.kernels import divergences, paths
+from megakd.kernels.checks import expect
 from megakd.kernels.dense_rows import Scale
 from megakd.kernels.rows import finite
-from megakd.kernels.terms import KDLoss, Options, check_inplace, check_labels, check_stray, find_stray, total
+from megakd.kernels.terms import KDLoss, Options, check_inplace, check_labels, explain_stray, find_stray, total
 from megakd.kernels.vocab import MASKED, VocabShard
 
 
@@ -107,14 +108,22 @@ def merge(records_RT7: Tensor, temperatures: tuple[float, float], divergence: st
     return Both(student_max_T, log_student_T, teacher_max_T, log_teacher_T, log_at_one_T, kd_T, ce_T)
 
 
-def check_teacher(both: Both, supervised_T: Tensor) -> None:
-    """Raises ValueError, on every rank alike, where a supervised row of the teacher is not finite."""
-    broken_T = supervised_T & both.teacher_log_sum_T.isnan()
-    if broken_T.any():
+def check_rows(both: Both, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard) -> None:
+    """On every rank alike; see `checks.expect`.
+
+    Raises:
+        ValueError: a label outside the vocabulary, or a supervised row of the teacher that is not finite.
+    """
+    stray_T, broken_T = find_stray(labels_T, supervised_T, shard), supervised_T & both.teacher_log_sum_T.isnan()
+
+    def explain():
+        explain_stray(stray_T, labels_T, shard)
         raise ValueError(
             f"the teacher's logits hold NaN or infinity in {int(broken_T.sum())} of {len(broken_T)} rows, first in row "
             f"{int(broken_T.nonzero()[0])}"
         )
+
+    expect(~(stray_T | broken_T), "a label is outside the vocabulary, or the teacher's logits are not finite", explain)
 
 
 def dense_passes(student_TW: Tensor) -> ModuleType:
@@ -130,8 +139,7 @@ class _DenseKDLoss(torch.autograd.Function):
         passes = dense_passes(student_TW)
         record_T7 = passes.dense_record(*rows, label_columns_T, supervised_T, width, temperatures, divergence)
         both = merge(shard.all_gather(record_T7), temperatures, divergence)
-        check_stray(find_stray(labels_T, supervised_T, shard), labels_T, shard)
-        check_teacher(both, supervised_T)
+        check_rows(both, supervised_T, labels_T, shard)
         kd_T = both.kd_T
         u_total_T = -torch.ones_like(kd_T) if divergence == "forward_kl" else kd_T
         if divergences.mixes(divergence):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megakd.kernels.checks import expect
 from megakd.kernels.paths import row_passes, softcap_passes
 from megakd.kernels.records import build_record
 from megakd.kernels.rows import Statistics, runs
@@ -180,11 +181,14 @@ class Recompute(torch.autograd.Function):
         ctx.save_for_backward(hidden_TH, weight_WH, stats.entry_logits_TK, *s, *saved)
         ctx.layout, ctx.weight = layout, weight_WH
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T, *_):
+        if grad_T is None:
+            return (None,) * len(ctx.needs_input_grad)
         hidden_TH, weight_WH, entry_logits_TK, *rest = ctx.saved_tensors
         s, saved = Supervised(*rest[: len(Supervised._fields)]), Saved(*rest[len(Supervised._fields) :])
         layout, grad_WH = ctx.layout, None
@@ -227,6 +231,7 @@ class GradientInForward(torch.autograd.Function):
         ctx.into_main_grad = layout.into_main_grad and grad_WH is not None
         ctx.save_for_backward(s.supervised_T, token_weight_T)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(outputs)
 
     @staticmethod
@@ -234,7 +239,9 @@ class GradientInForward(torch.autograd.Function):
     def backward(ctx, grad_T, *_):
         if ctx.gradients is None:
             raise RuntimeError("gradient_in_forward gives its gradients away once; there is no second backward")
-        factor = common_factor(grad_T, *ctx.saved_tensors, is_one=ctx.into_main_grad)
+        supervised_T, token_weight_T = ctx.saved_tensors
+        grad_T = torch.zeros_like(token_weight_T) if grad_T is None else grad_T
+        factor = common_factor(grad_T, supervised_T, token_weight_T, is_one=ctx.into_main_grad)
         (grad_TH, grad_WH), ctx.gradients = ctx.gradients, None
         if ctx.into_main_grad:
             return grad_TH, hand_over(ctx.weight), None, None, None, None
@@ -264,8 +271,7 @@ def common_factor(grad_T: Tensor, supervised_T: Tensor, token_weight_T: Tensor, 
     """The number by which the gradient of loss_T exceeds token_weight_T in the supervised rows; float64 [].
 
     Raises:
-        RuntimeError: there is no such number, or it must be 1 and is not. On CUDA nothing waits for the answer, and
-            the device stops with it.
+        RuntimeError: there is no such number, or it must be 1 and is not (see `checks.expect`).
     """
     if not len(grad_T):
         return grad_T.new_zeros((), dtype=torch.float64)
@@ -280,10 +286,11 @@ def common_factor(grad_T: Tensor, supervised_T: Tensor, token_weight_T: Tensor, 
     if is_one:
         fits &= ((factor - 1).abs() <= 1e-5) | (square == 0)
         message += ", and where it went into main_grad, token_weight_T itself"
-    if fits.is_cuda:
-        torch._assert_async(fits, message)
-    elif not fits:
+
+    def explain():
         raise RuntimeError(message)
+
+    expect(fits, "gradient_in_forward was told other token weights than those of the objective", explain)
     return factor
 
 

@@ -5,7 +5,7 @@ same signatures. Everything else works on [T], [T, K] and a few numbers per rank
 
     statistics   one read of the student's logits                 forward of kd_loss
     backward     one read of them and one write of the gradient   backward of kd_loss
-    summarize    one read of the teacher's logits                 select_top_k
+    summarize    one read of the teacher's logits                 select_top_k, sample_targets
     extremes     one read of either's                             predict
 
 Sizes: T tokens, K entries per token, W columns on this rank, of which the first `width` are real and the rest padding,
@@ -50,6 +50,20 @@ class Extremes(NamedTuple):
     column_T: Tensor
     sum_T: Tensor
     label_logit_T: Tensor
+
+
+class Chunks(NamedTuple):
+    """What one read of the logits gives for each chunk of columns; float32.
+
+    max_TC: largest logit; NaN in all chunks of a row that holds anything but finite numbers.
+    sum_TC: sum of e = exp((x - max) / temperature). sum_at_one_TC: the same at temperature 1.
+    drift_TC: sum of e (x - max) / temperature. The last two are None where they were not asked for.
+    """
+
+    max_TC: Tensor
+    sum_TC: Tensor
+    sum_at_one_TC: Tensor | None
+    drift_TC: Tensor | None
 
 
 def statistics(
@@ -138,21 +152,23 @@ def backward(
         out_TW[~supervised_T] = 0
 
 
-def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """One read of the logits: maximum and sum of exponentials of every chunk, where column j is in chunk j % chunks.
+def summarize(
+    logits_TW: Tensor, width: int, chunks: int, temperature: float, *, at_one: bool = False, drift: bool = False
+) -> Chunks:
+    """One read of the logits: maximum and sums of every chunk, where column j is in chunk j % chunks.
 
     Args:
         logits_TW, width: as in `statistics`; every row is read.
         chunks: 1 <= chunks <= width.
-    Returns:
-        max_TC: largest logit of the chunk, float32; NaN in all chunks of a row that holds anything but finite numbers.
-        sum_TC: sum over the chunk of exp((x - max) / temperature), float32.
+        at_one, drift: the sums wanted beside that at `temperature`.
     """
     tokens, height = len(logits_TW), -(-width // chunks)
     max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
-    sum_TC = torch.empty_like(max_TC)
-    rows_per_block = max(1, block_bytes(logits_TW) // (4 * height * chunks))
+    sum_TC, spare = torch.empty_like(max_TC), None
+    sum_at_one_TC, drift_TC = (torch.empty_like(max_TC) if wanted else None for wanted in (at_one, drift))
+    rows_per_block = max(1, block_bytes(logits_TW) // (4 * height * chunks * (1 + (at_one or drift))))
     buffer = max_TC.new_empty((rows_per_block, height * chunks))
+    second = torch.empty_like(buffer) if at_one or drift else None
     total_T = max_TC.new_empty(tokens)
     for first in range(0, tokens, rows_per_block):
         rows = slice(first, min(first + rows_per_block, tokens))
@@ -161,16 +177,23 @@ def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) ->
         torch.sum(x[:, :width], 1, out=total_T[rows])
         x[:, width:] = -torch.inf
         x = x.view(-1, height, chunks)
+        if second is not None:
+            spare = second[: len(x)].view(x.shape)
         top = torch.amax(x, 1, out=max_TC[rows])
         x -= top[:, None]
+        if at_one:
+            torch.sum(torch.exp(x, out=spare), 1, out=sum_at_one_TC[rows])
         if temperature != 1:
             x *= 1 / temperature
-        torch.sum(x.exp_(), 1, out=sum_TC[rows])
+        torch.sum(torch.exp(x, out=spare if drift else x), 1, out=sum_TC[rows])
+        if drift:
+            x.flatten(1)[:, width:] = 0  # it is -inf there
+            torch.sum(x.mul_(spare), 1, out=drift_TC[rows])
     suspect = (~total_T.isfinite()).nonzero()[:, 0]  # the sum of finite logits may overflow, others never end finite
     for row in suspect.tolist():
         if not logits_TW[row, :width].isfinite().all():
             max_TC[row] = torch.nan
-    return max_TC, sum_TC
+    return Chunks(max_TC, sum_TC, sum_at_one_TC, drift_TC)
 
 
 def extremes(logits_TW: Tensor, label_columns_T: Tensor, width: int) -> Extremes:

@@ -1,6 +1,6 @@
 """sample_targets: draws from the teacher's whole distribution instead of its K largest entries.
 
-1. `rows.summarize` gives the mass of each chunk of columns; a second look at the same rows gives the exact entropy.
+1. `rows.summarize` reads the logits once, and gives the mass and the entropy of each chunk of columns.
 2. The ranks' masses are all-gathered. Every rank makes the same uniform numbers and inverts the cumulative
    distribution: which rank, then (on that rank) which chunk, then which column.
 3. Draws of one id are merged into one entry.
@@ -12,9 +12,9 @@ columns, H columns in a chunk.
 import torch
 from torch import Tensor
 
+from megakd.kernels.checks import expect
 from megakd.kernels.paths import row_passes
-from megakd.kernels.rows import row_blocks
-from megakd.kernels.selection import check_finite, gather_entries
+from megakd.kernels.selection import expect_finite, join
 from megakd.kernels.selection_rows import blocks, gather_chunks
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets
@@ -43,7 +43,8 @@ def sample_targets(
         TeacherTargets with N slots, ids ascending, empty slots last; log-probabilities log(count / N), log_tail_T -inf
         and the exact entropy_T.
     Raises:
-        ValueError: draws below 1, shapes that do not fit, logits that are not finite, generators that differ.
+        ValueError: draws below 1, shapes that do not fit; logits that are not finite, generators that differ (on CUDA
+            the device stops: `checks.expect`).
     Collectives: all-gather of 4 float64 per token and rank; with `gather` also N ids and N floats.
     Source: random sampling knowledge distillation, Anshumann et al. 2025, arXiv:2503.16870.
     """
@@ -54,9 +55,9 @@ def sample_targets(
     weights_TC, top_T, record_T4 = chunk_weights(logits_TW[:, : shard.real_width], temperature)
     record_T4[:, 3] = uniform_TN[:, 0]
     top_RT, sum_RT, drift_RT, first_RT = shard.all_gather(record_T4).unbind(2)
-    check_finite(sum_RT[:, :, None])
-    if not (first_RT == first_RT[0]).all():
-        raise ValueError("the ranks' generators differ; seed them alike on all ranks that share a vocabulary")
+    expect_finite(~sum_RT.isnan().any(0))
+    if shard.ranks > 1:
+        expect(first_RT == first_RT[0], "the ranks' generators differ", refuse_generators)
 
     highest_T = top_RT.amax(0)
     scale_RT = ((top_RT - highest_T) / temperature).exp()
@@ -73,9 +74,14 @@ def sample_targets(
     columns_TN = invert(logits_TW[:, : shard.real_width], weights_TC, top_T, inside_TN, temperature)
     ids_TN, logprobs_TN = merge_draws(torch.where(mine_TN, columns_TN + shard.start, -1))
     if gather and shard.ranks > 1:
-        ids_TN, logprobs_TN = gather_entries(ids_TN, logprobs_TN, shard)
+        ids_TN, logprobs_TN = join(shard.all_gather(ids_TN), shard.all_gather(logprobs_TN))
     log_tail_T = torch.full_like(total_T, -torch.inf, dtype=torch.float32)
     return TeacherTargets(ids_TN, logprobs_TN, log_tail_T, temperature, entropy_T.float())
+
+
+def refuse_generators() -> None:
+    """Raises ValueError."""
+    raise ValueError("the ranks' generators differ; seed them alike on all ranks that share a vocabulary")
 
 
 def chunk_weights(logits_TW: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,14 +96,13 @@ def chunk_weights(logits_TW: Tensor, temperature: float) -> tuple[Tensor, Tensor
     record_T4 = weights_TC.new_zeros((tokens, 4))
     record_T4[:, 0] = -torch.inf
     for block in blocks(logits_TW):
-        max_TC, sum_TC = row_passes(logits_TW).summarize(logits_TW[block], width, chunks, temperature)
-        top_T = max_TC.amax(1)
-        weights_TC[block] = sum_TC.double() * ((max_TC - top_T[:, None]).double() / temperature).exp()
+        summary = row_passes(logits_TW).summarize(logits_TW[block], width, chunks, temperature, drift=True)
+        top_T = summary.max_TC.amax(1)
+        gap_TC = (summary.max_TC - top_T[:, None]).double() / temperature
+        scale_TC = gap_TC.exp()
+        weights_TC[block] = scale_TC * summary.sum_TC
         record_T4[block, 0], record_T4[block, 1] = top_T.double(), weights_TC[block].sum(1)
-        drift_T = record_T4[block, 2]
-        for rows, x, _ in row_blocks(logits_TW[block], torch.ones_like(top_T, dtype=torch.bool), width):
-            z = x[:, :width].sub_(top_T[rows, None]).mul_(1 / temperature)
-            drift_T[rows] = (z.exp() * z).sum(1).double()
+        record_T4[block, 2] = (scale_TC * summary.drift_TC + weights_TC[block] * gap_TC).sum(1)
     return weights_TC, record_T4[:, 0], record_T4
 
 

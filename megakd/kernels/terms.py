@@ -3,6 +3,7 @@
 Sizes: T tokens, K entries per token.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from megakd.divergences import find
 from megakd.kernels import divergences, paths
+from megakd.kernels.checks import expect
 from megakd.kernels.records import Merged, merge_records
 from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
 
 MASS_TOLERANCE = 1e-3
+ROWS_MESSAGE = "a label is outside the vocabulary, or the teacher's entries and tail do not sum to 1"
 
 
 class KDLoss(NamedTuple):
@@ -159,20 +162,22 @@ def evaluate(
     Collectives: all-gather of the record, and of 2 floats per token for divergences that mix P and Q.
     """
     records_RTL = shard.all_gather(record_TL)
+    checked = targets.log_tail_T, s.supervised_T, labels_T, shard, numbers_T
     if fused := paths.fused(labels_T, "megakd.kernels.triton.terms"):
         kind, sums_RT2 = (options.divergence, options.tail, options.parameter), None
         if divergences.mixes(options.divergence):
             given = records_RTL, entry_logits_TK, s.logprobs_TK, *kind, options.temperature
             sums_RT2 = shard.all_gather(fused.entry_sums(*given))
-        outputs, saved_8T, wrong_T = fused.evaluate(
+        outputs, saved_8T, fine_T = fused.evaluate(
             records_RTL, sums_RT2, s.supervised_T, targets.log_tail_T, targets.entropy_T, labels_T, shard.size, *kind,
             (options.kd_weight, options.ce_weight), options.temperature, MASS_TOLERANCE,
         )  # fmt: skip
-        if not wrong_T.any():  # what is wrong, is found below
-            return KDLoss(*outputs), Saved(*saved_8T)
-    log_tail_T = targets.log_tail_T.where(s.supervised_T, 0)
+        merge = functools.partial(merge_records, records_RTL, options.temperature)
+        expect(fine_T, ROWS_MESSAGE, lambda: check_rows(merge(), *checked))
+        return KDLoss(*outputs), Saved(*saved_8T)
     merged = merge_records(records_RTL, options.temperature)
-    check_rows(merged, log_tail_T, s.supervised_T, labels_T, shard, numbers_T)
+    check_rows(merged, *checked)
+    log_tail_T = targets.log_tail_T.where(s.supervised_T, 0)
     compared, sums_T2 = divergences.compare(merged, log_tail_T, options.tail), None
     if divergences.mixes(options.divergence):
         above_TK = (entry_logits_TK - merged.entry_max_T[:, None].float()) / options.temperature
@@ -203,20 +208,26 @@ def check_rows(
     shard: VocabShard,
     numbers_T: Tensor | None,
 ) -> None:
-    """Raises ValueError, on every rank alike, for labels outside the vocabulary and targets that miss some mass."""
+    """On every rank alike; see `checks.expect`.
+
+    Raises:
+        ValueError: a label outside the vocabulary, or targets that miss some mass.
+    """
     total_T = merged.teacher_mass_T + log_tail_T.double().exp()
     torn_T = supervised_T & ~((total_T - 1).abs() <= MASS_TOLERANCE)
     stray_T = find_stray(labels_T, supervised_T, shard)
-    if not (torn_T | stray_T).any():  # the one thing in a forward that waits for the device
-        return
-    check_stray(stray_T, labels_T, shard, numbers_T)
-    row = int(torn_T.nonzero()[0])
-    raise ValueError(
-        f"the teacher's entries and tail sum to {total_T[row].item():.6g} in row {_number(row, numbers_T)}; expected 1 "
-        f"({int(torn_T.sum())} rows of {len(torn_T)} are off by more than {MASS_TOLERANCE})\n"
-        f"hint: targets that hold only a rank's own entries fit one split of the vocabulary; select them with "
-        f"gather=True where student and teacher differ"
-    )
+
+    def explain():
+        explain_stray(stray_T, labels_T, shard, numbers_T)
+        row = int(torn_T.nonzero()[0])
+        raise ValueError(
+            f"the teacher's entries and tail sum to {total_T[row].item():.6g} in row {_number(row, numbers_T)}; "
+            f"expected 1 ({int(torn_T.sum())} rows of {len(torn_T)} are off by more than {MASS_TOLERANCE})\n"
+            f"hint: targets that hold only a rank's own entries fit one split of the vocabulary; select them with "
+            f"gather=True where student and teacher differ"
+        )
+
+    expect(~(torn_T | stray_T), ROWS_MESSAGE, explain)
 
 
 def find_stray(labels_T: Tensor, supervised_T: Tensor, shard: VocabShard) -> Tensor:
@@ -224,7 +235,7 @@ def find_stray(labels_T: Tensor, supervised_T: Tensor, shard: VocabShard) -> Ten
     return supervised_T & ((labels_T < 0) | (labels_T >= shard.size))
 
 
-def check_stray(stray_T: Tensor, labels_T: Tensor, shard: VocabShard, numbers_T: Tensor | None = None) -> None:
+def explain_stray(stray_T: Tensor, labels_T: Tensor, shard: VocabShard, numbers_T: Tensor | None = None) -> None:
     """Raises ValueError naming the first of the stray labels, if there is one."""
     if stray_T.any():
         row = int(stray_T.nonzero()[0])

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.kernels import VocabShard, sample_targets, select_top_k
+from megakd.kernels import VocabShard, sample_targets
 from megakd.kernels.paths import row_passes
-from megakd.kernels.predictions import predict
+from megakd.kernels.predictions import Predictions, predict
 from megakd.kernels.selection import select_and_predict
 from megakd.targets import TeacherTargets
 
@@ -100,10 +100,15 @@ def draw_entries(
     Args:
         logits_TW, labels_T, shard: as for `choose_entries`.
         groups: (rows, seed) of each sample, so that its draws depend on nothing else; together all rows.
-    Collectives: for each group those of `sample_targets`, and in hybrid mode of `select_top_k`, with gather; those of
-        `predict`.
+    Collectives: for each group those of `sample_targets`, and in hybrid mode of `select_and_predict`, with gather; in
+        sampled mode those of `predict`.
     """
-    said = predict(logits_TW, labels_T, shard)
+    if recipe.mode == "sampled":
+        said = predict(logits_TW, labels_T, shard)
+        label_logprob_T, top_id_T = said.label_logprob_T, said.id_T
+    else:  # the selection of the likeliest says it
+        top_id_T = torch.empty_like(labels_T)
+        label_logprob_T = torch.empty_like(labels_T, dtype=torch.float32)
     ids_TK = torch.full((len(labels_T), recipe.slots), -1, device=logits_TW.device)
     logprobs_TK = torch.full_like(ids_TK, -torch.inf, dtype=torch.float32)
     entropy_T = logprobs_TK.new_zeros(len(labels_T))
@@ -113,19 +118,24 @@ def draw_entries(
         if recipe.mode == "sampled":
             targets = sample_targets(logits_TW[rows_T], recipe.draws, shard, generator, temperature, gather=True)
         else:
-            targets = head_and_draws(logits_TW[rows_T], shard, recipe, generator)
+            targets, said = head_and_draws(logits_TW[rows_T], labels_T[rows_T], shard, recipe, generator)
+            label_logprob_T[rows_T], top_id_T[rows_T] = said.label_logprob_T, said.id_T
         ids_TK[rows_T], logprobs_TK[rows_T], entropy_T[rows_T] = targets.ids_TK, targets.logprobs_TK, targets.entropy_T
     no_tail_XT = logprobs_TK.new_empty((0, len(labels_T)))
-    return Entries(ids_TK, logprobs_TK, no_tail_XT, said.label_logprob_T, said.id_T, entropy_T)
+    return Entries(ids_TK, logprobs_TK, no_tail_XT, label_logprob_T, top_id_T, entropy_T)
 
 
-def head_and_draws(logits_TW: Tensor, shard: VocabShard, recipe: Recipe, generator: torch.Generator) -> TeacherTargets:
+def head_and_draws(
+    logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, recipe: Recipe, generator: torch.Generator
+) -> tuple[TeacherTargets, Predictions]:
     """The K most likely entries as they are, and draws from the rest, each of weight (mass of the rest) / draws.
+
+    And what the teacher would say.
 
     The entropy is that of the whole distribution: of the K entries, of the rest, and of the choice between them.
     """
     temperature = recipe.temperatures[0]
-    head = select_top_k(logits_TW, recipe.top_k, shard, temperature, gather=True)
+    head, said = select_and_predict(logits_TW, labels_T, recipe.top_k, shard, temperature, gather=True)
     if recipe.top_k == shard.size:
         none_TN = head.ids_TK.new_full((len(logits_TW), recipe.draws), -1)
         rest = replace(head, ids_TK=none_TN, logprobs_TK=torch.full_like(none_TN, -torch.inf, dtype=torch.float32))
@@ -147,13 +157,14 @@ def head_and_draws(logits_TW: Tensor, shard: VocabShard, recipe: Recipe, generat
     choice_T = rest_T * (rest_entropy_T.double() - log_rest_T.double())
     entropy_T = choice_T.where(rest_T > 0, 0) - (p_TK * head.logprobs_TK.double()).sum(1)
     empty_TK = ids_TK < 0
-    return TeacherTargets(
+    targets = TeacherTargets(
         ids_TK,
         logprobs_TK.masked_fill(empty_TK, -torch.inf),
         torch.full_like(log_rest_T, -torch.inf),
         temperature,
         entropy_T.float(),
     )
+    return targets, said
 
 
 def without(logits_TW: Tensor, ids_TK: Tensor, shard: VocabShard, temperature: float) -> Tensor:

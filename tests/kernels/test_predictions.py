@@ -1,11 +1,13 @@
 """predict: against log_softmax in float64, however the vocabulary is split, with ties and garbage in the padding."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from megakd.kernels import rows, select_top_k
+from megakd.kernels import rows, sample_targets, select_top_k
 from megakd.kernels.predictions import predict
 from megakd.kernels.selection import select_and_predict
 from tests.kernels.dense import cut, draw
@@ -75,11 +77,12 @@ def check_selected(rank, ranks):
                 assert_close(said.logprob_T, want.logprob_T, atol=1e-6, rtol=1e-6)
                 assert_close(said.label_logprob_T, want.label_logprob_T, atol=2e-6, rtol=1e-6)
                 assert (said.label_logprob_T[labels < 0] == 0).all()
-    with count_collectives() as sent:
-        select_and_predict(mine, labels, 3, shard)
-    assert ranks == 1 or [(dtype, elements) for _, dtype, elements in sent] == [
-        (torch.bfloat16, 3 * T), (torch.float32, 6 * T)
-    ]  # fmt: skip
+    for temperature, lanes in ((1.0, 6), (2.0, 8)):
+        with count_collectives() as sent:
+            select_and_predict(mine, labels, 3, shard, temperature)
+        assert ranks == 1 or [(dtype, elements) for _, dtype, elements in sent] == [
+            (torch.bfloat16, 3 * T), (torch.float32, lanes * T)
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -87,14 +90,17 @@ def test_from_the_read_of_a_selection(ranks):
     on_ranks(ranks, check_selected)
 
 
-def test_the_selection_reads_the_logits_once(monkeypatch):
+def test_selection_and_draws_read_the_logits_once(monkeypatch):
     reads = []
-    for read in (rows.summarize, rows.extremes):
-        monkeypatch.setattr(rows, read.__name__, lambda *a, f=read: (reads.append(f.__name__), f(*a))[1])
+    for read in (rows.summarize, rows.extremes, rows.row_blocks):
+        counted = functools.wraps(read)(lambda *a, f=read, **named: (reads.append(f.__name__), f(*a, **named))[1])
+        monkeypatch.setattr(rows, read.__name__, counted)
     logits, labels = logits_and_labels(torch.bfloat16)
     logits[5] = logits[7]
     mine, shard = cut(logits, 0, 1)
-    select_and_predict(mine, labels, 3, shard)
-    assert reads == ["summarize"]
-    select_and_predict(mine, labels, 3, shard, 2.0)
-    assert reads[1:] == ["summarize", "extremes"]
+    for temperature in (1.0, 2.0):
+        select_and_predict(mine, labels, 3, shard, temperature)
+        assert reads == ["summarize"]
+        sample_targets(mine, 3, shard, torch.Generator().manual_seed(0), temperature)
+        assert reads == ["summarize"] * 2
+        reads.clear()

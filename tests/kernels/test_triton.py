@@ -19,7 +19,11 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
-CASES = (("rows",), ("losses",), ("dense", "selection", "extremes"))  # a process each: it costs seconds to start
+CASES = (
+    ("rows",),
+    ("losses", "launches"),
+    ("dense", "selection", "extremes"),
+)  # a process each: it costs seconds to start
 LIMIT_SECONDS = 1150  # the interpreter is slow, and a busy machine slower
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -88,4 +92,4 @@ def test_every_kernel_compiles_for_gpus_that_are_not_there(started, request):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("cases", CASES, ids=" ".join)
 def test_compiled(cases):
-    run_cases(cases, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    run_cases(cases, CUBLAS_WORKSPACE_CONFIG=":4096:8", CUDA_LAUNCH_BLOCKING="1")  # errors are named, not the end

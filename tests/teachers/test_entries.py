@@ -131,6 +131,9 @@ def test_drawn_entries_are_a_distribution_with_the_exact_entropy(ranks, recipe):
     torch.testing.assert_close(entries.logprobs_TK.double().exp().sum(1), torch.ones(T).double(), atol=1e-5, rtol=0)
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(1)
     torch.testing.assert_close(entries.entropy_T.double(), entropy_T, atol=1e-4, rtol=1e-4)
+    label_T = dense(1.0).gather(1, labels()[:, None])[:, 0]
+    torch.testing.assert_close(entries.label_logprob_T.double(), label_T, atol=1e-5, rtol=0)
+    assert entries.top_id_T.tolist() == logits()[:, :V].argmax(1).tolist()
     for ids, counted in zip(entries.ids_TK.tolist(), (entries.ids_TK >= 0).sum(1).tolist(), strict=True):
         assert ids[:counted] == sorted(set(ids[:counted])) and set(ids[counted:]) <= {-1}
     if recipe["mode"] == "hybrid":

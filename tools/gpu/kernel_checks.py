@@ -15,8 +15,8 @@ from loss_checks import INF, ROUNDING, off
 from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, kd_loss, kd_loss_reference, rows, select_top_k
 from megakd.kernels.predictions import predict
+from megakd.kernels.selection import select_and_predict
 from megakd.kernels.triton import rows as triton_rows
-from megakd.kernels.triton import selection_rows as triton_selection
 
 
 def run_checks(options: argparse.Namespace, emit: Callable[[dict], None]) -> None:
@@ -148,28 +148,32 @@ def check_extremes(p: Problem) -> float:
 
 def check_summarize(p: Problem) -> float:
     chunks, broken = max(1, round(p.width**0.5)), (p.x[:, : p.width].float() * 0).isnan().any(1)
-    got, plain = (path.summarize(p.x, p.width, chunks, p.temperature) for path in (triton_rows, rows))
+    more = {"at_one": p.temperature != 1, "drift": True}
+    got, plain = (path.summarize(p.x, p.width, chunks, p.temperature, **more) for path in (triton_rows, rows))
     return max(
-        0.0 if got[0][broken].isnan().all() else INF,
-        same(got[0][~broken], plain[0][~broken]),
-        off(got[1][~broken], plain[1][~broken], 2e-6),
+        0.0 if got.max_TC[broken].isnan().all() else INF,
+        same(got.max_TC[~broken], plain.max_TC[~broken]),
+        off(got.sum_TC[~broken], plain.sum_TC[~broken], 2e-6),
+        off(got.drift_TC[~broken], plain.drift_TC[~broken], 4e-6, 4e-6),
+        0.0 if p.temperature == 1 else off(got.sum_at_one_TC[~broken], plain.sum_at_one_TC[~broken], 2e-6),
     )
 
 
 def check_selection(p: Problem) -> float:
     shard = VocabShard(0, p.x.shape[1], p.width)
-    if p.width >= 4099 and p.top_k <= 100:
-        scan = triton_selection.scan_rows(p.teacher, p.top_k, shard, p.temperature)
-        assert isinstance(scan, triton_selection.Scan), "these rows were left to PyTorch"
-    got = select_top_k(p.teacher, p.top_k, shard, p.temperature)
+    got, said = select_and_predict(p.teacher, p.labels, p.top_k, shard, p.temperature)
     z = p.teacher[:, : p.width].double() / p.temperature
     ids = z.sort(dim=1, descending=True, stable=True).indices[:, : p.top_k].sort(1).values
-    log_p = z.log_softmax(1)
+    log_p, at_one = z.log_softmax(1), (z * p.temperature).log_softmax(1)
     tail = log_p.scatter(1, ids, -INF).logsumexp(1)
+    label = at_one.gather(1, p.labels.clamp(min=0)[:, None])[:, 0].where(p.labels >= 0, 0)
     return max(
         same(got.ids_TK, ids),
+        same(said.id_T, z.max(1).indices),
         off(got.logprobs_TK, log_p.gather(1, ids), 2e-6, 4e-6),
         off(got.log_tail_T, tail, 2e-6, 4e-6),
+        off(said.logprob_T, at_one.amax(1), 2e-6, 4e-6),
+        off(said.label_logprob_T, label, 2e-6, 4e-6),
     )
 
 

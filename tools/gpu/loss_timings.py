@@ -37,8 +37,8 @@ def time_passes(options: argparse.Namespace, emit: Callable[[dict], None]) -> No
             scan_rows = partial(selecting.scan_rows, teacher_TV, top_k, shard, temperature)
             row("scan_rows", scan_rows, floor_bytes=read)
             scan = scan_rows()
-            agreed = selection.share(scan.values_TL[None], top_k, 0)
-            row("take_entries", partial(selecting.take_entries, teacher_TV, scan, *agreed, top_k, temperature))
+            agreed = selection.selection_steps(teacher_TV).share(scan.values_TL[None], top_k, 0)[:2]
+            row("take_entries", partial(selecting.take_entries, teacher_TV, scan, *agreed, top_k, shard, temperature))
         restore()
         extremes = partial(passes.extremes, x_TV, labels_T, options.vocab)
         summarize = partial(passes.summarize, x_TV, options.vocab, max(1, round(options.vocab**0.5)), 1.0)

@@ -1,4 +1,4 @@
-"""`rows.summarize` in Triton: one read of the logits, maximum and sum of exponentials of every chunk of columns.
+"""`rows.summarize` in Triton: one read of the logits, maximum and sums of exponentials of every chunk of columns.
 
 A lane owns E neighbouring chunks, column j being in chunk j % C, and goes through them S rows of C columns at a time.
 A row that holds anything but finite numbers is marked by the program that finds one, and spoilt by a second kernel.
@@ -11,37 +11,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd.kernels.triton.tiles import LANES, LOG2_E, finite, lane_shape, on_its_device
+from megakd.kernels.rows import Chunks
+from megakd.kernels.triton.tiles import IN_LOG2, LANES, LOG2_E, finite, lane_shape, on_its_device
 
 
 @on_its_device
-def summarize(logits_TW: Tensor, width: int, chunks: int, temperature: float) -> tuple[Tensor, Tensor]:
+def summarize(
+    logits_TW: Tensor, width: int, chunks: int, temperature: float, *, at_one: bool = False, drift: bool = False
+) -> Chunks:
     """See `rows.summarize`."""
     tokens, shape = len(logits_TW), lane_shape(logits_TW, multiple_of=chunks)
     parts = triton.cdiv(chunks, LANES.value * shape["E"])
     max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
     sum_TC, broken_TP = torch.empty_like(max_TC), logits_TW.new_empty((tokens, parts), dtype=torch.int32)
+    sum_at_one_TC, drift_TC = (torch.empty_like(max_TC) if wanted else None for wanted in (at_one, drift))
     if tokens:
         _summarize[tokens * parts,](
-            logits_TW, max_TC, sum_TC, broken_TP, *logits_TW.stride(), width, chunks, parts, LOG2_E / temperature,
-            **shape,
+            logits_TW, max_TC, sum_TC, sum_at_one_TC, drift_TC, broken_TP, *logits_TW.stride(), width, chunks, parts,
+            LOG2_E / temperature, AT_ONE=at_one, DRIFT=drift, **shape,
         )  # fmt: skip
         _spoil[tokens,](max_TC, broken_TP, chunks, parts, P=triton.next_power_of_2(parts))
-    return max_TC, sum_TC
+    return Chunks(max_TC, sum_TC, sum_at_one_TC, drift_TC)
 
 
 @triton.jit
 def _summarize(
-    logits, maxima, sums, broken, row_stride, column_stride, width, chunks, parts, scale, S: tl.constexpr,
-    E: tl.constexpr,
+    logits, maxima, sums, sums_at_one, drifts, broken, row_stride, column_stride, width, chunks, parts, scale,
+    AT_ONE: tl.constexpr, DRIFT: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     first = part * LANES * E
     chunk_NE = first + tl.arange(0, LANES)[:, None] * E + tl.arange(0, E)[None, :]
-    max_NE = tl.full((LANES, E), -float("inf"), tl.float32)
-    sum_NE = tl.zeros((LANES, E), tl.float32)
     zero_NE = tl.zeros((LANES, E), tl.float32)
+    max_NE, sum_NE, at_one_NE, drift_NE = zero_NE - float("inf"), zero_NE, zero_NE, zero_NE
     step_SNE = tl.arange(0, S)[:, None, None]
     logits += row * row_stride
     for step in range(0, tl.cdiv(width, chunks), S):
@@ -56,13 +59,22 @@ def _summarize(
             zero_NE += tl.sum(tl.where(here, x_SNE * 0.0, 0.0), 0)
             x_SNE = tl.where(here, x_SNE, -float("inf"))
         top_NE = tl.maximum(max_NE, tl.max(x_SNE, 0))
-        base_NE = finite(top_NE)
-        sum_NE = sum_NE * tl.exp2((max_NE - base_NE) * scale)
-        sum_NE += tl.sum(tl.exp2((x_SNE - base_NE[None, :, :]) * scale), 0)
+        gap_NE, below_SNE = max_NE - finite(top_NE), x_SNE - finite(top_NE)[None, :, :]
+        e_SNE, moved_NE = tl.exp2(below_SNE * scale), tl.exp2(gap_NE * scale)
+        if DRIFT:  # in units of log 2
+            drift_NE = tl.where(moved_NE > 0, moved_NE * (drift_NE + sum_NE * (gap_NE * scale)), 0.0)
+            drift_NE += tl.sum(tl.where(e_SNE > 0, e_SNE * (below_SNE * scale), 0.0), 0)
+        sum_NE = sum_NE * moved_NE + tl.sum(e_SNE, 0)
+        if AT_ONE:
+            at_one_NE = at_one_NE * tl.exp2(gap_NE * IN_LOG2) + tl.sum(tl.exp2(below_SNE * IN_LOG2), 0)
         max_NE = top_NE
-    here_NE = chunk_NE < chunks
-    tl.store(maxima + row * chunks + chunk_NE, max_NE, mask=here_NE)
-    tl.store(sums + row * chunks + chunk_NE, sum_NE, mask=here_NE)
+    here_NE, chunk_NE = chunk_NE < chunks, row * chunks + chunk_NE
+    tl.store(maxima + chunk_NE, max_NE, mask=here_NE)
+    tl.store(sums + chunk_NE, sum_NE, mask=here_NE)
+    if AT_ONE:
+        tl.store(sums_at_one + chunk_NE, at_one_NE, mask=here_NE)
+    if DRIFT:
+        tl.store(drifts + chunk_NE, drift_NE / IN_LOG2, mask=here_NE)
     tl.store(broken + row * parts + part, tl.max(tl.max((zero_NE != 0.0).to(tl.int32), 1), 0))
 
 

@@ -139,28 +139,28 @@ def evaluate(
         size: the real vocabulary. weights: kd_weight and ce_weight.
     Returns:
         The fields of KDLoss, float32 [T], no views, so that autograd lets them be changed in place; those of Saved,
-        float64 [8, T]; and whether a row is wrong (a stray label, or a teacher's mass that is not 1 within
+        float64 [8, T]; and whether a row is fine (no stray label, and a teacher's mass that is 1 within
         `mass_tolerance`), bool [T].
     """
     ranks, tokens, lanes = records_RTL.shape
     outputs = [records_RTL.new_empty(tokens) for _ in range(5)]
     saved_8T = records_RTL.new_empty((8, tokens), dtype=torch.float64)
-    wrong_T = torch.empty_like(supervised_T)
+    fine_T = torch.empty_like(supervised_T)
     entropy_T = None if entropy_T is None else entropy_T.contiguous()
     if tokens:
         _evaluate[triton.cdiv(tokens, B),](
             records_RTL, sums_RT2, supervised_T, log_tail_T.contiguous(), entropy_T, labels_T.contiguous(), *outputs,
-            saved_8T, wrong_T, tokens, ranks, size, parameter, 1 - parameter, *weights, temperature, mass_tolerance,
+            saved_8T, fine_T, tokens, ranks, size, parameter, 1 - parameter, *weights, temperature, mass_tolerance,
             FORM=FORMS[divergence], SUMS=divergence if sums_RT2 is None else "given", TAIL=tail,
             SAMPLED=entropy_T is not None, AT_ONE=lanes == 10, L=lanes, B=B,
         )  # fmt: skip
-    return outputs, saved_8T, wrong_T
+    return outputs, saved_8T, fine_T
 
 
 @triton.jit
 def _evaluate(
     records, sums, supervised, log_tails, entropies, labels, loss_out, kd_out, ce_out, teacher_mass_out,
-    student_mass_out, saved, wrong, tokens, ranks, size, parameter, rest, kd_weight, ce_weight, temperature,
+    student_mass_out, saved, fine, tokens, ranks, size, parameter, rest, kd_weight, ce_weight, temperature,
     mass_tolerance, FORM: tl.constexpr, SUMS: tl.constexpr, TAIL: tl.constexpr, SAMPLED: tl.constexpr,
     AT_ONE: tl.constexpr, L: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -219,8 +219,8 @@ def _evaluate(
     _put(saved, 5, tl.where(outside_some, outside_factor / outside_sum, 0.0), t, tokens)
     _put(saved, 6, tl.where(outside_some, tl.exp(outside_max - top - lse_at_one), 0.0), t, tokens)
     _put(saved, 7, entry_max - top - lse_at_one, t, tokens)
-    torn = (tl.abs(mass + mass_tail - 1) <= mass_tolerance) == 0  # NaN is torn
-    tl.store(wrong + t, on & (torn | (label < 0) | (label >= size)), mask=some)
+    whole = tl.abs(mass + mass_tail - 1) <= mass_tolerance  # NaN is not
+    tl.store(fine + t, (whole & (label >= 0) & (label < size)) | (on == 0), mask=some)
 
 
 @triton.jit

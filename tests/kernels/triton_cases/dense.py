@@ -50,20 +50,22 @@ def test_record(divergence, temperatures, width, padding, dtype):
 @pytest.mark.parametrize("temperature, ce_weight", [(1.0, 0.3), (2.0, 0.3), (2.0, 0.0)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_and_gradient(divergence, temperature, ce_weight, width, padding, dtype):
-    if (temperature, ce_weight) != (2.0, 0.3) and (width > 1000 or divergence not in ("forward_kl", "jsd")):
+    one_of_each = divergence in ("forward_kl", "jsd")
+    more = (temperature, ce_weight) != (2.0, 0.3)
+    if (width == 1 and not one_of_each) or (more and (width > 1000 or not one_of_each)):
         pytest.skip("one of each is enough for what the interpreter takes")
     x, y, labels = logits(width, padding, dtype)
     shard, on = VocabShard(0, width + padding, width), labels >= 0
     weight = torch.arange(1.0, 7.0, device=DEVICE)
     grads = []
-    for in_place in (False, True):
+    for in_place in (False, True) if one_of_each else (True,):
         leaf = x.clone().requires_grad_()
         whole = leaf * 1
         out = dense_kd_loss(whole, y, labels, shard, divergence=divergence, temperature=temperature,
                             ce_weight=ce_weight, inplace_backward=in_place)  # fmt: skip
         (out.loss_T * weight).sum().backward()
         grads.append(leaf.grad)
-    assert torch.equal(*grads)
+    assert torch.equal(grads[0], grads[-1])
     exact = x[on, :width].double().requires_grad_()
     p, q = (y[on, :width].double() / temperature).softmax(1), (exact / temperature).softmax(1)
     kd = dense_divergence(divergence, p, q)

@@ -56,18 +56,17 @@ KINDS = [(1.0, torch.bfloat16), (2.0, torch.float32), (2.0, torch.bfloat16), (1.
 def case_list():
     """(width, padding, K, temperature, dtype, programs).
 
-    The widest, which has two tiles, in one program or two, meets every kind with and without neighbours. The narrow
-    ones differ by a lane more or less: each of them meets every K, and kinds and padding by turns.
+    The widest, which has two tiles, meets every kind with and without neighbours, in one program and in two by turns.
+    The narrow ones differ by a lane more or less: each of them meets every K; kinds and padding by turns.
     """
     turn = itertools.count()
     for width in WIDTHS:
         for top_k in dict.fromkeys(k for k in (1, 8, 100, width) if k <= min(width, 1024)):
-            for padding in (3, ALIGNED):
-                several = width > 4096
-                kinds = KINDS if several and top_k == 8 else KINDS[:2] if several else [KINDS[next(turn) % len(KINDS)]]
-                for temperature, dtype in kinds:
-                    for programs in (1, 8192) if (width, top_k) == (4099, 8) else (8192,):
-                        yield width, padding, top_k, temperature, dtype, programs
+            paddings = (3, ALIGNED) if width in (1, 4099) else ((3, ALIGNED)[next(turn) % 2],)
+            for padding in paddings:
+                wide = (width, top_k) == (4099, 8)
+                for temperature, dtype in KINDS if wide else [KINDS[next(turn) % len(KINDS)]]:
+                    yield width, padding, top_k, temperature, dtype, (1, 8192)[next(turn) % 2] if wide else 8192
 
 
 def teacher(width, top_k, dtype, padding=3):

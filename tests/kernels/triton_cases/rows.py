@@ -77,8 +77,9 @@ def test_backward(width, padding, top_k, temperature, dtype, programs, monkeypat
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("padding", [3, ALIGNED])
-@pytest.mark.parametrize("dtype, programs", [(torch.float32, 1), (torch.bfloat16, 8192)], ids=case_name)
+@pytest.mark.parametrize(
+    "padding, dtype, programs", [(3, torch.float32, 8192), (ALIGNED, torch.bfloat16, 1)], ids=case_name
+)
 def test_extremes(width, padding, dtype, programs, monkeypatch):
     monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
     x, _, labels, _ = case(width, 1, dtype, padding)
@@ -98,11 +99,13 @@ def test_extremes(width, padding, dtype, programs, monkeypatch):
 def test_summarize(width, chunks, temperature, dtype):
     x, *_ = case(width, 1, dtype, 3)
     x[0, width - 1] = torch.inf
-    got, want = (path.summarize(x, width, chunks, temperature) for path in (triton_rows, rows))
+    more = dict(at_one=temperature != 1, drift=chunks != 7)
+    got, want = (path.summarize(x, width, chunks, temperature, **more) for path in (triton_rows, rows))
     broken = torch.isin(torch.arange(7), torch.tensor([0, 1, 3]))
-    assert got[0][broken].isnan().all()
-    assert torch.equal(got[0][~broken], want[0][~broken])
-    assert_close(got[1][~broken], want[1][~broken], rtol=1e-6, atol=0)
+    assert got.max_TC[broken].isnan().all()
+    assert torch.equal(got.max_TC[~broken], want.max_TC[~broken])
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert a is b is None or assert_close(a[~broken], b[~broken], rtol=1e-6, atol=2e-6) is None
 
 
 def test_logits_of_any_stride_and_size():
