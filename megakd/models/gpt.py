@@ -108,7 +108,17 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def build_gpt(
-    model, parallel, train, groups, *, vocab_size: int, padded_size: int, device, seed: int | None, name: str = "model"
+    model,
+    parallel,
+    train,
+    groups,
+    *,
+    vocab_size: int,
+    padded_size: int,
+    device,
+    seed: int | None,
+    name: str = "model",
+    local: bool = False,
 ) -> GPT:
     """Build this rank's part of a GPT.
 
@@ -120,8 +130,9 @@ def build_gpt(
         device: torch device of the weights.
         seed: draw initial weights from it, the same for every layout; None leaves them uninitialised (to be loaded).
         name: what the log calls it.
+        local: Megatron's local layers even where Transformer Engine is there: their attention takes a KV cache.
     """
-    transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not needs_own_layers(model)
+    transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not (local or needs_own_layers(model))
     config = transformer_config(model, parallel, train, transformer_engine)
     first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
     gpt = GPT(
