@@ -83,7 +83,11 @@ class GPT(GPTModel):
 
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
         """[T, W]: this rank's columns, padded ones included (the kernels leave those out)."""
-        logits_TW = F.linear(self.head_input(hidden_SBH, rows_T), self.head_weight)
+        return self.logits_of(self.head_input(hidden_SBH, rows_T))
+
+    def logits_of(self, hidden_TH: Tensor) -> Tensor:
+        """The same, of what `head_input` gives."""
+        logits_TW = F.linear(hidden_TH, self.head_weight)
         if self.softcap is None:
             return logits_TW
         if torch.is_grad_enabled():
