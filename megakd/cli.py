@@ -40,10 +40,16 @@ class Verb:
 
 EVALUATE = """\
 The student is the last checkpoint of run.dir, else student.checkpoint; the data are eval.samples
-samples of data.validation. One line of JSON is printed and appended to evaluations.jsonl in
+samples of data.validation. A table is printed, and a line of JSON appended to evaluations.jsonl in
 run.dir. Averages are over supervised tokens; logarithms are natural.
 
+  --model PATH     judge this checkpoint, run or Hugging Face folder instead; may be repeated, for a
+                   table of several, of which nothing is appended
+  --json           print a line of JSON for each model in place of the table
+  --reliability FILE.png   draw accuracy over confidence, a line for each model
+
   ce, perplexity   cross-entropy with the data's next token (nats), and its exponential
+  bits_per_byte    of the data's text, special tokens at no bytes
   accuracy         share of tokens whose most likely next token is the data's
   ece              calibration error: mean distance of confidence from accuracy, in 15 bins
   calibration      those bins: tokens in each, sum of their confidence, how many are right
@@ -55,7 +61,12 @@ With a teacher, live or from a recording:
                    vocabulary
   teacher_ce       the teacher's own cross-entropy (nats)
   agreement        share of tokens where student and teacher find the same token most likely
-  teacher_mass, student_mass   probability that each gives to the teacher's top_k tokens"""
+  teacher_mass, student_mass   probability that each gives to the teacher's top_k tokens
+
+With a live teacher, over the whole vocabulary at temperature 1:
+
+  forward_kl, reverse_kl   KL(teacher, student) and KL(student, teacher) (nats)
+  top5_agreement   share of the teacher's five most likely tokens that are among the student's"""
 VERBS = {
     "train": Verb("megakd.runs.train:main", "train a student, from a teacher or plainly on data", True),
     "evaluate": Verb(

@@ -83,7 +83,8 @@ def test_help_of_evaluate_says_what_is_measured():
     losses = (ROOT / "megakd" / "losses.py").read_text("utf-8")
     figures = re.findall(r'^    "(\w+)": "\w*tokens",$', losses, re.MULTILINE)
     assert len(figures) == 7
-    for name in (*figures, "perplexity", "accuracy", "ece"):
+    exact = ("forward_kl", "reverse_kl", "top5_agreement", "bits_per_byte")
+    for name in (*figures, *exact, "perplexity", "accuracy", "ece"):
         assert re.search(rf"^  (\w+, )?{name}\b", text, re.MULTILINE), name
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     "checkpoints",
     "converters teachers",
     "assembly",
-    "training recording reporting",
+    "training recording reporting generation",
     "runs",
     "cli",
     "__main__",

@@ -130,11 +130,11 @@ class Data(Section):
     null: the student checkpoint's."""
     sequence_length: Count
     """Tokens of one sample; longer ones are cut, and left out if no supervised token remains."""
-    format: Literal["auto", "text", "prompt_response", "alpaca", "nemo_chat", "messages"] = "auto"
+    format: Literal["auto", "text", "prompt_response", "alpaca", "nemo_chat", "messages", "ids"] = "auto"
     """What a record is: `{"text"}`, `{"input", "output"}`, Alpaca's `{"instruction", "input", "output"}`, NeMo's
     `{"system", "conversations", "mask", "type"}`, or a conversation for a chat template: `{"messages": [{"role",
-    "content"}]}`, ShareGPT's, TRL's `{"prompt", "completion"}` with turns, and pairs; auto: what the keys of the first
-    record show."""
+    "content"}]}`, ShareGPT's, TRL's `{"prompt", "completion"}` with turns, and pairs; or the token ids that `megakd
+    generate` wrote, `{"prompt_ids", "completion_ids"}`; auto: what the keys of the first record show."""
     columns: dict[Text, Text] = Field({})
     """Keys of the records where they differ: `{input: question, output: answer}`."""
     template: Text = "{input} {output}"

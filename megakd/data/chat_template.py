@@ -138,6 +138,12 @@ class ChatTemplate:
             raise BadRecord(f"nothing to learn from: {'; '.join(notes) or 'the chat template leaves every answer out'}")
         return segments, notes + list(_left_out("".join(segment.text for segment in segments), messages))
 
+    def question(self, messages: list[dict], tools: list | None = None, arguments: Mapping | None = None) -> str:
+        """The rendered conversation and the header under which the assistant is to answer; Args, Raises as above."""
+        names = {"tools": tools, **self._names, **self._arguments, **(arguments or {})}
+        text = _Rendering(self._template, names)(messages, add_generation_prompt=True)
+        return text.replace(_BEGIN, "").replace(_END, "")
+
     def _cut_at_prefixes(self, text: str, messages, learnt, render) -> tuple[list[Segment], list[str]]:
         segments, place, notes = [], 0, []
         always_asked = _always_asked(messages, render)

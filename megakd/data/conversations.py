@@ -46,13 +46,15 @@ def is_sharegpt(turns) -> bool:
     return all("role" in turn for turn in turns) or all(turn.get("from") in SHAREGPT_ROLES for turn in turns)
 
 
-def read_conversation(fields: Fields) -> Conversation:
+def read_conversation(fields: Fields, *, answered: bool = True) -> Conversation:
     """The conversation of a record.
 
+    Args:
+        answered: there has to be something to learn; False: completions of pairs may be missing, and are left out.
     Raises:
         BadRecord: there is none, or a turn is not what it should be.
     """
-    given, turns = _turns(fields)
+    given, turns = _turns(fields, answered)
     messages = [_message(number, turn) for number, turn in enumerate([*given, *turns], 1)]
     learnt = [
         number >= len(given) and message["role"] == "assistant" and _weight(number, message) != 0
@@ -96,22 +98,23 @@ def flatten_parts(template: ChatTemplate, messages: list[dict]) -> list[dict]:
     ]
 
 
-def _turns(fields: Fields) -> tuple[list, list]:
+def _turns(fields: Fields, answered: bool) -> tuple[list, list]:
     """(turns that are given, turns to learn from)."""
     for name in ("messages", "conversations"):
         if name in fields:
             return [], _list(fields, name)
     prompt, completion = fields.first_of("prompt", "input"), fields.first_of("completion", "output")
-    if "instruction" in fields and completion in fields:
+    complete = completion in fields or not answered
+    if "instruction" in fields and complete:
         question = instruction_of(fields)
-    elif prompt in fields and completion in fields:
+    elif prompt in fields and complete:
         if isinstance(fields.get(prompt), list):
-            return _list(fields, prompt), _list(fields, completion)
+            return _list(fields, prompt), _list(fields, completion) if answered else []
         question = fields.text(prompt)
     else:
         return [], _list(fields, "messages")
-    answer = fields.text(completion)
-    return [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
+    answer = [{"role": "assistant", "content": fields.text(completion)}] if answered else []
+    return [{"role": "user", "content": question}], answer
 
 
 def instruction_of(fields: Fields) -> str:

@@ -6,6 +6,8 @@ alpaca            {"instruction", "input"?, "output"}              the output
 nemo_chat         {"system", "conversations": [{"from", "value", "label"?}], "mask", "type"}
 messages          {"messages": [{"role", "content"}]}, and other conversations (see `conversations`)
                                                                    what the assistant writes
+ids               {"prompt_ids", "completion_ids"}, as `megakd generate` writes them; nothing is tokenized
+                                                                   the completion
 """
 
 import re
@@ -16,11 +18,12 @@ from typing import NamedTuple
 from megakd.data.chat_template import BadRecord, ChatTemplate, Segment
 from megakd.data.conversations import flatten_parts, instruction_of, is_sharegpt, read_conversation, unused_by
 from megakd.data.fields import Fields
+from megakd.data.ids import ids_segments
 from megakd.data.nemo_chat import ChatTokens, nemo_chat_segments
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import DataError
 
-FORMATS = ("text", "prompt_response", "alpaca", "nemo_chat", "messages")
+FORMATS = ("text", "prompt_response", "alpaca", "nemo_chat", "messages", "ids")
 TEMPLATED = ("prompt_response", "alpaca")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -91,11 +94,13 @@ class Sample(NamedTuple):
         segments: what makes it up.
         notes: what of the record is not in them.
         shortened: where in the first segment the text is that `truncation_field` names.
+        ids: of the segments, in place of their texts; None: the texts are to be encoded.
     """
 
     segments: list[Segment]
     notes: list[str]
     shortened: range = range(0)
+    ids: tuple[list[int], ...] | None = None
 
 
 def detect_format(record: dict, columns: Mapping[str, str], where: str) -> str:
@@ -106,6 +111,8 @@ def detect_format(record: dict, columns: Mapping[str, str], where: str) -> str:
     """
     keys = set(record) | set(columns)
     fields = Fields(record, columns)
+    if "completion_ids" in keys:
+        return "ids"
     if "messages" in keys:
         return "messages"
     if "conversations" in keys:
@@ -138,7 +145,9 @@ def build_formatter(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callab
         field = None if sample_format.truncation == "end" else sample_format.truncation_field
         read = _templated(sample_format.template, alpaca=sample_format.name == "alpaca", shortened=field)
     elif sample_format.name == "messages":
-        read = _messages(_chat_template(sample_format, tokenizer), sample_format.answer_only_loss)
+        read = _messages(chat_template_of(sample_format, tokenizer), sample_format.answer_only_loss)
+    elif sample_format.name == "ids":
+        read = lambda fields: _ids(fields, tokenizer)  # noqa: E731
     elif sample_format.name == "nemo_chat":
         read = lambda fields: Sample(nemo_chat_segments(fields, sample_format.chat_tokens), [])  # noqa: E731
     else:
@@ -146,15 +155,15 @@ def build_formatter(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callab
 
     def formatted(record: dict) -> Sample:
         fields = Fields(record, sample_format.columns)
-        segments, notes, shortened = read(fields)
+        segments, notes, shortened, ids = read(fields)
         notes = [*notes, *(f'text under "{key}" is not used' for key in fields.unused())]
         if sample_format.strict and notes:
             raise BadRecord(f"{'; '.join(notes)} (data.strict)")
         if not sample_format.answer_only_loss:
-            return Sample([Segment(segment.text, True) for segment in segments], notes, shortened)
+            return Sample([Segment(segment.text, True) for segment in segments], notes, shortened, ids)
         if not any(segment.supervised for segment in segments):
             raise BadRecord("nothing to learn from: no turn of the conversation is supervised")
-        return Sample(segments, notes, shortened)
+        return Sample(segments, notes, shortened, ids)
 
     return formatted
 
@@ -211,35 +220,29 @@ def _names_of(sample_format: SampleFormat) -> set[str]:
         "alpaca": pair | {"instruction"},
         "nemo_chat": {"conversations", "system", "mask", "type"},
         "messages": conversation,
+        "ids": {"prompt_ids", "completion_ids"},
     }[sample_format.name]
 
 
+def _ids(fields: Fields, tokenizer: Tokenizer) -> Sample:
+    segments, ids = ids_segments(fields, tokenizer)
+    return Sample(segments, [], ids=ids)
+
+
 def _templated(template: str, *, alpaca: bool, shortened: str | None) -> Callable[[Fields], Sample]:
-    before, output, after = template.rpartition("{output}")
-    if not output or after:
-        raise DataError(
-            f"the template {template!r} does not end with {{output}}",
-            hint='data.template is such as "{input} {output}" or "Q: {input}\\nA: {output}"',
-        )
-    prompt = before.rstrip(" ")  # the spaces before an answer belong to it, as they do when a model writes it
-    texts = _PLACEHOLDER.split(prompt)  # text, name, text, name, ..., text
+    before, texts = split_template(template)
+    prompt = before.rstrip(" ")
     if shortened not in (None, *texts[1::2]):
         raise DataError(
             f"data.truncation_field is {shortened}, which is not in the prompt of the template {template!r}",
             hint=f"name one of {', '.join(texts[1::2]) or 'its names in braces; it has none'}",
         )
-    joined = alpaca and "instruction" not in texts[1::2]
-
-    def value(fields: Fields, name: str) -> str:
-        if alpaca and name == "input":
-            return instruction_of(fields) if joined else fields.get("input") or ""
-        alternative = {"input": "prompt", "output": "completion"}.get(name, name)
-        return fields.text(fields.first_of(name, alternative))
+    names = texts[1::2]
 
     def segments(fields: Fields) -> Sample:
-        answer, asked, part = before[len(prompt) :] + value(fields, "output"), "", range(0)
+        answer, asked, part = before[len(prompt) :] + value_of(fields, "output", names, alpaca), "", range(0)
         for number, text in enumerate(texts):
-            filled = value(fields, text) if number % 2 else text
+            filled = value_of(fields, text, names, alpaca) if number % 2 else text
             if number % 2 and text == shortened:
                 part = range(len(asked), len(asked) + len(filled))
             asked += filled
@@ -247,6 +250,31 @@ def _templated(template: str, *, alpaca: bool, shortened: str | None) -> Callabl
                       [], part)  # fmt: skip
 
     return segments
+
+
+def split_template(template: str) -> tuple[str, list[str]]:
+    """What a template has before {output}, and the prompt of it as text, name, text, name, ..., text.
+
+    The spaces before an answer belong to it, as they do when a model writes it.
+
+    Raises:
+        DataError: it does not end with {output}.
+    """
+    before, output, after = template.rpartition("{output}")
+    if not output or after:
+        raise DataError(
+            f"the template {template!r} does not end with {{output}}",
+            hint='data.template is such as "{input} {output}" or "Q: {input}\\nA: {output}"',
+        )
+    return before, _PLACEHOLDER.split(before.rstrip(" "))
+
+
+def value_of(fields: Fields, name: str, names: list[str], alpaca: bool) -> str:
+    """What stands for a name of a template in a record; `names` are all those of its prompt."""
+    if alpaca and name == "input":
+        return fields.get("input") or "" if "instruction" in names else instruction_of(fields)
+    alternative = {"input": "prompt", "output": "completion"}.get(name, name)
+    return fields.text(fields.first_of(name, alternative))
 
 
 def _messages(template: ChatTemplate, answer_only_loss: bool) -> Callable[[Fields], Sample]:
@@ -260,7 +288,7 @@ def _messages(template: ChatTemplate, answer_only_loss: bool) -> Callable[[Field
     return segments
 
 
-def _chat_template(sample_format: SampleFormat, tokenizer: Tokenizer) -> ChatTemplate:
+def chat_template_of(sample_format: SampleFormat, tokenizer: Tokenizer) -> ChatTemplate:
     source = sample_format.chat_template or tokenizer.chat_template
     if source is None:
         raise DataError(

@@ -223,14 +223,14 @@ def _key(
         stat = file.stat()
         seen = known.get(str(file.absolute()))
         same = seen and seen[:2] == [stat.st_size, stat.st_mtime_ns]
-        digests[str(file.absolute())] = seen if same else [stat.st_size, stat.st_mtime_ns, _digest(file)]
+        digests[str(file.absolute())] = seen if same else [stat.st_size, stat.st_mtime_ns, file_digest(file)]
     if known | digests != known:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: read the data again next time
             publish_text(remembered, json.dumps(known | digests, indent=1))
     parts = {
         "encoding": _ENCODING,
         "data": [[kind_of(file), digests[str(file.absolute())][2]] for file in files],
-        "tokenizer": [tokenizer.fingerprint, *map(_digest, tokenizer.files)],
+        "tokenizer": [tokenizer.fingerprint, *map(file_digest, tokenizer.files)],
         "special ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
         "format": sample_format.relevant(tokenizer),
         "on_error": on_error,
@@ -238,7 +238,8 @@ def _key(
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """BLAKE2b of 128 bits of a file, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as content:
         while chunk := content.read(_CHUNK_BYTES):

@@ -126,7 +126,7 @@ class Encoder:
                 made.problems.add(where, str(error).replace("\nhint: ", "; "))
                 continue
             made.notes.update({*sample.notes, *notes})
-            if any(segment.text for segment in sample.segments):
+            if sample.ids or any(segment.text for segment in sample.segments):
                 rows.append(ids)
                 masks.append(mask)
             else:
@@ -152,6 +152,10 @@ def encode_sample(
     Raises:
         BadRecord: see `encoding`; or nothing is left to learn.
     """
+    if sample.ids is not None:
+        learnt = [segment.supervised for segment in sample.segments]
+        ids = np.concatenate([np.asarray(part, np.int32) for part in sample.ids])
+        return ids, np.repeat(learnt, [*map(len, sample.ids)]), []
     if sample_format.name == "messages":
         ids, mask, notes = encode_whole(sample.segments, tokenizer)
         if not mask.any():

@@ -116,6 +116,9 @@ class SdpaAttention(MegatronModule):
     Scores are never kept: memory is linear in S where torch has a fused kernel, on CPU too; but a soft cap on the
     scores (`config.model.attention_softcap`) has none and keeps them. The segments of a packed row (thd) are attended
     to one by one.
+
+    Attributes:
+        cache: a `megakd.models.kv_cache.LayerCache` that takes over while sequences are generated, else None.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class SdpaAttention(MegatronModule):
         self.softcap = config.model.attention_softcap
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.model.sliding_window if windowed else None
+        self.cache = None
 
     def forward(
         self,
@@ -151,30 +155,40 @@ class SdpaAttention(MegatronModule):
     ) -> Tensor:
         """[S, B, N, D], [S, B, G, D], [S, B, G, D] -> [S, B, N * D]; of a packed row without the axis B, in and out."""
         assert attention_bias is None, "SdpaAttention takes a mask, not a bias"
+        if self.cache is not None:
+            return self.cache.attend(self, query, key, value)
         if packed_seq_params is not None:
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             segments = zip(*(x[:, None].split(lengths) for x in (query, key, value)), strict=True)
-            return torch.cat([self._attend(*segment, None, causal=True)[:, 0] for segment in segments])
+            return torch.cat([self.attend(*segment, None, causal=True)[:, 0] for segment in segments])
         causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
-        return self._attend(query, key, value, attention_mask, causal=causal)
+        return self.attend(query, key, value, attention_mask, causal=causal)
 
-    def _attend(
+    def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, causal: bool
     ) -> Tensor:
+        """[S, B, N, D], [S, B, G, D], [S, B, G, D] -> [S, B, N * D]."""
         if self.window is not None and query.size(0) > self.window:
             attention_mask, causal = self._windowed(attention_mask, query.size(0), query.device), False
+        seen = None if attention_mask is None else ~attention_mask
+        parts = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return self.attend_heads(*parts, attn_mask=seen, is_causal=causal).permute(2, 0, 1, 3).flatten(2)
+
+    def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal=False):
+        """[B, N, S, D] as of scaled_dot_product_attention, whose mask is True where a key is seen."""
         attend = F.scaled_dot_product_attention if self.softcap is None else self._attend_softly
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
-            context = attend(
-                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-                attn_mask=None if attention_mask is None else ~attention_mask,
+            return attend(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
                 dropout_p=dropout,
-                is_causal=causal,
+                is_causal=is_causal,
                 scale=self.softmax_scale,
-                enable_gqa=query.size(2) != key.size(2),
+                enable_gqa=query.size(1) != key.size(1),
             )
-        return context.permute(2, 0, 1, 3).flatten(2)
 
     def _windowed(self, attention_mask: Tensor | None, length: int, device) -> Tensor:
         """The mask (None: causal) with what lies outside the window hidden too."""

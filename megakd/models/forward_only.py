@@ -38,7 +38,8 @@ def forward_only(gpt, micro_batches: list[MicroBatch], keep: Callable[[Tensor, M
         return keep(hidden_SBH, micro_batch)
 
     training = gpt.training
-    gpt.eval()
+    if training:
+        gpt.eval()  # walks through all modules, which a model that generates need not do for every token
     try:
         return get_forward_backward_func()(
             forward_step_func=step,
@@ -52,4 +53,5 @@ def forward_only(gpt, micro_batches: list[MicroBatch], keep: Callable[[Tensor, M
             **pipeline(gpt, groups),
         )
     finally:
-        gpt.train(training)
+        if training:
+            gpt.train()

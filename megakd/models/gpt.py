@@ -83,7 +83,11 @@ class GPT(GPTModel):
 
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
         """[T, W]: this rank's columns, padded ones included (the kernels leave those out)."""
-        logits_TW = F.linear(self.head_input(hidden_SBH, rows_T), self.head_weight)
+        return self.logits_of(self.head_input(hidden_SBH, rows_T))
+
+    def logits_of(self, hidden_TH: Tensor) -> Tensor:
+        """The same, of what `head_input` gives."""
+        logits_TW = F.linear(hidden_TH, self.head_weight)
         if self.softcap is None:
             return logits_TW
         if torch.is_grad_enabled():
@@ -108,7 +112,17 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def build_gpt(
-    model, parallel, train, groups, *, vocab_size: int, padded_size: int, device, seed: int | None, name: str = "model"
+    model,
+    parallel,
+    train,
+    groups,
+    *,
+    vocab_size: int,
+    padded_size: int,
+    device,
+    seed: int | None,
+    name: str = "model",
+    local: bool = False,
 ) -> GPT:
     """Build this rank's part of a GPT.
 
@@ -120,8 +134,9 @@ def build_gpt(
         device: torch device of the weights.
         seed: draw initial weights from it, the same for every layout; None leaves them uninitialised (to be loaded).
         name: what the log calls it.
+        local: Megatron's local layers even where Transformer Engine is there: their attention takes a KV cache.
     """
-    transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not needs_own_layers(model)
+    transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not (local or needs_own_layers(model))
     config = transformer_config(model, parallel, train, transformer_engine)
     first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
     gpt = GPT(

@@ -13,24 +13,20 @@ summary to stdout. A run tokenizes raw files by itself; `text` and `samples` do 
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from megakd.config import Data
-from megakd.config.problems import explain
 from megakd.data.blocks import read_blocks
 from megakd.data.files import DEFAULT_SUFFIXES, find_files
-from megakd.data.formats import FORMATS, SampleFormat, texts_of
+from megakd.data.formats import SampleFormat, texts_of
 from megakd.data.records import Problems, records_of
 from megakd.errors import DataError
 from megakd.paths import path_argument, path_text
 from megakd.processes import check_one_process
+from megakd.runs.data_flags import add_format, add_learning, add_strict, data_section, learning
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     samples = verbs.add_parser("samples", help="tokenize prompts with answers, or conversations; adds PREFIX.mask")
     _add_input(samples)
     _add_output(samples)
-    _add_format(samples)
+    add_format(samples)
+    add_learning(samples)
     samples.add_argument("--sequence-length", type=int, metavar="N", help="data.sequence_length, for --truncation")
     samples.set_defaults(run=prepare_samples)
 
@@ -91,8 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--png", type=path_argument, metavar="FILE", help="write the histogram as a picture too")
     inspect.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="of supervised parts")
     _add_on_error(inspect)
-    _add_strict(inspect)
-    _add_format(inspect)
+    add_strict(inspect)
+    add_format(inspect)
+    add_learning(inspect)
     inspect.set_defaults(run=prepare_inspect)
     return parser
 
@@ -121,12 +119,8 @@ def _add_on_error(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each processor)")
 
 
-def _add_strict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strict", action="store_true", help="data.strict: refuse records with text that is not used")
-
-
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    _add_strict(parser)
+    add_strict(parser)
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -138,24 +132,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, type=path_argument, metavar="PREFIX", help="where to write, without ending"
     )
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the tokenizer's eos")
-
-
-def _add_format(parser: argparse.ArgumentParser) -> None:
-    """The flags behind data.format and its companions."""
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="data.format (default: auto)")
-    parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=KEY", help="data.columns: the records' KEY is NAME here"
-    )
-    parser.add_argument("--template", default="{input} {output}", help='data.template (default: "%(default)s")')
-    parser.add_argument("--chat-template", metavar="FILE", help="data.chat_template")
-    parser.add_argument(
-        "--chat-argument", action="append", default=[], metavar="NAME=VALUE",
-        help="data.chat_template_kwargs: what else the chat template sees; VALUE is JSON, or else a text",
-    )  # fmt: skip
-    parser.add_argument("--truncation", choices=("end", "left", "right"), default="end", help="data.truncation")
-    parser.add_argument("--truncation-field", default="input", metavar="NAME", help="data.truncation_field")
-    parser.add_argument("--all-tokens", action="store_true", help="data.answer_only_loss=false")
-    parser.add_argument("--bos", action="store_true", help="data.add_bos=true")
 
 
 def prepare_tokenizer(arguments: argparse.Namespace) -> int:
@@ -205,7 +181,8 @@ def prepare_samples(arguments: argparse.Namespace) -> int:
     if arguments.truncation != "end" and arguments.sequence_length is None:
         raise DataError(f"--truncation {arguments.truncation} shortens to a length", hint="add --sequence-length N")
     length = 1 if arguments.sequence_length is None else arguments.sequence_length
-    data = _data(arguments, [str(path) for path in arguments.input], length, add_eos=not arguments.no_eos)
+    paths, ends = [str(path) for path in arguments.input], not arguments.no_eos
+    data = data_section(arguments, paths, length, add_eos=ends, **learning(arguments))
     return _write(arguments, lambda files: choose_format(data, files))
 
 
@@ -245,7 +222,8 @@ def prepare_inspect(arguments: argparse.Namespace) -> int:
     from megakd.data.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path(arguments.tokenizer))
-    data = _data(arguments, arguments.data, arguments.sequence_length, packing=arguments.packing)
+    more = learning(arguments) | {"packing": arguments.packing}
+    data = data_section(arguments, arguments.data, arguments.sequence_length, **more)
     dataset = open_data(data, data.train, tokenizer, seed=1234 if arguments.packing else None)
     color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
     print(describe_dataset(dataset, tokenizer, samples=arguments.samples, color=color))
@@ -266,39 +244,3 @@ def _writing(path: Path) -> Iterator[None]:
         raise DataError(
             f"cannot write {path}: {error.strerror} ({error.filename or path})", hint="write it elsewhere"
         ) from error
-
-
-def _data(arguments: argparse.Namespace, source, sequence_length: int, **more) -> Data:
-    """The flags as the config's section."""
-    for path in [source] if isinstance(source, str) else source:
-        if path.encode("utf-8", "ignore") != os.fsencode(path):
-            raise DataError(f"the name {path!r} is no UTF-8, and a config cannot hold it", hint="rename the file")
-    try:
-        return Data(
-            train=source, sequence_length=sequence_length, format=arguments.format, template=arguments.template,
-            columns=_pairs("--column", "NAME=KEY, as in --column input=question", arguments.column),
-            chat_template=arguments.chat_template, chat_template_kwargs=_chat_arguments(arguments),
-            answer_only_loss=not arguments.all_tokens, add_bos=arguments.bos, on_error=arguments.on_error,
-            strict=arguments.strict, truncation=arguments.truncation, truncation_field=arguments.truncation_field,
-            workers=arguments.workers, **more,
-        )  # fmt: skip
-    except ValidationError as error:
-        explained = explain(error, Data, "flags")
-        explained.hint = "each is the flag of that name; `megakd prepare VERB --help` lists them"
-        raise explained from error
-
-
-def _chat_arguments(arguments: argparse.Namespace) -> dict:
-    given = {}
-    for name, text in _pairs("--chat-argument", "NAME=VALUE", arguments.chat_argument).items():
-        given[name] = text
-        with contextlib.suppress(ValueError):
-            given[name] = json.loads(text)
-    return given
-
-
-def _pairs(flag: str, expected: str, given: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given]
-    if not all(name and value for name, _, value in pairs):
-        raise DataError(f"{flag} {' '.join(given)}: expected {expected}")
-    return {name: value for name, _, value in pairs}

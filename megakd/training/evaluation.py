@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.config import Loss
+from megakd.kernels import select_top_k
+from megakd.kernels.dense import dense_kd_loss
 from megakd.kernels.predictions import Predictions, predict
 from megakd.losses import SUMS, means, objective
 from megakd.models.forward_only import forward_only
@@ -19,9 +21,12 @@ from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
+from megakd.teachers.whole import WholeTeacher
 from megakd.training.step import compare, reduce_sums
 
 BINS = 15
+MOST_LIKELY = 5  # ids that top5_agreement compares
+EXACT = ("forward_kl", "reverse_kl", "top5_agreement", "exact_tokens", "bytes")
 
 
 @dataclasses.dataclass
@@ -33,12 +38,14 @@ class Evaluation:
         teacher: None judges the student alone.
         loss: which divergence is reported as `kd`, and what `loss` is.
         groups: the run's process groups.
+        id_bytes_V: bytes that each id adds to a text, float64 on the models' device; None leaves bits per byte out.
     """
 
     student: GPT
     teacher: TeacherSource | None
     loss: Loss
     groups: object
+    id_bytes_V: Tensor | None = None
 
     def __call__(
         self, batches: Iterable[list[MicroBatch]], device, stopping: Callable[[], bool] = lambda: False
@@ -51,44 +58,54 @@ class Evaluation:
         Returns:
             Means as in training, with `perplexity` (of CE), `accuracy` (of the next token) and `ece` (expected
             calibration error of the most likely token, 15 equal bins, arXiv:1706.04599), and those bins as
-            `calibration`; equal on all ranks.
-        Collectives: those of the models; one all-reduce and one broadcast at the end.
+            `calibration`; equal on all ranks. With a WholeTeacher also `forward_kl` and `reverse_kl` over the whole
+            vocabulary at temperature 1, and `top5_agreement`; with id_bytes_V `bits_per_byte`.
+        Collectives: those of the models; three all-reduces and as many broadcasts at the end.
         """
         totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         bins_3N = torch.zeros(3, BINS, dtype=torch.float64, device=device)
+        exact = torch.zeros(len(EXACT), dtype=torch.float64, device=device)
         for micro_batches in batches:
             if stopping():
                 return None
-            for sums, batch_bins_3N in self.judge(micro_batches):
+            for sums, batch_bins_3N, batch_exact in self.judge(micro_batches):
                 totals += sums
                 bins_3N += batch_bins_3N
+                exact += batch_exact
         totals = reduce_sums([totals] if is_last_stage(self.groups) else [], self.groups, device)
         metrics = means(totals, self.teacher is not None)
-        metrics |= calibration(share_bins(bins_3N, self.groups))
+        metrics |= calibration(share(bins_3N, self.groups))
+        by_name = dict(zip(EXACT, share(exact, self.groups).tolist(), strict=True))
+        if by_name["exact_tokens"]:
+            metrics |= {name: by_name[name] / by_name["exact_tokens"] for name in EXACT[:3]}
         if "ce" in metrics:
             metrics["perplexity"] = math.exp(min(metrics["ce"], 700.0))
+            if by_name["bytes"]:
+                metrics["bits_per_byte"] = metrics["ce"] * metrics["tokens"] / math.log(2) / by_name["bytes"]
         return metrics
 
-    def judge(self, micro_batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+    def judge(self, micro_batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor, Tensor]]:
         if self.teacher is None:
             lessons = [no_lesson(len(m.labels_T), m.ids_BS.device) for m in micro_batches]
         else:
             lessons = self.teacher.lessons(micro_batches)
         order = iter(lessons)
+        rows = iter(self.teacher.rows) if isinstance(self.teacher, WholeTeacher) else None
 
-        def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
             lesson, student = next(order), self.student
+            teacher_TH = None if rows is None else next(rows)
             block = student.block_tokens(self.loss.logits_memory_budget_bytes)
             every = torch.arange(len(micro_batch.labels_T), device=micro_batch.labels_T.device)
-            totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part) for part in every.split(block)]
-            return sum(sums for sums, _ in totals), sum(bins for _, bins in totals)
+            totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part, teacher_TH) for part in every.split(block)]
+            return tuple(sum(parts) for parts in zip(*totals, strict=True))
 
         return forward_only(self.student, micro_batches, keep, self.groups)
 
     def judge_rows(
-        self, hidden_SBH: Tensor, micro_batch: MicroBatch, lesson: Lesson, part_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sums and bins of some of a micro-batch's supervised tokens."""
+        self, hidden_SBH: Tensor, micro_batch: MicroBatch, lesson: Lesson, part_T: Tensor, teacher_TH: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums, bins and exact sums of some of a micro-batch's supervised tokens."""
         labels_T, shard = micro_batch.labels_T[part_T], self.student.shard
         logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T[part_T])
         targets = lesson.targets.rows(part_T)
@@ -97,7 +114,26 @@ class Evaluation:
         if self.teacher is not None:
             here = Lesson(targets, lesson.label_logprob_T[part_T], lesson.id_T[part_T])
             compare(sums, said.id_T, here)
-        return sums, bin_predictions(said, labels_T)
+        exact = torch.zeros(len(EXACT), dtype=torch.float64, device=labels_T.device)
+        if teacher_TH is not None:
+            exact[:3] = self.compare_whole(logits_TW, self.teacher.logits(teacher_TH[part_T]), labels_T)
+            exact[3] = len(labels_T)
+        if self.id_bytes_V is not None:
+            exact[4] = self.id_bytes_V[labels_T].sum()
+        return sums, bin_predictions(said, labels_T), exact
+
+    @torch.no_grad()
+    def compare_whole(self, logits_TW: Tensor, teacher_TW: Tensor, labels_T: Tensor) -> Tensor:
+        """Sums of KL(teacher, student), KL(student, teacher), and the share of the 5 likeliest ids that both have."""
+        shard = self.student.shard
+        kls = [
+            dense_kd_loss(logits_TW, teacher_TW, labels_T, shard, divergence=name).kd_T.double().sum()
+            for name in EXACT[:2]
+        ]
+        most = min(MOST_LIKELY, shard.size)
+        ours_TK, theirs_TK = (select_top_k(x_TW, most, shard, gather=True).ids_TK for x_TW in (logits_TW, teacher_TW))
+        common_T = (ours_TK[:, :, None] == theirs_TK[:, None]).any(2).double().mean(1)
+        return torch.stack([*kls, common_T.sum()])
 
 
 def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:
@@ -108,12 +144,19 @@ def bin_predictions(said: Predictions, labels_T: Tensor) -> Tensor:
     return torch.zeros(3, BINS, dtype=torch.float64, device=bin_T.device).index_add_(1, bin_T, rows_3T)
 
 
-def share_bins(bins_3N: Tensor, groups) -> Tensor:
+def share(sums: Tensor, groups) -> Tensor:
+    """Sums of the last stage over data-parallel ranks, on every rank; in place."""
     if is_last_stage(groups):
-        dist.all_reduce(bins_3N, group=groups.dp_cp)
+        dist.all_reduce(sums, group=groups.dp_cp)
     if groups.pp.size() > 1:
-        dist.broadcast(bins_3N, group=groups.pp, group_src=groups.pp.size() - 1)
-    return bins_3N
+        dist.broadcast(sums, group=groups.pp, group_src=groups.pp.size() - 1)
+    return sums
+
+
+def id_bytes(tokenizer, device) -> Tensor:
+    """Bytes that each id adds to a text, float64 [V]; none for special tokens."""
+    sizes = [0 if tokenizer.is_special(i) else len(tokenizer.id_to_bytes(i)) for i in range(tokenizer.vocab_size)]
+    return torch.tensor(sizes, dtype=torch.float64, device=device)
 
 
 def calibration(bins_3N: Tensor) -> dict[str, float | dict[str, list]]:
