@@ -119,9 +119,8 @@ class _Pool:
 
 
 def _serve(rank, n, store, pipe):
-    os.environ.update(
-        OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n)
-    )
+    launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": 1}
+    os.environ.update({name: str(value) for name, value in launch.items()}, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     import torch
     import torch.distributed as dist
 
