@@ -29,12 +29,17 @@ Tree = dict[str, "bytes | Tree"]
 def recorded(root: pathlib.Path, log: pathlib.Path) -> Iterator[None]:
     """Note the file operations below `root` that happen in the block, in this process, its threads and its forks.
 
+    Several processes may record into one log; they all enter before the first operation, and their operations are in
+    the log in the order in which they happened.
+
     Args:
         root: the folder; what it holds at the start is taken to be on the disk.
         log: a file outside of it, for `crash_states`.
     """
     recorder = _Recorder(root.resolve(), log)
-    recorder.note("start", read_tree(root))
+    with recorder.alone():
+        if not log.exists():
+            recorder.note("start", read_tree(root))
     old = {name: getattr(os, name) for name in ("fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")}
     exchange = publish.exchange
     for name, function in old.items():
@@ -46,7 +51,8 @@ def recorded(root: pathlib.Path, log: pathlib.Path) -> Iterator[None]:
         for name, function in old.items():
             setattr(os, name, function)
         publish.exchange = exchange
-        recorder.observe()
+        with recorder.alone():
+            recorder.observe()
 
 
 class _Recorder:
@@ -54,13 +60,20 @@ class _Recorder:
         self.root, self.log, self.lock = root, log, threading.RLock()
         self.seen: Tree = read_tree(root)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread or process of the recording operates on the files meanwhile."""
+        with self.lock, open(f"{self.log}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def wrapped(self, name: str, function: Callable) -> Callable:
         def call(*arguments, **keywords):
             folder = keywords.get("dir_fd", keywords.get("src_dir_fd"))
             paths = [self.below(argument, folder) for argument in arguments[: 2 if name in PAIRS else 1]]
             if None in paths:
                 return function(*arguments, **keywords)
-            with self.lock:
+            with self.alone():
                 self.observe()
                 result = function(*arguments, **keywords)
                 if name != "exchange" or result:
@@ -91,7 +104,6 @@ class _Recorder:
 
     def note(self, *operation) -> None:
         with open(self.log, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(pickle.dumps(operation))
 
 
