@@ -1,4 +1,4 @@
-"""`megakd replay RECORD CONFIG.yaml [key=value ...]`: compute a recorded step again and say what differs first.
+"""`megakd replay RECORD CONFIG.yaml [key=value ...]`: compute a step again and say what differs first.
 
 RECORD is a folder that run.record_steps has made. The step is computed with this launch's
 layout, device and versions, from the weights that the recorded one began from, and compared in

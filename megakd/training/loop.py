@@ -26,6 +26,7 @@ from megakd.training.step_record import StepRecorder, check_recording
 from megakd.training.stragglers import compare_ranks
 from megakd.training.teacher_check import TeacherCheck
 from megakd.training.tracing import Tracer
+from megakd.training.witness import StepWitness
 
 LOG = logging.getLogger("megakd")
 
@@ -105,7 +106,9 @@ class Loop:
             stop = not self.validate()
         while progress.step < last and not stop:
             self.one_step()
-            self.tracer.after(progress.step)
+            if self.tracer.ends_with(progress.step):
+                self.ranks.pulse.mark("save", progress.step)
+                self.tracer.close()
             with self.student.phases.saving():
                 self.saver.poll()
             stop = self.ranks.agree_to_stop()
@@ -146,9 +149,8 @@ class Loop:
         self.ranks.pulse.mark("data", progress.step + 1)
         phases.begin("data")
         micro_batches = self.setup.batch(progress.step)
-        phases.begin("save")
-        witness = self.recorder.begin(progress.step + 1, micro_batches)
         phases.begin("other")
+        witness = self.witness(micro_batches)
         self.ranks.pulse.mark("step", progress.step + 1)
         logged = due(self.config.log.every_steps, progress.step + 1)
         limit = loss_limit(progress.recent, self.config.train.spike_factor)
@@ -163,14 +165,10 @@ class Loop:
                 witness=witness,
             )
         except BrokenBatch as error:
-            if witness:
-                self.recorder.finish(progress.step + 1, witness, None)
+            self.testify(witness, None)
             self.leave_out(error, micro_batches)
             return
-        if witness:
-            phases.begin("save")
-            self.recorder.finish(progress.step + 1, witness, metrics)
-            phases.begin("other")
+        self.testify(witness, metrics)
         progress.step += 1
         if metrics is None:
             progress.skipped += 1
@@ -178,6 +176,26 @@ class Loop:
             return
         self.teacher_is_known = True
         self.account(metrics, micro_batches, logged)
+
+    def witness(self, micro_batches: list[MicroBatch]) -> StepWitness | None:
+        """Who sees the step that begins, if it is to be recorded."""
+        step = self.progress.step + 1
+        if step not in self.config.run.record_steps:
+            return None
+        self.ranks.pulse.mark("save", step)
+        self.student.phases.begin("save")
+        witness = self.recorder.begin(step, micro_batches)
+        self.student.phases.begin("other")
+        return witness
+
+    def testify(self, witness: StepWitness | None, metrics: dict[str, float] | None) -> None:
+        """Write what the witness saw; None: the step was left out."""
+        if witness is None:
+            return
+        self.ranks.pulse.mark("save", self.progress.step + 1)
+        self.student.phases.begin("save")
+        self.recorder.finish(self.progress.step + 1, witness, metrics)
+        self.student.phases.begin("other")
 
     def account(self, metrics: dict[str, float], micro_batches: list[MicroBatch], logged: bool) -> None:
         """Count a step that was taken, and show and write its metrics."""

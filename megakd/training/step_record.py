@@ -49,15 +49,13 @@ class StepRecorder:
     setup: Setup
     student: StudentStep
 
-    def begin(self, step: int, micro_batches: list[MicroBatch]) -> StepWitness | None:
-        """Whom to call as a witness to a step, which has not begun; None where nobody asked for one.
+    def begin(self, step: int, micro_batches: list[MicroBatch]) -> StepWitness:
+        """Whom to call as a witness to a step, which has not begun.
 
         Raises:
             StepError: on every rank; the disk does not take it.
-        Collectives: of a step that is recorded, those of saving the weights, if they cannot be drawn or read again.
+        Collectives: one broadcast; those of saving the weights, if they cannot be drawn or read again.
         """
-        if step not in self.setup.config.run.record_steps:
-            return None
         begin_folder(self.path(step))
         if step > 1:
             save_weights(folder.incomplete(self.path(step)) / WEIGHTS, self.setup, self.student, step - 1)

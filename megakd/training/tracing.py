@@ -26,23 +26,21 @@ class Tracer:
         section = config.log.profile
         self.rank, self.cuda, self.running = rank, device.type == "cuda", None
         self.first, self.last = (0, 0) if section is None else section.steps
-        if section is not None and section.ranks is not None and rank not in section.ranks:
-            self.first, self.last = 0, 0
+        self.mine = section is not None and (section.ranks is None or rank in section.ranks)
         self.folder = pathlib.Path(config.run.dir) / FOLDER / f"steps_{self.first}_{self.last}"
 
     def before(self, step: int) -> None:
         """A step begins."""
-        if self.running is None and self.first <= step <= self.last:
+        if self.mine and self.running is None and self.first <= step <= self.last:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.cuda else [])
             self.running = profile(activities=activities, profile_memory=True)
             if self.cuda:
                 torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
             self.running.start()
 
-    def after(self, step: int) -> None:
-        """A step has ended."""
-        if step >= self.last:
-            self.close()
+    def ends_with(self, step: int) -> bool:
+        """Whether this is the last of the steps; the same on every rank, traced or not."""
+        return step == self.last
 
     def close(self) -> None:
         """Write what was traced, if anything was."""
