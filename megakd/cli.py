@@ -47,6 +47,9 @@ run.dir. Averages are over supervised tokens; logarithms are natural.
                    table of several, of which nothing is appended
   --json           print a line of JSON for each model in place of the table
   --reliability FILE.png   draw accuracy over confidence, a line for each model
+  --tasks NAME,NAME        EleutherAI's lm-eval tasks instead, on our own engine at this layout
+                   (needs megakd[eval]); --task-folder FOLDER has further ones as YAML,
+                   --task-limit N takes the first N documents of each
 
   ce, perplexity   cross-entropy with the data's next token (nats), and its exponential
   bits_per_byte    of the data's text, special tokens at no bytes
@@ -73,7 +76,7 @@ VERBS = {
         "megakd.runs.evaluate:main", "measure a student on held-out data, against its teacher", True, EVALUATE
     ),
     "cache": Verb("megakd.runs.cache:main", "record a teacher's logits; look into, check and join caches", False),
-    "generate": Verb("megakd.runs.generate:main", "complete a prompt with a checkpoint", False),
+    "generate": Verb("megakd.runs.generate:main", "a model writes: one answer, or a file of completions", False),
     "convert": Verb("megakd.runs.convert:main", "Hugging Face checkpoints to megakd and back, verified", False),
     "check": Verb("megakd.runs.check:main", "read all of a checkpoint and say what of it is whole", False),
     "prepare": Verb(

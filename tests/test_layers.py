@@ -31,6 +31,7 @@ HOMES = {
     "triton": {"kernels"},
     "transformers": {"data", "converters", "megatron_on_cpu"},
     "tqdm": {"progress"},
+    "lm_eval": {"generation"},
     "tests": set(),
     "tools": set(),
 }

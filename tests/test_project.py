@@ -19,7 +19,12 @@ else:
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-MODULES = {"pyyaml": "yaml", "megatron-core": "megatron", "transformer-engine": "transformer_engine"}
+MODULES = {
+    "pyyaml": "yaml",
+    "megatron-core": "megatron",
+    "transformer-engine": "transformer_engine",
+    "lm-eval": "lm_eval",
+}
 DOCKER_INSTRUCTIONS = {"ARG", "FROM", "LABEL", "WORKDIR", "COPY", "RUN", "ENV"}
 
 
@@ -55,9 +60,9 @@ def test_the_version_stands_in_one_place():
 
 
 def test_extras():
-    assert {"dev", "cuda", "plots", "wandb"} == set(EXTRAS)
+    assert {"dev", "cuda", "plots", "wandb", "eval"} == set(EXTRAS)
     imported = set(imports(ROOT / "megakd")) | {"transformer_engine"}  # which megatron-core imports
-    for requirement in EXTRAS["cuda"] + EXTRAS["plots"] + EXTRAS["wandb"]:
+    for requirement in EXTRAS["cuda"] + EXTRAS["plots"] + EXTRAS["wandb"] + EXTRAS["eval"]:
         name = package(requirement)
         assert MODULES.get(name, name) in imported, f"an extra that nothing uses: {name}"
     everything = PROJECT["project"]["dependencies"] + [r for requirements in EXTRAS.values() for r in requirements]

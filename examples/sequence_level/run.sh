@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Sequence-level distillation: the teacher writes, the student learns what it wrote (run `make quickstart` first):
-#     examples/sequence_level/run.sh [PROMPTS]             2,000 by default
+#     examples/sequence_level/run.sh [PROMPTS]             1,000 by default
 # The quickstart's teacher completes prompts cut from the training texts, two copies of it side by side; a student learns
 # from those token ids alone, and then, from its newest checkpoint, from the data. The quickstart's student that learnt
 # from the data alone, for as many steps, stands beside them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-prompts=${1:-2000}
+prompts=${1:-1000}
 python=${PYTHON:-python3}
 here=examples/sequence_level
 quickstart=runs/quickstart

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import pathlib
 import sys
@@ -34,6 +35,7 @@ from megakd.progress import progress_bar
 from megakd.ranks import Ranks, from_rank_0
 
 LOG = logging.getLogger("megakd")
+PATIENCE = datetime.timedelta(days=30)  # of models that have finished their share, for the one that has most to write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,18 +192,19 @@ def write_file(
     if from_rank_0(results.finished):
         LOG.info("%s is there already, made with the same settings", output)
         return
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     with writing_together(results) as done:
         dp = writer.groups.dp
         numbers = share(total, shard, dp.rank(), dp.size())
         work = Work(prompts, numbers, options.completions, set(done.tolist()), writer.most_prompt_tokens)
         counts = run(writer, work, results, shown=ranks.is_main)
         everyone: list = [None] * ranks.world_size
-        dist.all_gather_object(everyone, counts if is_first_of_model(writer.groups) else None)
+        dist.all_gather_object(everyone, counts if is_first_of_model(writer.groups) else None, group=patient)
         if ranks.is_main:
             total_of = sum((c for c in everyone if c), Counter())
             total_of["records that cannot be used"] += problems.count
             report(results, total_of, problems)
-        dist.barrier()
+        dist.barrier(patient)
 
 
 @contextlib.contextmanager

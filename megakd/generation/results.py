@@ -88,18 +88,20 @@ class Results:
         Raises:
             ConfigError: another launch owns them, or they cannot be written.
         """
-        try:
-            make_folder(self.parts)
-            with owning(self.parts / "lock"):
+        with contextlib.ExitStack() as stack:
+            try:
+                make_folder(self.parts)
+                stack.enter_context(owning(self.parts / "lock"))
                 if not (self.parts / SETTINGS).exists():
                     publish_text(self.parts / SETTINGS, json.dumps(self.settings, indent=1))
-                yield np.unique(np.array([number for number, *_ in self._lines()], dtype=np.int64))
-        except Taken as owner:
-            raise ConfigError(
-                f"{self.parts} is being written by {owner}", hint="wait for it, or name another --output"
-            ) from owner
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+                done = np.unique(np.array([number for number, *_ in self._lines()], dtype=np.int64))
+            except Taken as owner:
+                raise ConfigError(
+                    f"{self.parts} is being written by {owner}", hint="wait for it, or name another --output"
+                ) from owner
+            except OSError as error:
+                raise unwritable(self.path, error) from error
+            yield done
 
     def _lines(self) -> Iterator[tuple[int, pathlib.Path, int, int]]:
         """(number, file, place, bytes) of every whole line of every part."""
@@ -108,8 +110,8 @@ class Results:
             with file.open("rb") as content:
                 for line in content:
                     if line.endswith(b"\n"):
-                        entry = json.loads(line)
-                        yield number_of(entry, self.completions), file, place, len(line)
+                        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged: it is written again
+                            yield number_of(json.loads(line), self.completions), file, place, len(line)
                     place += len(line)
 
     def finish(self, counts: Mapping) -> None:

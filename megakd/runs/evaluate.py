@@ -16,6 +16,7 @@ from megakd.errors import ConfigError
 from megakd.megatron_on_cpu import install
 from megakd.paths import path_argument, path_text
 from megakd.progress import progress_bar
+from megakd.runs.evaluate_tasks import check_installed, evaluate_tasks, task_table
 from megakd.runs.start import start_run
 
 COLUMNS = (  # of the table: name, heading, format
@@ -30,7 +31,12 @@ COLUMNS = (  # of the table: name, heading, format
 def main(argv: list[str]) -> None:
     """Run `megakd evaluate ARGV...` on this rank."""
     flags, rest = build_parser().parse_known_args(argv)
+    if flags.tasks:
+        check_installed()
     with start_run(rest) as (config, ranks):
+        if flags.tasks:
+            install(ranks.device.type)
+            return print_tasks(config, flags, ranks)
         if config.data.validation is None:
             raise ConfigError(
                 "data.validation is null: there is nothing to evaluate on",
@@ -55,8 +61,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megakd evaluate", add_help=False, allow_abbrev=False)
     parser.add_argument("--model", action="append", type=path_text, metavar="PATH")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="NAME,NAME")
+    parser.add_argument("--task-folder", type=path_text, metavar="FOLDER")
+    parser.add_argument("--task-limit", type=int, metavar="N")
     parser.add_argument("--reliability", type=path_argument, metavar="FILE.png")
     return parser
+
+
+def print_tasks(config: Config, flags: argparse.Namespace, ranks) -> None:
+    """lm-eval's results in place of the held-out figures."""
+    results = {}
+    for path in flags.model or [own_student(config)]:
+        results[path] = evaluate_tasks(
+            config, path, ranks, tasks=flags.tasks, folder=flags.task_folder, limit=flags.task_limit
+        )
+        if ranks.is_main and flags.json:
+            print(json.dumps({"student": path, "tasks": results[path]}), flush=True)
+    if ranks.is_main and not flags.json:
+        print(task_table(results), flush=True)
 
 
 def own_student(config: Config) -> str:
