@@ -75,7 +75,7 @@ def build(section, config, groups, seed):
     )
 
 
-def student_step(config, groups, teacher=True, **student_changes):
+def student_step(config, groups, teacher=True, teacher_changes=None, **student_changes):
     """A StudentStep with optimizer; its teacher has other weights and another width."""
     from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
@@ -87,7 +87,7 @@ def student_step(config, groups, teacher=True, **student_changes):
     loss, source, features = CE_ONLY, None, None
     if teacher:
         loss = config.loss
-        gpt_teacher = build(teacher_section(), config, groups, seed=2)
+        gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2)
         source = OnlineTeacher(
             gpt_teacher,
             top_k=loss.top_k,

@@ -1,0 +1,89 @@
+"""Every axis and their combinations train as one rank does: losses, and the norm of every gradient, to TOLERANCE.
+
+Student and teacher differ in width, depth and in whether the head is the embedding; the teacher runs, or was recorded
+by one rank. What of the axes cannot run on a CPU is listed in docs/parallelism.md.
+"""
+
+import functools
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training import curves, small
+
+STEPS = 5
+TOLERANCE = 2e-5  # relative; float32 rounding over five steps of Adam, as between micro-batch sizes on one rank
+STUDENT = {"num_layers": 4, "hidden_size": 16, "ffn_hidden_size": 24}
+TEACHER = {"num_layers": 8, "hidden_size": 24, "ffn_hidden_size": 40}
+# What the two are -> changes of (student, teacher).
+MODELS = {
+    "dense": (STUDENT, TEACHER),
+    "dense, not tied": (STUDENT | {"tie_embeddings": False}, TEACHER | {"tie_embeddings": True}),
+}
+# (models, ranks, layout with micro_batch_size, whether the teacher was recorded)
+LAYOUTS = [
+    ("dense", 2, {"dp": 2}, False),
+    ("dense", 2, {"tp": 2}, False),
+    ("dense", 2, {"tp": 2, "sp": True}, True),
+    ("dense", 2, {"pp": 2}, False),
+    ("dense", 2, {"pp": 2}, True),
+    ("dense, not tied", 2, {"pp": 2}, False),
+    ("dense", 4, {"pp": 4, "micro": 1}, False),
+    ("dense", 4, {"pp": 4, "micro": 1}, True),
+    ("dense, not tied", 4, {"pp": 4}, False),
+    ("dense", 4, {"tp": 2, "pp": 2, "sp": True}, False),
+    ("dense", 4, {"tp": 2, "dp": 2, "sp": True}, False),
+    ("dense", 4, {"pp": 2, "dp": 2}, True),
+    ("dense", 4, {"tp": 4, "heads": 4}, False),
+]
+
+
+def train(rank, ranks, models, axes, cache=None, record=False):
+    """The numbers of some steps; `record` writes what the teacher says to `cache`, otherwise it is read if given."""
+    axes = dict(axes)
+    size, heads, dp = axes.pop("micro", 2), axes.pop("heads", 2), axes.pop("dp", 1)
+    changes = {f"parallel__{name}": value for name, value in axes.items()}
+    tp, pp = changes.pop("parallel__tp", 1), changes.pop("parallel__pp", 1)
+    with small.layout(tp, pp) as groups:
+        assert groups.dp.size() == dp
+        student, teacher = ({"num_query_groups": heads} | section for section in MODELS[models])
+        config = small.config(tp, pp, student__model=small.student_section(**student), **changes)
+        run = small.student_step(config, groups, teacher_changes=teacher, **student)
+        batches = [small.batch(step % 2, groups, size) for step in range(STEPS)]
+        if record:
+            curves.record(run.teacher, batches, cache)
+        elif cache:
+            run.teacher = curves.read(cache, run.teacher)
+        metrics = [run(batch, step=step + 1, measure=True) for step, batch in enumerate(batches)]
+    return [{name: m[name] for name in (*curves.NUMBERS, "teacher_ce", "agreement", "tokens")} for m in metrics]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """(curve, recording) of one rank that takes the batch in one piece."""
+
+    @functools.cache
+    def run(models, heads):
+        cache = tmp_path_factory.mktemp("recorded") / "cache"
+        return run_ranks(1, train, models, {"micro": 8, "heads": heads}, cache, True)[0], cache
+
+    return run
+
+
+def names(value):
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(("models", "ranks", "axes", "recorded"), LAYOUTS, ids=names)
+def test_a_layout_trains_as_one_rank_does(one_rank, models, ranks, axes, recorded):
+    want, cache = one_rank(models, axes.get("heads", 2))
+    got = run_ranks(ranks, train, models, axes, cache if recorded else None)
+    assert all(curve == got[0] for curve in got), "the ranks report different numbers"
+    for step, (a, b) in enumerate(zip(got[0], want, strict=True)):
+        assert a == pytest.approx(b, rel=TOLERANCE, abs=1e-6), f"step {step + 1}"
+
+
+@pytest.mark.parametrize("models", MODELS)
+def test_the_curve_moves(one_rank, models):
+    losses = [m["loss"] for m in one_rank(models, 2)[0]]
+    assert losses[-1] < 0.97 * losses[0] and len(set(losses)) == STEPS
