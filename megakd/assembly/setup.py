@@ -12,7 +12,7 @@ from megakd.assembly.cached import open_cache
 from megakd.assembly.data import describe_data, open_both, run_steps
 from megakd.assembly.models import build_model
 from megakd.checkpoints.folder import Checkpoint
-from megakd.config import Config, Loss, Model, check_features, check_model, check_vocab
+from megakd.config import Config, Loss, Model, check_experts, check_features, check_model, check_vocab
 from megakd.data.blend import indices_of_step
 from megakd.data.dataset import batch_length, load_batch
 from megakd.data.order import split_batch, validation_indices
@@ -20,6 +20,7 @@ from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import MicroBatch, build_micro_batch
+from megakd.models.routing import RoutingLosses
 from megakd.ranks import from_rank_0
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import TeacherSource
@@ -46,6 +47,7 @@ class Setup:
         loss: the loss section that applies: CE alone without a teacher.
         train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
         origin: the checkpoint that the student started from; None where its weights were drawn.
+        routing: terms of the student's routers; None without experts.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -62,6 +64,7 @@ class Setup:
     train_data: object
     validation_data: object | None
     origin: pathlib.Path | None = None
+    routing: RoutingLosses | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -128,10 +131,11 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         check_features(config, model, teacher_from.model)
         vocab_size = min(vocab_size, teacher_from.model.vocab_size)
         padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
+    check_experts(config, model, teacher_from.model if teacher_from else None)
     check_padding(padded_size, config.parallel.tp)
     train_data, validation_data = open_both(config, tokenizer)
     config.check_schedule(run_steps(config, train_data))
-    groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
+    groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed, ep=config.parallel.ep)
 
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
         return build_model(
@@ -155,9 +159,11 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         )
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
+    routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
+        routing,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Checks of a configuration against what only the launch or a checkpoint knows: ranks, vocabulary, architecture."""
 
 from megakd.config.config import Config
-from megakd.config.fit import model_problems
+from megakd.config.fit import model_problems, nearest_divisors
 from megakd.config.model import Model
 from megakd.config.problems import problems_error
 from megakd.errors import ConfigError
@@ -18,7 +18,8 @@ def check_ranks(config: Config, world_size: int) -> int:
         dp, the number of data parallel copies.
 
     Raises:
-        ConfigError: world_size is not divisible by tp * pp, or global_batch_size not by micro_batch_size * dp.
+        ConfigError: world_size is not divisible by tp * pp, global_batch_size not by micro_batch_size * dp, or the
+            ranks of a stage not by ep.
     """
     tp, pp = config.parallel.tp, config.parallel.pp
     dp = check_layout(config, world_size)
@@ -41,7 +42,32 @@ def check_layout(config: Config, world_size: int) -> int:
             hint=f"start a multiple of {tp * pp} ranks (`torchrun --nproc-per-node {tp * pp} -m megakd ...`), "
             "or change parallel.tp and parallel.pp",
         )
+    ep, stage = config.parallel.ep, world_size // pp
+    if stage % ep:
+        fitting = " or ".join(str(n) for n in nearest_divisors(stage, ep))
+        raise ConfigError(
+            f"parallel.ep {ep} does not divide the {stage} ranks of a pipeline stage ({world_size} ranks / pp {pp})",
+            hint=f"set parallel.ep to {fitting}, or start another number of ranks",
+        )
     return world_size // (tp * pp)
+
+
+def check_experts(config: Config, student: Model, teacher: Model | None) -> None:
+    """Checks that expert parallel has experts to divide.
+
+    Args:
+        teacher: None without one that runs.
+
+    Raises:
+        ConfigError: parallel.ep is above 1, and neither model has experts.
+    """
+    if config.parallel.ep > 1 and student.moe is None and (teacher is None or teacher.moe is None):
+        raise ConfigError(
+            f"parallel.ep is {config.parallel.ep}, but neither student nor teacher has experts"
+            if teacher
+            else f"parallel.ep is {config.parallel.ep}, but the student has no experts, and no teacher runs",
+            hint="leave parallel.ep out: the ranks are then data parallel",
+        )
 
 
 def check_vocab(config: Config, vocab_size: int) -> None:
@@ -74,6 +100,8 @@ def check_model(config: Config, model: Model, whose: str, *, trained: bool = Fal
         ConfigError: lists all that does not fit.
     """
     problems = list(model_problems(model, config.parallel, config.data.sequence_length, trained=trained))
+    if trained:
+        problems += config.routing.model_problems(model)
     if problems:
         raise problems_error(
             whose,

@@ -16,6 +16,7 @@ from megakd.config.log import Log
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
 from megakd.config.problems import explain, nearest_key, problems_error
+from megakd.config.routing import Routing
 from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
 from megakd.publish import publish_text
@@ -32,6 +33,7 @@ class Config(sections.Section):
     teacher: sections.Teacher | None = None
     loss: Loss = Loss()
     features: Features | None = None
+    routing: Routing = Routing()
     data: sections.Data
     cache: Cache = Cache()
     train: sections.Train
@@ -110,6 +112,7 @@ class Config(sections.Section):
         if self.student.model is not None:
             for key, text in model_problems(self.student.model, self.parallel, self.data.sequence_length, trained=True):
                 yield (key if "." in key else f"student.model.{key}"), text
+            yield from self.routing.model_problems(self.student.model)
             if self.data.tokenizer is None:
                 yield (
                     "data.tokenizer",

@@ -10,7 +10,7 @@ def model_problems(
     model: Model, parallel: Parallel, sequence_length: int, *, trained: bool
 ) -> Iterator[tuple[str, str]]:
     """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
-    tp, pp = parallel.tp, parallel.pp
+    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep
     if trained and tp > 1 and model.moe is not None and not parallel.sp:
         yield "parallel.sp", f"false, but Megatron trains experts with parallel.tp = {tp} only with it"
     if model.mla is not None:
@@ -24,7 +24,13 @@ def model_problems(
         if value is not None and value % tp:
             yield key, f"{value} is not divisible by parallel.tp = {tp}"
     if model.moe is not None:
-        for key in ("ffn_hidden_size", "shared_ffn_hidden_size"):
+        if model.moe.num_experts % ep:
+            fitting = " or ".join(str(n) for n in nearest_divisors(model.moe.num_experts, ep))
+            yield (
+                "moe.num_experts",
+                f"{model.moe.num_experts} is not divisible by parallel.ep = {ep}; expected {fitting}",
+            )
+        for key in ("ffn_hidden_size", "shared_ffn_hidden_size") if ep == 1 else ("shared_ffn_hidden_size",):
             if (getattr(model.moe, key) or 0) % tp:
                 yield f"moe.{key}", f"{getattr(model.moe, key)} is not divisible by parallel.tp = {tp}"
     if model.num_layers % pp:
@@ -34,3 +40,10 @@ def model_problems(
             "data.sequence_length",
             f"{sequence_length} tokens exceed the model's max_sequence_length = {model.max_sequence_length}",
         )
+
+
+def nearest_divisors(number: int, wanted: int) -> list[int]:
+    """What divides `number` and is next to `wanted`, below and above."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below, above = [n for n in divisors if n <= wanted], [n for n in divisors if n > wanted]
+    return below[-1:] + above[:1]

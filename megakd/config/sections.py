@@ -62,6 +62,9 @@ class Parallel(Section):
     """Tensor parallel size, in ranks."""
     pp: Count = 1
     """Pipeline parallel size, in ranks."""
+    ep: Count = 1
+    """Expert parallel size, in ranks: the experts of a layer are divided among so many of the tp x dp ranks of a
+    pipeline stage. Above 1 an expert is whole on its rank; at 1 experts are cut over tp like everything else."""
     sp: bool = False
     """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
 

@@ -88,7 +88,7 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=1 if train.recompute == "full" else None,
         **fields,
-        **moe_fields(model, transformer_engine),
+        **moe_fields(model, parallel, transformer_engine),
     )
     config.model = model
     return config

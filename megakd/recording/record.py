@@ -161,7 +161,7 @@ def build_recording(config: Config, device: torch.device) -> RecordingSetup:
     return RecordingSetup(
         config=config,
         device=device,
-        groups=build_groups(config.parallel.tp, config.parallel.pp, config.run.seed),
+        groups=build_groups(config.parallel.tp, config.parallel.pp, config.run.seed, ep=config.parallel.ep),
         teacher_from=teacher_from,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=vocab_size,
@@ -227,6 +227,7 @@ class Recording:
         train = setup.config.train
         in_flight = 1 if setup.groups.pp.size() == 1 else 4 * setup.groups.pp.size()
         self.group_samples = in_flight * train.micro_batch_size
+        self.in_step = setup.groups.ep.size() > 1  # ranks that share experts run them together
         self.tokens, self.started = 0, time.perf_counter()
 
     def run(self, missing: list[int]) -> bool:
@@ -248,7 +249,7 @@ class Recording:
                         return False
                     self.ranks.pulse.mark("record", turn)
                     group = numbers[first : first + self.group_samples]
-                    if group:
+                    if group or self.in_step:
                         self.record_group(group, writer, bar)
                 if part is not None:
                     writer.publish(part)
@@ -259,11 +260,18 @@ class Recording:
         return range(part * size, min((part + 1) * size, len(self.setup.samples)))
 
     def record_group(self, numbers: range, writer: PartWriter, bar) -> None:
-        """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows."""
+        """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows.
+
+        Collectives: those of the model; where ranks share experts, one all-reduce of 8 bytes.
+        """
         parallel, size = self.setup.config.parallel, self.setup.config.train.micro_batch_size
         samples, micro_batches = self.setup.samples, []
         length = batch_length(samples, [(0, number) for number in numbers], parallel.tp if parallel.sp else 1)
-        for first in range(0, len(numbers), size):
+        if self.in_step:
+            longest = torch.tensor(length, device=self.setup.device)
+            dist.all_reduce(longest, dist.ReduceOp.MAX)
+            length = int(longest)
+        for first in range(0, self.group_samples if self.in_step else len(numbers), size):
             batch = numbers[first : first + size]
             places = [(0, number) for number in batch] + [None] * (size - len(batch))
             loaded = load_batch(samples, places, length)
@@ -272,7 +280,7 @@ class Recording:
             rows = self.recorder.rows(micro_batches)
         except ValueError as error:  # of the kernels, on all ranks of this model alike
             raise CacheError(
-                f"samples {numbers[0]} to {numbers[-1]} of the recording: {error}",
+                f"samples {numbers.start} to {numbers.stop - 1} of the recording: {error}",
                 hint="look at the teacher's weights and at train.precision; parts recorded before stay as they are",
             ) from error
         writer.add(rows)

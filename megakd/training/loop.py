@@ -49,8 +49,9 @@ def train(config: Config, ranks: Ranks) -> None:
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
         student = StudentStep(
-            setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups
-        )
+            setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups,
+            routing=setup.routing,
+        )  # fmt: skip
         progress = Progress()
         if checkpoint:
             progress = resume_newest(student, checkpoint, config)
@@ -214,6 +215,7 @@ class Loop:
         Raises:
             TrainingError: on every rank, when train.max_skipped_steps have been left out before.
         """
+        self.student.leave_out()
         progress, why = self.progress, str(error).partition("\nhint:")[0]
         samples = self.setup.samples(progress.step)
         folder = keep_evidence(self.config.run.dir, progress.step + 1, why, self.student, micro_batches, samples)

@@ -23,13 +23,14 @@ from megakd.models.features import FeatureLoss
 from megakd.models.forward_only import pipeline
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
+from megakd.models.routing import RoutingLosses
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
 from megakd.training.phases import Phases
 from megakd.training.stragglers import OwnSeconds
 
 
 class BrokenBatch(TrainingError):
-    """A batch whose loss or gradient would spoil the weights; nothing has been changed by it."""
+    """A batch whose loss or gradient would spoil the weights; it has changed nothing that `leave_out` does not undo."""
 
 
 class Witness(Protocol):
@@ -55,6 +56,7 @@ class StudentStep:
         groups: the run's process groups.
         own: this rank's own seconds of the last step.
         phases: where the seconds of a step go.
+        routing: terms of the student's routers, None without experts.
     """
 
     gpt: GPT
@@ -67,6 +69,7 @@ class StudentStep:
     groups: object
     own: OwnSeconds = dataclasses.field(default_factory=OwnSeconds)
     phases: Phases = dataclasses.field(default_factory=Phases)
+    routing: RoutingLosses | None = None
 
     def __post_init__(self):
         self.gpt.config.finalize_model_grads_func = self.own.before(self.gpt.config.finalize_model_grads_func)
@@ -120,8 +123,12 @@ class StudentStep:
         witness: Witness | None = None,
     ) -> dict[str, float] | None:
         """All of a step but its update: as above, the gradients stay in the optimizer."""
-        if self.supervised_tokens(micro_batches) == 0:
+        supervised = self.supervised_tokens(micro_batches)
+        if supervised == 0:
             return None
+        if self.routing:
+            positions = sum(m.ids_BS.numel() for m in micro_batches) * self.groups.dp.size()
+            self.routing.begin(supervised, positions)
         self.own.start()
         loss = self.loss.at(step)
         if self.teacher:
@@ -149,7 +156,10 @@ class StudentStep:
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
             metrics["loss"] += metrics["features"]
-        parts = [name for name in ("loss", "kd", "ce", "features") if name in metrics]
+        if self.routing and (added := self.routing.metrics()):
+            metrics["loss"] += added.pop("loss")
+            metrics |= added
+        parts = [name for name in ("loss", "kd", "ce", "features", "balance", "router_z") if name in metrics]
         check_finite(metrics, parts, f"step {step}", BrokenBatch)
         if check:
             check(metrics)
@@ -167,6 +177,11 @@ class StudentStep:
         if witness:
             witness.gradients(self.ddp)
         return metrics
+
+    def leave_out(self) -> None:
+        """After a BrokenBatch: undo what the reduction of gradients has moved (biases that choose experts)."""
+        if self.routing:
+            self.routing.leave_out()
 
     def supervised_tokens(self, micro_batches: list[MicroBatch]) -> int:
         """Supervised tokens of the global batch."""

@@ -9,7 +9,7 @@ SEQUENCE = 16
 
 
 @contextlib.contextmanager
-def layout(tp=1, pp=1, seed=1):
+def layout(tp=1, pp=1, seed=1, **axes):
     """The device seam and process groups for one call on the ranks of tests/ranks.py."""
     from megakd.megatron_on_cpu import install
 
@@ -17,7 +17,7 @@ def layout(tp=1, pp=1, seed=1):
     from megakd.models.groups import build_groups, destroy_groups
 
     try:
-        yield build_groups(tp, pp, seed)
+        yield build_groups(tp, pp, seed, **axes)
     finally:
         destroy_groups()
 
@@ -79,6 +79,7 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     """A StudentStep with optimizer; its teacher has other weights and another width."""
     from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
+    from megakd.models.routing import RoutingLosses
     from megakd.teachers.online import OnlineTeacher
     from megakd.training.optimizer import build_optimizer, wrap_data_parallel
     from megakd.training.step import StudentStep
@@ -97,9 +98,10 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
         )
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
+    routing = RoutingLosses(gpt, config.routing) if gpt.config.model.moe else None
     ddp = wrap_data_parallel(gpt, config, groups)
     optimizer, scheduler = build_optimizer(ddp, config, config.train.steps, groups)
-    return StudentStep(gpt, ddp, source, features, loss, optimizer, scheduler, groups)
+    return StudentStep(gpt, ddp, source, features, loss, optimizer, scheduler, groups, routing=routing)
 
 
 def tokens(step, samples=8):

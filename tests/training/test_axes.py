@@ -16,9 +16,16 @@ TOLERANCE = 2e-5  # relative; float32 rounding over five steps of Adam, as betwe
 STUDENT = {"num_layers": 4, "hidden_size": 16, "ffn_hidden_size": 24}
 TEACHER = {"num_layers": 8, "hidden_size": 24, "ffn_hidden_size": 40}
 # What the two are -> changes of (student, teacher).
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}
+STUDENT_EXPERTS = EXPERTS | {"layers": [1, 2], "shared_ffn_hidden_size": 8}
+TEACHER_EXPERTS = EXPERTS | {"num_experts": 8, "score": "sigmoid", "bias": True}
+ROUTING = {"routing__balance_weight": 0.1, "routing__z_loss_weight": 0.01}
 MODELS = {
     "dense": (STUDENT, TEACHER),
     "dense, not tied": (STUDENT | {"tie_embeddings": False}, TEACHER | {"tie_embeddings": True}),
+    "experts": (STUDENT | {"moe": STUDENT_EXPERTS}, TEACHER | {"moe": TEACHER_EXPERTS}),
+    "experts, biases": (STUDENT | {"moe": TEACHER_EXPERTS}, TEACHER),
+    "expert teacher": (STUDENT, TEACHER | {"moe": TEACHER_EXPERTS}),
 }
 # (models, ranks, layout with micro_batch_size, whether the teacher was recorded)
 LAYOUTS = [
@@ -35,6 +42,15 @@ LAYOUTS = [
     ("dense", 4, {"tp": 2, "dp": 2, "sp": True}, False),
     ("dense", 4, {"pp": 2, "dp": 2}, True),
     ("dense", 4, {"tp": 4, "heads": 4}, False),
+    ("experts", 2, {"dp": 2}, False),
+    ("experts", 2, {"ep": 2, "dp": 2}, False),
+    ("experts", 2, {"ep": 2, "dp": 2}, True),
+    ("experts", 2, {"tp": 2, "sp": True}, False),
+    ("experts", 2, {"tp": 2, "sp": True, "ep": 2}, False),
+    ("experts, biases", 2, {"ep": 2, "dp": 2}, False),
+    ("expert teacher", 2, {"ep": 2, "tp": 2}, False),
+    ("experts", 4, {"pp": 2, "dp": 2, "ep": 2}, False),
+    ("experts", 4, {"tp": 2, "dp": 2, "sp": True, "ep": 4}, False),
 ]
 
 
@@ -44,9 +60,11 @@ def train(rank, ranks, models, axes, cache=None, record=False):
     size, heads, dp = axes.pop("micro", 2), axes.pop("heads", 2), axes.pop("dp", 1)
     changes = {f"parallel__{name}": value for name, value in axes.items()}
     tp, pp = changes.pop("parallel__tp", 1), changes.pop("parallel__pp", 1)
-    with small.layout(tp, pp) as groups:
+    with small.layout(tp, pp, ep=axes.get("ep", 1)) as groups:
         assert groups.dp.size() == dp
         student, teacher = ({"num_query_groups": heads} | section for section in MODELS[models])
+        if "moe" in student:
+            changes |= ROUTING
         config = small.config(tp, pp, student__model=small.student_section(**student), **changes)
         run = small.student_step(config, groups, teacher_changes=teacher, **student)
         batches = [small.batch(step % 2, groups, size) for step in range(STEPS)]
@@ -55,7 +73,7 @@ def train(rank, ranks, models, axes, cache=None, record=False):
         elif cache:
             run.teacher = curves.read(cache, run.teacher)
         metrics = [run(batch, step=step + 1, measure=True) for step, batch in enumerate(batches)]
-    return [{name: m[name] for name in (*curves.NUMBERS, "teacher_ce", "agreement", "tokens")} for m in metrics]
+    return [{name: m[name] for name in m if name != "lr"} for m in metrics]
 
 
 @pytest.fixture(scope="module")
