@@ -105,9 +105,11 @@ class Setup:
 
     def _load(self, data, indices: list, *, packed: bool) -> list[MicroBatch]:
         dp, parallel = self.groups.dp, self.config.parallel
-        length = batch_length(data, indices, parallel.tp if parallel.sp else 1)
+        length = batch_length(data, indices, parallel.sequence_multiple)
         parts = split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
-        return [build_micro_batch(load_batch(data, part, length), packed=packed).to(self.device) for part in parts]
+        cut = (self.groups.cp.rank(), self.groups.cp.size())
+        loaded = (load_batch(data, part, length) for part in parts)
+        return [build_micro_batch(batch, packed=packed, cut=cut).to(self.device) for batch in loaded]
 
 
 def build_setup(config: Config, device: torch.device) -> Setup:
@@ -135,7 +137,9 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     check_padding(padded_size, config.parallel.tp)
     train_data, validation_data = open_both(config, tokenizer)
     config.check_schedule(run_steps(config, train_data))
-    groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed, ep=config.parallel.ep)
+    groups = build_groups(
+        config.parallel.tp, config.parallel.pp, config.run.seed, cp=config.parallel.cp, ep=config.parallel.ep
+    )
 
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
         return build_model(

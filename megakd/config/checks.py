@@ -18,16 +18,17 @@ def check_ranks(config: Config, world_size: int) -> int:
         dp, the number of data parallel copies.
 
     Raises:
-        ConfigError: world_size is not divisible by tp * pp, global_batch_size not by micro_batch_size * dp, or the
+        ConfigError: world_size is not divisible by tp * pp * cp, global_batch_size not by micro_batch_size * dp, or the
             ranks of a stage not by ep.
     """
     tp, pp = config.parallel.tp, config.parallel.pp
+    cp = f" / cp {config.parallel.cp}" if config.parallel.cp > 1 else ""
     dp = check_layout(config, world_size)
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if batch % (micro * dp):
         raise ConfigError(
             f"train.global_batch_size {batch} is not divisible by train.micro_batch_size {micro} x dp {dp} "
-            f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp} = dp {dp})",
+            f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp}{cp} = dp {dp})",
             hint=f"make train.global_batch_size a multiple of {micro * dp}, or start another number of ranks",
         )
     return dp
@@ -35,12 +36,14 @@ def check_ranks(config: Config, world_size: int) -> int:
 
 def check_layout(config: Config, world_size: int) -> int:
     """Checks that the ranks carry the layout, whatever the batch; returns dp, or raises ConfigError."""
-    tp, pp = config.parallel.tp, config.parallel.pp
-    if world_size % (tp * pp):
+    tp, pp, cp = config.parallel.tp, config.parallel.pp, config.parallel.cp
+    size = tp * pp * cp
+    if world_size % size:
+        factors = f"parallel.tp {tp} x parallel.pp {pp}" + (f" x parallel.cp {cp}" if cp > 1 else "")
         raise ConfigError(
-            f"{world_size} ranks do not make whole models: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} ranks each",
-            hint=f"start a multiple of {tp * pp} ranks (`torchrun --nproc-per-node {tp * pp} -m megakd ...`), "
-            "or change parallel.tp and parallel.pp",
+            f"{world_size} ranks do not make whole models: {factors} = {size} ranks each",
+            hint=f"start a multiple of {size} ranks (`torchrun --nproc-per-node {size} -m megakd ...`), "
+            "or change the parallel section",
         )
     ep, stage = config.parallel.ep, world_size // pp
     if stage % ep:
@@ -49,7 +52,7 @@ def check_layout(config: Config, world_size: int) -> int:
             f"parallel.ep {ep} does not divide the {stage} ranks of a pipeline stage ({world_size} ranks / pp {pp})",
             hint=f"set parallel.ep to {fitting}, or start another number of ranks",
         )
-    return world_size // (tp * pp)
+    return world_size // size
 
 
 def check_experts(config: Config, student: Model, teacher: Model | None) -> None:

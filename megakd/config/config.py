@@ -118,9 +118,7 @@ class Config(sections.Section):
                     "data.tokenizer",
                     "null, and a student.model has no tokenizer of its own; expected a tokenizer file",
                 )
-        if self.parallel.sp and self.data.sequence_length % self.parallel.tp:
-            length, tp = self.data.sequence_length, self.parallel.tp
-            yield "data.sequence_length", f"{length} is not divisible by parallel.tp = {tp}, and parallel.sp is true"
+        yield from self._sequence_problems()
         if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
@@ -129,6 +127,23 @@ class Config(sections.Section):
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
         yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
+
+    def _sequence_problems(self) -> Iterator[tuple[str, str]]:
+        length, parallel = self.data.sequence_length, self.parallel
+        if parallel.sp and length % parallel.tp:
+            yield (
+                "data.sequence_length",
+                f"{length} is not divisible by parallel.tp = {parallel.tp}, and parallel.sp is true",
+            )
+        elif length % parallel.sequence_multiple:
+            words = f"2 x parallel.cp = {2 * parallel.cp}" + (f" x parallel.tp = {parallel.tp}" if parallel.sp else "")
+            nearest = -(-length // parallel.sequence_multiple) * parallel.sequence_multiple
+            yield "data.sequence_length", f"{length} is not divisible by {words}; expected {nearest}"
+        if parallel.cp > 1 and self.data.packing:
+            yield (
+                "data.packing",
+                f"true, but parallel.cp = {parallel.cp} cuts every row as one sequence; expected false",
+            )
 
     def check_schedule(self, steps: int) -> None:
         """Checks the learning rate's schedule against a number of steps that only the data could tell (train.epochs).

@@ -56,17 +56,24 @@ class Run(Section):
 
 
 class Parallel(Section):
-    """How student and teacher are cut over the ranks; what tp x pp leaves of them is data parallel"""
+    """How student and teacher are cut over the ranks; what tp x pp x cp leaves of them is data parallel"""
 
     tp: Count = 1
     """Tensor parallel size, in ranks."""
     pp: Count = 1
     """Pipeline parallel size, in ranks."""
+    cp: Count = 1
+    """Context parallel size, in ranks: every sequence is cut over so many, for those that are too long for one."""
     ep: Count = 1
-    """Expert parallel size, in ranks: the experts of a layer are divided among so many of the tp x dp ranks of a
-    pipeline stage. Above 1 an expert is whole on its rank; at 1 experts are cut over tp like everything else."""
+    """Expert parallel size, in ranks: the experts of a layer are divided among so many of a pipeline stage's tp x cp x
+    dp ranks. Above 1 an expert is whole on its rank; at 1 experts are cut over tp like everything else."""
     sp: bool = False
     """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a row must be divisible by: two chunks for every context parallel rank, cut over tp."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
 
 
 class Student(Section):

@@ -74,6 +74,7 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
         embedding_init_method=leave,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
         params_dtype=DTYPES[train.precision],
         pipeline_dtype=DTYPES[train.precision],

@@ -55,6 +55,12 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
             "teacher.checkpoint and teacher.cache are both needed to record: who speaks, and where it is kept",
             hint="megakd cache CONFIG.yaml teacher.checkpoint=RUN_FOLDER teacher.cache=CACHE_FOLDER",
         )
+    if config.parallel.cp > 1:
+        raise ConfigError(
+            f"parallel.cp is {config.parallel.cp}, but the rows of a recording are whole sequences",
+            hint="record with parallel.cp=1, such as with those ranks as parallel.tp and parallel.sp=true; what is "
+            "recorded so is read at every cp",
+        )
     setup = build_recording(config, ranks.device)
     folder, header = pathlib.Path(config.teacher.cache), make_header(setup, command)
     with writing_together(folder, header) as whole:
@@ -161,7 +167,9 @@ def build_recording(config: Config, device: torch.device) -> RecordingSetup:
     return RecordingSetup(
         config=config,
         device=device,
-        groups=build_groups(config.parallel.tp, config.parallel.pp, config.run.seed, ep=config.parallel.ep),
+        groups=build_groups(
+            config.parallel.tp, config.parallel.pp, config.run.seed, cp=config.parallel.cp, ep=config.parallel.ep
+        ),
         teacher_from=teacher_from,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=vocab_size,
@@ -266,7 +274,7 @@ class Recording:
         """
         parallel, size = self.setup.config.parallel, self.setup.config.train.micro_batch_size
         samples, micro_batches = self.setup.samples, []
-        length = batch_length(samples, [(0, number) for number in numbers], parallel.tp if parallel.sp else 1)
+        length = batch_length(samples, [(0, number) for number in numbers], parallel.sequence_multiple)
         if self.in_step:
             longest = torch.tensor(length, device=self.setup.device)
             dist.all_reduce(longest, dist.ReduceOp.MAX)

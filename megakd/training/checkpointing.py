@@ -151,7 +151,8 @@ def training_state(student: StudentStep, *, loading: bool, with_random: bool = T
 
 
 def layout(groups) -> dict[str, int]:
-    return {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp_cp.size()}
+    sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+    return sizes | ({"cp": groups.cp.size()} if groups.cp.size() > 1 else {})
 
 
 def random_state(groups) -> ShardedObject:

@@ -59,7 +59,7 @@ def train(config: Config, ranks: Ranks) -> None:
         else:
             optimizer.reload_model_params()
         if is_last_stage(setup.groups):
-            tokens = config.train.micro_batch_size * config.data.sequence_length
+            tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.cp
             how = describe_head(setup.student, tokens, setup.loss)
             LOG.log(logging.INFO if "fused" in how else logging.DEBUG, "%s", how)
         write_run_files(config)

@@ -219,7 +219,7 @@ class StudentStep:
             ids.append(predict(logits_BW, labels_T[rows], gpt.shard).id_T)
 
         compared = measure and self.teacher is not None
-        if is_fused(gpt, micro_batch.labels_BS.numel(), loss):
+        if is_fused(gpt, micro_batch.labels_BS.numel() // self.groups.cp.size(), loss):
             loss_sum, sums = fused_objective(
                 gpt.head_input(hidden_SBH, rows_T, whole_gradient=True),
                 gpt.head_weight,

@@ -318,3 +318,22 @@ def test_training_from_draws_approaches_the_full_divergence(folder, teacher, tmp
     drawn["loss"]["divergence"] = "reverse_kl"
     (failure, _) = run_ranks(2, runs.train, drawn | {"run": {"dir": str(tmp_path / "other"), "device": "cpu"}})
     assert failure.startswith("ConfigError: loss.divergence is reverse_kl, but")
+
+
+def test_experts_divided_over_ranks_record_the_same(folder, tmp_path):
+    """Ranks that share experts run them together, where one has no part left to record too."""
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}
+    config = runs.values(folder, tmp_path / "teacher", student__model__moe=moe, train__steps=3)
+    assert run_ranks(1, runs.train, config) == [None]
+    for ranks, parallel in ((1, {}), (2, {"ep": 2}), (2, {"tp": 2, "ep": 2})):
+        cache = tmp_path / f"cache {ranks} {parallel}"
+        changes = {f"parallel__{axis}": size for axis, size in parallel.items()}
+        assert (
+            run_ranks(ranks, record, distil(folder, tmp_path / "teacher", "unused", cache, **changes)) == [None] * ranks
+        )
+    want, *others = [tables(cache) for cache in sorted(tmp_path.glob("cache *"))]
+    for got in others:
+        assert got.keys() == want.keys()
+        for key, row in want.items():
+            np.testing.assert_array_equal(got[key].ids_N, row.ids_N)
+            np.testing.assert_allclose(got[key].logprobs_N, row.logprobs_N, atol=2e-5)

@@ -121,7 +121,9 @@ def batch(step, groups, micro_batch_size, samples=8):
     ids, labels = tokens(step, samples)
     share = samples // groups.dp.size()
     starts = range(groups.dp.rank() * share, (groups.dp.rank() + 1) * share, micro_batch_size)
-    return [MicroBatch(ids[i : i + micro_batch_size], labels[i : i + micro_batch_size]) for i in starts]
+    cut = (groups.cp.rank(), groups.cp.size())
+    parts = [slice(i, i + micro_batch_size) for i in starts]
+    return [MicroBatch(ids[part], labels[part], cut=cut) for part in parts]
 
 
 def curve(rank, ranks, tp, pp, micro_batch_size, steps, changes, teacher=True, student_changes=None):
