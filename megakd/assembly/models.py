@@ -4,7 +4,7 @@ import torch
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.torch_dist import load_weights
-from megakd.config import Model, Parallel, Train
+from megakd.config import Model, Parallel, Pipeline, Train
 from megakd.models.gpt import GPT, build_gpt
 
 
@@ -20,6 +20,7 @@ def build_model(
     device: torch.device,
     seed: int | None = None,
     name: str = "model",
+    pipeline: Pipeline = Pipeline(),  # noqa: B008  frozen
 ) -> GPT:
     """This rank's part of a model, with the weights of a checkpoint, or random ones drawn from `seed`.
 
@@ -27,6 +28,7 @@ def build_model(
         model: its section.
         vocab_size, padded_size: real ids that count in the loss; columns that are there, over all ranks.
         name: what the log calls it.
+        pipeline: the split of its layers over stages.
     Raises:
         CheckpointError: the weights cannot be read.
     Collectives: those of loading.
@@ -34,7 +36,7 @@ def build_model(
     gpt = build_gpt(
         model, parallel, train, groups,
         vocab_size=vocab_size, padded_size=padded_size, device=device, seed=None if checkpoint else seed,
-        name=name,
+        name=name, pipeline=pipeline,
     )  # fmt: skip
     if checkpoint:
         load_weights(gpt, checkpoint, groups)

@@ -10,6 +10,7 @@ import torch
 from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
 from megakd.assembly.cached import open_cache
 from megakd.assembly.data import describe_data, open_both, run_steps
+from megakd.assembly.layout import describe_layout
 from megakd.assembly.models import build_model
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Loss, Model, check_experts, check_features, check_model, check_vocab
@@ -142,10 +143,11 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     )
 
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
+        side = getattr(config, name)
         return build_model(
-            section, checkpoint, config.parallel, config.train, groups,
-            vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
-            name=name,
+            section, checkpoint, config.parallel if name == "student" else config.parallel.of_teacher, config.train,
+            groups, vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
+            name=name, pipeline=side.pipeline,
         )  # fmt: skip
 
     student = build("student", model, student_from)
@@ -163,6 +165,8 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         )
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
+    models = {"student": student} | ({"teacher": teacher.gpt} if isinstance(teacher, OnlineTeacher) else {})
+    LOG.info("%s", describe_layout(config.parallel, groups, models))
     routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,

@@ -1,7 +1,7 @@
 """Checks of a configuration against what only the launch or a checkpoint knows: ranks, vocabulary, architecture."""
 
 from megakd.config.config import Config
-from megakd.config.fit import model_problems, nearest_divisors
+from megakd.config.fit import EVEN, model_problems, nearest_divisors, stages_of
 from megakd.config.model import Model
 from megakd.config.problems import problems_error
 from megakd.errors import ConfigError
@@ -30,6 +30,14 @@ def check_ranks(config: Config, world_size: int) -> int:
             f"train.global_batch_size {batch} is not divisible by train.micro_batch_size {micro} x dp {dp} "
             f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp}{cp} = dp {dp})",
             hint=f"make train.global_batch_size a multiple of {micro * dp}, or start another number of ranks",
+        )
+    pp, number = config.parallel.pp, batch // (micro * dp)
+    if config.parallel.vpp > 1 and number % pp:
+        nearest = -(-number // pp) * pp * micro * dp
+        raise ConfigError(
+            f"train.global_batch_size {batch} gives each of {dp} data parallel ranks {number} micro-batches, which "
+            f"parallel.pp {pp} does not divide; the stages of parallel.vpp {config.parallel.vpp} take {pp} at a time",
+            hint=f"set train.global_batch_size to {nearest}, or parallel.vpp to 1",
         )
     return dp
 
@@ -102,7 +110,8 @@ def check_model(config: Config, model: Model, whose: str, *, trained: bool = Fal
     Raises:
         ConfigError: lists all that does not fit.
     """
-    problems = list(model_problems(model, config.parallel, config.data.sequence_length, trained=trained))
+    pipeline = config.student.pipeline if trained else config.teacher.pipeline if config.teacher else EVEN
+    problems = list(model_problems(model, config.parallel, config.data.sequence_length, pipeline, trained=trained))
     if trained:
         problems += config.routing.model_problems(model)
     if problems:
@@ -121,7 +130,11 @@ def check_features(config: Config, student: Model, teacher: Model) -> None:
     """
     if config.features is None:
         return
-    problems = config.features.layer_problems(student.num_layers, teacher.num_layers, config.parallel.pp)
+    pp = config.parallel.pp
+    problems = config.features.layer_problems(
+        stages_of(student.num_layers, pp, config.student.pipeline),
+        stages_of(teacher.num_layers, pp, config.teacher.pipeline),
+    )
     lines = [f"{key}: {text}" for key, text in problems]
     if lines:
         raise problems_error("features", lines, hint="choose layers that both models have, on one stage each pair")

@@ -109,8 +109,13 @@ class Config(sections.Section):
         """Yields (dotted key, what is wrong) for every rule between sections that is broken."""
         if self.parallel.sp and self.parallel.tp == 1:
             yield "parallel.sp", "true, but parallel.tp is 1; sequence parallel cuts what tensor parallel ranks share"
+        if self.parallel.vpp > 1 and self.parallel.pp == 1:
+            yield "parallel.vpp", f"{self.parallel.vpp}, but parallel.pp is 1; layers go round the ranks of a pipeline"
+        if self.parallel.vpp > 1 and self.features is not None:
+            yield "features", "given with parallel.vpp; the pair of a layer is then on another rank, expected vpp = 1"
         if self.student.model is not None:
-            for key, text in model_problems(self.student.model, self.parallel, self.data.sequence_length, trained=True):
+            length, pipeline = self.data.sequence_length, self.student.pipeline
+            for key, text in model_problems(self.student.model, self.parallel, length, pipeline, trained=True):
                 yield (key if "." in key else f"student.model.{key}"), text
             yield from self.routing.model_problems(self.student.model)
             if self.data.tokenizer is None:

@@ -62,6 +62,9 @@ class Parallel(Section):
     """Tensor parallel size, in ranks."""
     pp: Count = 1
     """Pipeline parallel size, in ranks."""
+    vpp: Count = 1
+    """Virtual pipeline stages of a rank: the student's layers go round its ranks so many times, which shortens the
+    waiting at both ends of a step. The teacher, which only runs forward, is not interleaved. Needs pp > 1."""
     cp: Count = 1
     """Context parallel size, in ranks: every sequence is cut over so many, for those that are too long for one."""
     ep: Count = 1
@@ -71,9 +74,23 @@ class Parallel(Section):
     """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
 
     @property
+    def of_teacher(self) -> "Parallel":
+        """The teacher's layout: stages are interleaved for the sake of the backward pass, which it does not have."""
+        return self.model_copy(update={"vpp": 1})
+
+    @property
     def sequence_multiple(self) -> int:
         """What the length of a row must be divisible by: two chunks for every context parallel rank, cut over tp."""
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+
+class Pipeline(Section):
+    """How a model's layers are split over pipeline stages, where not evenly; the stages between share what is left"""
+
+    first_stage_layers: Count | None = None
+    """Layers of the first stage, which has the embeddings too; null: as many as the others."""
+    last_stage_layers: Count | None = None
+    """Layers of the last stage, which has the head and the loss too; null: as many as the others."""
 
 
 class Student(Section):
@@ -84,6 +101,7 @@ class Student(Section):
     which is converted once; it brings architecture and tokenizer."""
     model: Model | None = None
     """Architecture to start from random weights."""
+    pipeline: Pipeline = Pipeline()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.checkpoint is None) == (self.model is None):
@@ -105,6 +123,7 @@ class Teacher(Section):
     allow_weak: bool = False
     """Go on although the teacher predicts the first batch no better than counting its tokens does, or worse than the
     student before its first update."""
+    pipeline: Pipeline = Pipeline()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint is None and self.cache is None:

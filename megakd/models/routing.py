@@ -32,7 +32,9 @@ class RoutingLosses:
     def __init__(self, student: GPT, section: Routing):
         model, self.groups = student.config.model, student.pg_collection
         self.section, self.sequence_parallel = section, student.config.sequence_parallel
-        self.routers = [module for module in student.modules() if isinstance(module, TopKRouter)]
+        self.routers = [
+            module for chunk in student.chunks for module in chunk.modules() if isinstance(module, TopKRouter)
+        ]
         self.layers = sum(model.has_experts(layer) for layer in range(model.num_layers))
         self.top_k, self.sigmoid = model.moe.top_k, model.moe.score == "sigmoid"
         self.share = 0.0

@@ -132,9 +132,9 @@ class RecordingSetup:
         """This rank's part of the teacher, with weights."""
         config = self.config
         return build_model(
-            self.teacher_from.model, self.teacher_from, config.parallel, config.train, self.groups,
+            self.teacher_from.model, self.teacher_from, config.parallel.of_teacher, config.train, self.groups,
             vocab_size=self.vocab_size, padded_size=self.padded_size, device=self.device,
-            name="teacher",
+            name="teacher", pipeline=config.teacher.pipeline,
         )  # fmt: skip
 
     @property

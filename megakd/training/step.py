@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megakd.config import Loss
@@ -20,7 +19,7 @@ from megakd.kernels import KDLoss
 from megakd.kernels.predictions import predict
 from megakd.losses import SUMS, fused_objective, means, objective
 from megakd.models.features import FeatureLoss
-from megakd.models.forward_only import pipeline
+from megakd.models.forward_only import pipeline, schedule, streams
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
 from megakd.models.routing import RoutingLosses
@@ -39,8 +38,8 @@ class Witness(Protocol):
     def losses(self, micro_batch: MicroBatch, lesson: Lesson, losses: KDLoss) -> None:
         """Is given every micro-batch with what its teacher said and its tokens' losses, on the last stage."""
 
-    def gradients(self, ddp: torch.nn.Module) -> None:
-        """Is given the student whose gradients are whole, before they are clipped and taken."""
+    def gradients(self, ddp: list[torch.nn.Module]) -> None:
+        """Is given the student's stages, whose gradients are whole, before they are clipped and taken."""
 
 
 @dataclasses.dataclass
@@ -48,7 +47,7 @@ class StudentStep:
     """Everything a step needs; calling it runs one.
 
     Attributes:
-        gpt, ddp: the student, bare and in Megatron's data-parallel wrapper.
+        gpt, ddp: the student, bare, and its stages on this rank in Megatron's data-parallel wrapper.
         teacher: None for plain training.
         features: distances between hidden states, None without.
         loss: the loss section; its ramps are followed step by step.
@@ -60,7 +59,7 @@ class StudentStep:
     """
 
     gpt: GPT
-    ddp: torch.nn.Module
+    ddp: list[torch.nn.Module]
     teacher: TeacherSource | None
     features: FeatureLoss | None
     loss: Loss
@@ -139,12 +138,13 @@ class StudentStep:
         if self.features:
             self.features.end_teacher()
         self.phases.begin("student")
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = get_forward_backward_func()(
+        sums = schedule(self.gpt, self.groups)(
             forward_step_func=functools.partial(self.forward_step, loss, measure, witness),
-            data_iterator=iter(zip(micro_batches, lessons, strict=True)),
-            model=[self.ddp],
+            data_iterator=streams(self.gpt, list(zip(micro_batches, lessons, strict=True))),
+            model=self.ddp,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].ids_BS.shape[1],
             micro_batch_size=micro_batches[0].ids_BS.shape[0],

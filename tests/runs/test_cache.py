@@ -139,6 +139,7 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
         (1, 1, {}),
         (2, 2, {}),
         (2, 1, {"train__micro_batch_size": 4}),
+        (2, 1, {"parallel__cp": 2}),
         (2, 1, {"parallel__pp": 2}),
         (1, 1, {"loss": {"top_k": 13, "ce_weight": 0.2}}),
         (1, 1, {"eval__samples": 5}),  # no multiple of the batch, which is filled up

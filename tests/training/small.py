@@ -59,19 +59,20 @@ def teacher_section(**changes):
     return student_section(hidden_size=48, tie_embeddings=False, init_std=0.2) | changes
 
 
-def build(section, config, groups, seed):
+def build(section, config, groups, seed, teacher=False):
     from megakd.config import Model
     from megakd.models.gpt import build_gpt
 
     return build_gpt(
         Model.model_validate(section),
-        config.parallel,
+        config.parallel.of_teacher if teacher else config.parallel,
         config.train,
         groups,
         vocab_size=VOCAB,
         padded_size=1024,
         device="cpu",
         seed=seed,
+        pipeline=(config.teacher if teacher else config.student).pipeline,
     )
 
 
@@ -88,7 +89,7 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     loss, source, features = CE_ONLY, None, None
     if teacher:
         loss = config.loss
-        gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2)
+        gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2, teacher=True)
         source = OnlineTeacher(
             gpt_teacher,
             top_k=loss.top_k,

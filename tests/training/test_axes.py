@@ -17,7 +17,7 @@ STUDENT = {"num_layers": 4, "hidden_size": 16, "ffn_hidden_size": 24}
 TEACHER = {"num_layers": 8, "hidden_size": 24, "ffn_hidden_size": 40}
 # What the two are -> changes of (student, teacher).
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}
-STUDENT_EXPERTS = EXPERTS | {"layers": [1, 2], "shared_ffn_hidden_size": 8}
+STUDENT_EXPERTS = EXPERTS | {"layers": [1], "shared_ffn_hidden_size": 8}
 TEACHER_EXPERTS = EXPERTS | {"num_experts": 8, "score": "sigmoid", "bias": True}
 ROUTING = {"routing__balance_weight": 0.1, "routing__z_loss_weight": 0.01}
 WINDOWS = {
@@ -33,6 +33,7 @@ LATENT = {
 MODELS = {
     "dense": (STUDENT, TEACHER),
     "dense, not tied": (STUDENT | {"tie_embeddings": False}, TEACHER | {"tie_embeddings": True}),
+    "deep": (STUDENT | {"num_layers": 8}, TEACHER | {"num_layers": 12}),
     "windows": (STUDENT | WINDOWS, TEACHER | {"position_embedding": "learned_absolute"}),
     "latent": (STUDENT | LATENT, TEACHER | LATENT),
     "experts": (STUDENT | {"moe": STUDENT_EXPERTS}, TEACHER | {"moe": TEACHER_EXPERTS}),
@@ -62,6 +63,13 @@ LAYOUTS = [
     ("experts, biases", 2, {"ep": 2, "dp": 2}, False),
     ("expert teacher", 2, {"ep": 2, "tp": 2}, False),
     ("experts", 4, {"pp": 2, "dp": 2, "ep": 2}, False),
+    ("dense", 2, {"pp": 2, "vpp": 2}, False),
+    ("dense, not tied", 2, {"pp": 2, "vpp": 2}, True),
+    ("deep", 4, {"pp": 4, "vpp": 2, "micro": 1}, False),
+    ("experts", 4, {"tp": 2, "pp": 2, "vpp": 2, "sp": True, "ep": 2, "micro": 1}, False),
+    ("dense", 4, {"pp": 2, "vpp": 2, "dp": 2, "micro": 1}, False),
+    ("dense", 2, {"pp": 2, "student_first": 1, "teacher_last": 3}, False),
+    ("deep", 4, {"pp": 4, "student_first": 1, "student_last": 3, "teacher_first": 3}, False),
     ("dense", 2, {"cp": 2}, False),
     ("dense", 2, {"cp": 2}, True),
     ("windows", 2, {"cp": 2}, False),
@@ -89,7 +97,11 @@ def train(rank, ranks, models, axes, cache=None, record=False, run_dir=None, ste
 
     axes = dict(axes)
     size, heads, dp = axes.pop("micro", 2), axes.pop("heads", 2), axes.pop("dp", 1)
+    splits = {name: axes.pop(name) for name in list(axes) if name.startswith(("student_", "teacher_"))}
     changes = {f"parallel__{name}": value for name, value in axes.items()}
+    for name, layers in splits.items():
+        whose, _, end = name.partition("_")
+        changes.setdefault(f"{whose}__pipeline", {})[f"{end}_stage_layers"] = layers
     tp, pp = changes.pop("parallel__tp", 1), changes.pop("parallel__pp", 1)
     with small.layout(tp, pp, cp=axes.get("cp", 1), ep=axes.get("ep", 1)) as groups:
         assert groups.dp.size() == dp
@@ -166,7 +178,9 @@ CONTINUED = [
         [(1, {}), (2, {"tp": 2, "sp": True}), (4, {"pp": 2, "dp": 2, "ep": 2})],
     ),
     ("dense", (2, {"cp": 2}), [(1, {}), (2, {"tp": 2})]),
-    ("dense", (2, {"pp": 2}), [(2, {"cp": 2})]),
+    ("dense", (2, {"pp": 2}), [(2, {"cp": 2}), (2, {"pp": 2, "vpp": 2})]),
+    ("experts", (2, {"pp": 2, "vpp": 2}), [(1, {}), (4, {"pp": 2, "ep": 2, "dp": 2}), (2, {"pp": 2, "vpp": 2})]),
+    ("dense", (2, {"pp": 2, "student_first": 1}), [(2, {"tp": 2}), (2, {"pp": 2, "student_last": 1})]),
     ("experts, biases", (1, {}), [(2, {"ep": 2, "dp": 2}), (2, {"tp": 2, "sp": True, "ep": 2})]),
 ]
 
