@@ -143,11 +143,14 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     )
 
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
-        side = getattr(config, name)
+        if name == "student":
+            parallel, train, pipeline = config.parallel, config.train, config.student.pipeline
+        else:
+            parallel, train, pipeline = config.parallel.of_teacher, config.teacher_train, config.teacher.pipeline
         return build_model(
-            section, checkpoint, config.parallel if name == "student" else config.parallel.of_teacher, config.train,
-            groups, vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
-            name=name, pipeline=side.pipeline,
+            section, checkpoint, parallel, train, groups,
+            vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
+            name=name, pipeline=pipeline,
         )  # fmt: skip
 
     student = build("student", model, student_from)

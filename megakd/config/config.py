@@ -97,6 +97,12 @@ class Config(sections.Section):
         """Every dotted key with its value; a section that is null is one key with value None."""
         return _flat(self, "")
 
+    @property
+    def teacher_train(self) -> sections.Train:
+        """The train section as it applies to a teacher that runs."""
+        precision = self.teacher.precision or self.train.precision
+        return self.train.model_copy(update={"precision": precision})
+
     def idle_keys(self) -> list[str]:
         """The keys that say something about a teacher, where there is none: a run on the data alone ignores them."""
         if self.teacher is not None:

@@ -123,6 +123,8 @@ class Teacher(Section):
     allow_weak: bool = False
     """Go on although the teacher predicts the first batch no better than counting its tokens does, or worse than the
     student before its first update."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Type of its weights and activations, where it runs; null: train.precision. Its logits are reduced in float32."""
     pipeline: Pipeline = Pipeline()
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -132,7 +132,7 @@ class RecordingSetup:
         """This rank's part of the teacher, with weights."""
         config = self.config
         return build_model(
-            self.teacher_from.model, self.teacher_from, config.parallel.of_teacher, config.train, self.groups,
+            self.teacher_from.model, self.teacher_from, config.parallel.of_teacher, config.teacher_train, self.groups,
             vocab_size=self.vocab_size, padded_size=self.padded_size, device=self.device,
             name="teacher", pipeline=config.teacher.pipeline,
         )  # fmt: skip
@@ -210,7 +210,7 @@ def make_header(setup: RecordingSetup, command: str) -> Header:
             "top_p": cache.top_p,
             "keep_label": cache.keep_label,
             "draws": cache.draws,
-            "precision": setup.config.train.precision,
+            "precision": setup.config.teacher_train.precision,
         },
         tail="none" if setup.contents.sampled else "measured",
         tokenizer_fingerprint=setup.tokenizer_fingerprint,

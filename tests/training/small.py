@@ -66,7 +66,7 @@ def build(section, config, groups, seed, teacher=False):
     return build_gpt(
         Model.model_validate(section),
         config.parallel.of_teacher if teacher else config.parallel,
-        config.train,
+        config.teacher_train if teacher else config.train,
         groups,
         vocab_size=VOCAB,
         padded_size=1024,
