@@ -12,6 +12,7 @@ from megakd.config.features import Features
 from megakd.config.log import Log, Profile
 from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
+from megakd.config.parallel import Parallel, Pipeline
 from megakd.config.reference import format_reference, section_summaries
 from megakd.config.routing import Routing
 from megakd.config.section import Section
@@ -20,8 +21,6 @@ from megakd.config.sections import (
     Data,
     Eval,
     Optimizer,
-    Parallel,
-    Pipeline,
     Run,
     Schedule,
     Student,

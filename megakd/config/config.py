@@ -15,6 +15,7 @@ from megakd.config.keys import iter_keys, section_of
 from megakd.config.log import Log
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
+from megakd.config.parallel import Parallel
 from megakd.config.problems import explain, nearest_key, problems_error
 from megakd.config.routing import Routing
 from megakd.config.yaml12 import format_yaml, parse_yaml
@@ -28,7 +29,7 @@ class Config(sections.Section):
     """Everything a run needs to know, frozen; sections are attributes, `config.train.global_batch_size`."""
 
     run: sections.Run
-    parallel: sections.Parallel = sections.Parallel()
+    parallel: Parallel = Parallel()
     student: sections.Student
     teacher: sections.Teacher | None = None
     loss: Loss = Loss()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megakd.config.model import Model
-from megakd.config.sections import Parallel, Pipeline
+from megakd.config.parallel import Parallel, Pipeline
 
 EVEN = Pipeline()
 

@@ -129,6 +129,6 @@ def batch(step, groups, micro_batch_size, samples=8):
 
 def curve(rank, ranks, tp, pp, micro_batch_size, steps, changes, teacher=True, student_changes=None):
     """The metrics of some steps, on the last rank."""
-    with layout(tp, pp) as groups:
+    with layout(tp, pp, **{axis: changes.get(f"parallel__{axis}", 1) for axis in ("cp", "ep")}) as groups:
         run = student_step(config(tp, pp, **changes), groups, teacher, **(student_changes or {}))
         return [run(batch(i, groups, micro_batch_size), step=i + 1, measure=True) for i in range(steps)]
