@@ -10,7 +10,7 @@ VERSION ?= 0.19.2
 
 PY := $(CURDIR)/.venv/bin/python
 
-.PHONY: help quickstart test test-megatron test-slurm check format bench
+.PHONY: help quickstart test test-nightly test-megatron test-slurm check format bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,10 +22,14 @@ quickstart: .venv/.installed ## train a teacher, distil a student at TP 2, compa
 test: .venv/.installed ## all tests (ARGS="-k loss -x" goes to pytest)
 	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(ARGS)
 
+test-nightly: .venv/.installed ## the tests on eight ranks, which take minutes
+	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest -m nightly $(ARGS)
+
 # The wheel is for Python 3.12; what is used of it is plain Python, and the torch at hand goes with it. Its compiled helpers
 # (data sets, not used here) and its CUDA code are not tried this way.
 MEGATRON := build/megatron-core-$(VERSION)
 MEGATRON_TESTS ?= tests/test_megatron_on_cpu.py tests/training/test_step.py tests/training/test_curves.py \
+	tests/training/test_axes.py tests/training/test_routing.py \
 	tests/checkpoints/test_writer.py tests/checkpoints/test_torch_dist.py
 
 test-megatron: .venv/.installed $(MEGATRON) ## the tests that pin its results, on another Megatron-Core (VERSION=0.19.2)

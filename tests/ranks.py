@@ -120,7 +120,9 @@ class _Pool:
 
 def _serve(rank, n, store, pipe):
     launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": 1}
-    os.environ.update({name: str(value) for name, value in launch.items()}, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        {name: str(value) for name, value in launch.items()}, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"
+    )
     import torch
     import torch.distributed as dist
 

@@ -4,7 +4,7 @@ import torch
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.torch_dist import load_weights
-from megakd.config import Model, Parallel, Train
+from megakd.config import Model, Parallel, Pipeline, Train
 from megakd.models.gpt import GPT, build_gpt
 
 
@@ -21,6 +21,7 @@ def build_model(
     seed: int | None = None,
     name: str = "model",
     local: bool = False,
+    pipeline: Pipeline = Pipeline(),  # noqa: B008  frozen
 ) -> GPT:
     """This rank's part of a model, with the weights of a checkpoint, or random ones drawn from `seed`.
 
@@ -29,6 +30,7 @@ def build_model(
         vocab_size, padded_size: real ids that count in the loss; columns that are there, over all ranks.
         name: what the log calls it.
         local: as of `build_gpt`: for a model that generates.
+        pipeline: the split of its layers over stages.
     Raises:
         CheckpointError: the weights cannot be read.
     Collectives: those of loading.
@@ -36,7 +38,7 @@ def build_model(
     gpt = build_gpt(
         model, parallel, train, groups,
         vocab_size=vocab_size, padded_size=padded_size, device=device, seed=None if checkpoint else seed,
-        name=name, local=local,
+        name=name, local=local, pipeline=pipeline,
     )  # fmt: skip
     if checkpoint:
         load_weights(gpt, checkpoint, groups)

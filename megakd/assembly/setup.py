@@ -10,9 +10,10 @@ import torch
 from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
 from megakd.assembly.cached import open_cache
 from megakd.assembly.data import describe_data, open_both, run_steps
+from megakd.assembly.layout import describe_layout
 from megakd.assembly.models import build_model
 from megakd.checkpoints.folder import Checkpoint
-from megakd.config import Config, Loss, Model, check_features, check_model, check_vocab
+from megakd.config import Config, Loss, Model, check_experts, check_features, check_model, check_vocab
 from megakd.data.blend import indices_of_step
 from megakd.data.dataset import batch_length, load_batch
 from megakd.data.order import split_batch, validation_indices
@@ -20,6 +21,7 @@ from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import MicroBatch, build_micro_batch
+from megakd.models.routing import RoutingLosses
 from megakd.ranks import from_rank_0
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import TeacherSource
@@ -46,6 +48,7 @@ class Setup:
         loss: the loss section that applies: CE alone without a teacher.
         train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
         origin: the checkpoint that the student started from; None where its weights were drawn.
+        routing: terms of the student's routers; None without experts.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -62,6 +65,7 @@ class Setup:
     train_data: object
     validation_data: object | None
     origin: pathlib.Path | None = None
+    routing: RoutingLosses | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -102,9 +106,11 @@ class Setup:
 
     def _load(self, data, indices: list, *, packed: bool) -> list[MicroBatch]:
         dp, parallel = self.groups.dp, self.config.parallel
-        length = batch_length(data, indices, parallel.tp if parallel.sp else 1)
+        length = batch_length(data, indices, parallel.sequence_multiple)
         parts = split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
-        return [build_micro_batch(load_batch(data, part, length), packed=packed).to(self.device) for part in parts]
+        cut = (self.groups.cp.rank(), self.groups.cp.size())
+        loaded = (load_batch(data, part, length) for part in parts)
+        return [build_micro_batch(batch, packed=packed, cut=cut).to(self.device) for batch in loaded]
 
 
 def build_setup(config: Config, device: torch.device) -> Setup:
@@ -128,16 +134,23 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         check_features(config, model, teacher_from.model)
         vocab_size = min(vocab_size, teacher_from.model.vocab_size)
         padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
+    check_experts(config, model, teacher_from.model if teacher_from else None)
     check_padding(padded_size, config.parallel.tp)
     train_data, validation_data = open_both(config, tokenizer)
     config.check_schedule(run_steps(config, train_data))
-    groups = build_groups(config.parallel.tp, config.parallel.pp, config.run.seed)
+    groups = build_groups(
+        config.parallel.tp, config.parallel.pp, config.run.seed, cp=config.parallel.cp, ep=config.parallel.ep
+    )
 
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
+        if name == "student":
+            parallel, train, pipeline = config.parallel, config.train, config.student.pipeline
+        else:
+            parallel, train, pipeline = config.parallel.of_teacher, config.teacher_train, config.teacher.pipeline
         return build_model(
-            section, checkpoint, config.parallel, config.train, groups,
+            section, checkpoint, parallel, train, groups,
             vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
-            name=name,
+            name=name, pipeline=pipeline,
         )  # fmt: skip
 
     student = build("student", model, student_from)
@@ -155,9 +168,13 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         )
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
+    models = {"student": student} | ({"teacher": teacher.gpt} if isinstance(teacher, OnlineTeacher) else {})
+    LOG.info("%s", describe_layout(config.parallel, groups, models))
+    routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
+        routing,
     )  # fmt: skip
 
 

@@ -43,6 +43,19 @@ def sharding_metadata(groups) -> dict:
     }
 
 
+def describe_weights(gpt, groups) -> dict:
+    """The sharded weights of a model; of several virtual stages, each one's under its number."""
+    metadata = sharding_metadata(groups)
+    parts = {str(i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(gpt.chunks)}
+    return parts if len(parts) > 1 else parts["0"]
+
+
+def set_weights(gpt, weights: dict) -> None:
+    """Give a model what `describe_weights` described, once it is read."""
+    for i, chunk in enumerate(gpt.chunks):
+        chunk.load_state_dict(weights if len(gpt.chunks) == 1 else weights[str(i)])
+
+
 def save(
     path: pathlib.Path,
     state: dict,
@@ -194,7 +207,7 @@ def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
             it should not.
     """
     check_format(checkpoint.path)
-    wanted = without_extra_states(state)
+    wanted = state | {"model": without_extra_states(state["model"])}
     try:
         loaded = load_sharded(wanted, checkpoint.files, groups.dp_cp)
     except FAILURES as error:
@@ -202,13 +215,24 @@ def load(checkpoint: Checkpoint, state: dict, groups) -> dict:
             f"{checkpoint.path} could not be loaded: {in_words(error)}",
             hint="is it a checkpoint of this model, saved with the same optimizer settings?",
         ) from error
-    left_out = state["model"].keys() - wanted["model"].keys()
-    return loaded | {"model": loaded["model"] | dict.fromkeys(left_out)}
+    return loaded | {"model": with_empty_states(loaded["model"], state["model"])}
 
 
-def without_extra_states(state: dict) -> dict:
-    weights = {name: part for name, part in state["model"].items() if not name.endswith("_extra_state")}
-    return state | {"model": weights}
+def without_extra_states(weights: dict) -> dict:
+    """Without those of the layers, at any depth."""
+    return {
+        name: without_extra_states(part) if isinstance(part, dict) else part
+        for name, part in weights.items()
+        if not name.endswith("_extra_state")
+    }
+
+
+def with_empty_states(loaded: dict, weights: dict) -> dict:
+    """What was left out of `weights`, as None."""
+    return {
+        name: with_empty_states(loaded[name], part) if isinstance(part, dict) else loaded.get(name)
+        for name, part in weights.items()
+    }
 
 
 def common_values(checkpoint: Checkpoint) -> dict:
@@ -236,5 +260,5 @@ def load_weights(gpt, checkpoint: Checkpoint, groups) -> None:
 
     Vocabulary rows that the checkpoint does not have (another padding) load as zeros; the kernels leave them out.
     """
-    state = gpt.sharded_state_dict(metadata=sharding_metadata(groups))
-    gpt.load_state_dict(load(checkpoint, {"model": state}, groups)["model"])
+    state = describe_weights(gpt, groups)
+    set_weights(gpt, load(checkpoint, {"model": state}, groups)["model"])

@@ -6,20 +6,21 @@ config.save(f"{config.run.dir}/config.yaml")
 """
 
 from megakd.config.cache import Cache
-from megakd.config.checks import check_features, check_model, check_ranks, check_vocab
+from megakd.config.checks import check_experts, check_features, check_model, check_ranks, check_vocab
 from megakd.config.config import Config
 from megakd.config.features import Features
 from megakd.config.log import Log, Profile
 from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
+from megakd.config.parallel import Parallel, Pipeline
 from megakd.config.reference import format_reference, section_summaries
+from megakd.config.routing import Routing
 from megakd.config.section import Section
 from megakd.config.sections import (
     Checkpoint,
     Data,
     Eval,
     Optimizer,
-    Parallel,
     Run,
     Schedule,
     Student,
@@ -41,14 +42,17 @@ __all__ = [
     "Model",
     "Optimizer",
     "Parallel",
+    "Pipeline",
     "Profile",
     "RopeScaling",
+    "Routing",
     "Run",
     "Schedule",
     "Section",
     "Student",
     "Teacher",
     "Train",
+    "check_experts",
     "check_features",
     "check_model",
     "check_ranks",

@@ -1,7 +1,7 @@
 """Checks of a configuration against what only the launch or a checkpoint knows: ranks, vocabulary, architecture."""
 
 from megakd.config.config import Config
-from megakd.config.fit import model_problems
+from megakd.config.fit import EVEN, model_problems, nearest_divisors, stages_of
 from megakd.config.model import Model
 from megakd.config.problems import problems_error
 from megakd.errors import ConfigError
@@ -18,30 +18,67 @@ def check_ranks(config: Config, world_size: int) -> int:
         dp, the number of data parallel copies.
 
     Raises:
-        ConfigError: world_size is not divisible by tp * pp, or global_batch_size not by micro_batch_size * dp.
+        ConfigError: world_size is not divisible by tp * pp * cp, global_batch_size not by micro_batch_size * dp, or the
+            ranks of a stage not by ep.
     """
     tp, pp = config.parallel.tp, config.parallel.pp
+    cp = f" / cp {config.parallel.cp}" if config.parallel.cp > 1 else ""
     dp = check_layout(config, world_size)
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if batch % (micro * dp):
         raise ConfigError(
             f"train.global_batch_size {batch} is not divisible by train.micro_batch_size {micro} x dp {dp} "
-            f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp} = dp {dp})",
+            f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp}{cp} = dp {dp})",
             hint=f"make train.global_batch_size a multiple of {micro * dp}, or start another number of ranks",
+        )
+    pp, number = config.parallel.pp, batch // (micro * dp)
+    if config.parallel.vpp > 1 and number % pp:
+        nearest = -(-number // pp) * pp * micro * dp
+        raise ConfigError(
+            f"train.global_batch_size {batch} gives each of {dp} data parallel ranks {number} micro-batches, which "
+            f"parallel.pp {pp} does not divide; the stages of parallel.vpp {config.parallel.vpp} take {pp} at a time",
+            hint=f"set train.global_batch_size to {nearest}, or parallel.vpp to 1",
         )
     return dp
 
 
 def check_layout(config: Config, world_size: int) -> int:
     """Checks that the ranks carry the layout, whatever the batch; returns dp, or raises ConfigError."""
-    tp, pp = config.parallel.tp, config.parallel.pp
-    if world_size % (tp * pp):
+    tp, pp, cp = config.parallel.tp, config.parallel.pp, config.parallel.cp
+    size = tp * pp * cp
+    if world_size % size:
+        factors = f"parallel.tp {tp} x parallel.pp {pp}" + (f" x parallel.cp {cp}" if cp > 1 else "")
         raise ConfigError(
-            f"{world_size} ranks do not make whole models: parallel.tp {tp} x parallel.pp {pp} = {tp * pp} ranks each",
-            hint=f"start a multiple of {tp * pp} ranks (`torchrun --nproc-per-node {tp * pp} -m megakd ...`), "
-            "or change parallel.tp and parallel.pp",
+            f"{world_size} ranks do not make whole models: {factors} = {size} ranks each",
+            hint=f"start a multiple of {size} ranks (`torchrun --nproc-per-node {size} -m megakd ...`), "
+            "or change the parallel section",
         )
-    return world_size // (tp * pp)
+    ep, stage = config.parallel.ep, world_size // pp
+    if stage % ep:
+        fitting = " or ".join(str(n) for n in nearest_divisors(stage, ep))
+        raise ConfigError(
+            f"parallel.ep {ep} does not divide the {stage} ranks of a pipeline stage ({world_size} ranks / pp {pp})",
+            hint=f"set parallel.ep to {fitting}, or start another number of ranks",
+        )
+    return world_size // size
+
+
+def check_experts(config: Config, student: Model, teacher: Model | None) -> None:
+    """Checks that expert parallel has experts to divide.
+
+    Args:
+        teacher: None without one that runs.
+
+    Raises:
+        ConfigError: parallel.ep is above 1, and neither model has experts.
+    """
+    if config.parallel.ep > 1 and student.moe is None and (teacher is None or teacher.moe is None):
+        raise ConfigError(
+            f"parallel.ep is {config.parallel.ep}, but neither student nor teacher has experts"
+            if teacher
+            else f"parallel.ep is {config.parallel.ep}, but the student has no experts, and no teacher runs",
+            hint="leave parallel.ep out: the ranks are then data parallel",
+        )
 
 
 def check_vocab(config: Config, vocab_size: int) -> None:
@@ -73,7 +110,10 @@ def check_model(config: Config, model: Model, whose: str, *, trained: bool = Fal
     Raises:
         ConfigError: lists all that does not fit.
     """
-    problems = list(model_problems(model, config.parallel, config.data.sequence_length, trained=trained))
+    pipeline = config.student.pipeline if trained else config.teacher.pipeline if config.teacher else EVEN
+    problems = list(model_problems(model, config.parallel, config.data.sequence_length, pipeline, trained=trained))
+    if trained:
+        problems += config.routing.model_problems(model)
     if problems:
         raise problems_error(
             whose,
@@ -90,7 +130,11 @@ def check_features(config: Config, student: Model, teacher: Model) -> None:
     """
     if config.features is None:
         return
-    problems = config.features.layer_problems(student.num_layers, teacher.num_layers, config.parallel.pp)
+    pp = config.parallel.pp
+    problems = config.features.layer_problems(
+        stages_of(student.num_layers, pp, config.student.pipeline),
+        stages_of(teacher.num_layers, pp, config.teacher.pipeline),
+    )
     lines = [f"{key}: {text}" for key, text in problems]
     if lines:
         raise problems_error("features", lines, hint="choose layers that both models have, on one stage each pair")

@@ -15,7 +15,9 @@ from megakd.config.keys import iter_keys, section_of
 from megakd.config.log import Log
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
+from megakd.config.parallel import Parallel
 from megakd.config.problems import explain, nearest_key, problems_error
+from megakd.config.routing import Routing
 from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
 from megakd.publish import publish_text
@@ -27,11 +29,12 @@ class Config(sections.Section):
     """Everything a run needs to know, frozen; sections are attributes, `config.train.global_batch_size`."""
 
     run: sections.Run
-    parallel: sections.Parallel = sections.Parallel()
+    parallel: Parallel = Parallel()
     student: sections.Student
     teacher: sections.Teacher | None = None
     loss: Loss = Loss()
     features: Features | None = None
+    routing: Routing = Routing()
     data: sections.Data
     cache: Cache = Cache()
     train: sections.Train
@@ -95,6 +98,12 @@ class Config(sections.Section):
         """Every dotted key with its value; a section that is null is one key with value None."""
         return _flat(self, "")
 
+    @property
+    def teacher_train(self) -> sections.Train:
+        """The train section as it applies to a teacher that runs."""
+        precision = self.teacher.precision or self.train.precision
+        return self.train.model_copy(update={"precision": precision})
+
     def idle_keys(self) -> list[str]:
         """The keys that say something about a teacher, where there is none: a run on the data alone ignores them."""
         if self.teacher is not None:
@@ -107,17 +116,21 @@ class Config(sections.Section):
         """Yields (dotted key, what is wrong) for every rule between sections that is broken."""
         if self.parallel.sp and self.parallel.tp == 1:
             yield "parallel.sp", "true, but parallel.tp is 1; sequence parallel cuts what tensor parallel ranks share"
+        if self.parallel.vpp > 1 and self.parallel.pp == 1:
+            yield "parallel.vpp", f"{self.parallel.vpp}, but parallel.pp is 1; layers go round the ranks of a pipeline"
+        if self.parallel.vpp > 1 and self.features is not None:
+            yield "features", "given with parallel.vpp; the pair of a layer is then on another rank, expected vpp = 1"
         if self.student.model is not None:
-            for key, text in model_problems(self.student.model, self.parallel, self.data.sequence_length, trained=True):
+            length, pipeline = self.data.sequence_length, self.student.pipeline
+            for key, text in model_problems(self.student.model, self.parallel, length, pipeline, trained=True):
                 yield (key if "." in key else f"student.model.{key}"), text
+            yield from self.routing.model_problems(self.student.model)
             if self.data.tokenizer is None:
                 yield (
                     "data.tokenizer",
                     "null, and a student.model has no tokenizer of its own; expected a tokenizer file",
                 )
-        if self.parallel.sp and self.data.sequence_length % self.parallel.tp:
-            length, tp = self.data.sequence_length, self.parallel.tp
-            yield "data.sequence_length", f"{length} is not divisible by parallel.tp = {tp}, and parallel.sp is true"
+        yield from self._sequence_problems()
         if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
@@ -126,6 +139,23 @@ class Config(sections.Section):
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
         yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
+
+    def _sequence_problems(self) -> Iterator[tuple[str, str]]:
+        length, parallel = self.data.sequence_length, self.parallel
+        if parallel.sp and length % parallel.tp:
+            yield (
+                "data.sequence_length",
+                f"{length} is not divisible by parallel.tp = {parallel.tp}, and parallel.sp is true",
+            )
+        elif length % parallel.sequence_multiple:
+            words = f"2 x parallel.cp = {2 * parallel.cp}" + (f" x parallel.tp = {parallel.tp}" if parallel.sp else "")
+            nearest = -(-length // parallel.sequence_multiple) * parallel.sequence_multiple
+            yield "data.sequence_length", f"{length} is not divisible by {words}; expected {nearest}"
+        if parallel.cp > 1 and self.data.packing:
+            yield (
+                "data.packing",
+                f"true, but parallel.cp = {parallel.cp} cuts every row as one sequence; expected false",
+            )
 
     def check_schedule(self, steps: int) -> None:
         """Checks the learning rate's schedule against a number of steps that only the data could tell (train.epochs).

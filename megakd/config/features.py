@@ -25,22 +25,21 @@ class Features(Section):
         if len(set(self.student_layers)) < len(self.student_layers):
             yield "student_layers", f"{self.student_layers} names a layer twice; expected different layers"
 
-    def layer_problems(self, student_layers: int, teacher_layers: int, pp: int) -> Iterator[tuple[str, str]]:
+    def layer_problems(self, student_stages: list[int], teacher_stages: list[int]) -> Iterator[tuple[str, str]]:
         """Yields (key, what is wrong) for layers that do not exist, or are on another pipeline stage than their pair.
 
         Args:
-            student_layers, teacher_layers: how many each model has.
-            pp: pipeline stages, over which both are cut evenly.
+            student_stages, teacher_stages: the pipeline stage of every layer of each model.
         """
         for key, layers, most in (
-            ("student_layers", self.student_layers, student_layers),
-            ("teacher_layers", self.teacher_layers, teacher_layers),
+            ("student_layers", self.student_layers, len(student_stages)),
+            ("teacher_layers", self.teacher_layers, len(teacher_stages)),
         ):
             if max(layers) > most:
                 yield f"features.{key}", f"{max(layers)}, but that model has {most} layers"
                 return
         for student, teacher in zip(self.student_layers, self.teacher_layers, strict=True):
-            stages = (student - 1) * pp // student_layers, (teacher - 1) * pp // teacher_layers
+            stages = student_stages[student - 1], teacher_stages[teacher - 1]
             if stages[0] != stages[1]:
                 where = (
                     f"student layer {student} is on pipeline stage {stages[0]}, teacher layer {teacher} on {stages[1]}"

@@ -69,6 +69,8 @@ class MoE(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.top_k > self.num_experts:
             yield "top_k", f"{self.top_k} exceeds num_experts = {self.num_experts}"
+        if self.bias and self.score != "sigmoid":
+            yield "bias", f"true with score {self.score}; Megatron has it with sigmoid only"
         if (self.num_groups is None) != (self.group_top_k is None):
             yield "num_groups", "num_groups and group_top_k are given together or not at all"
         elif self.num_groups is not None and self.num_experts % self.num_groups:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megakd.config.model import Model
+from megakd.config.parallel import Pipeline
 from megakd.config.paths import LocalPath
 from megakd.config.section import (
     AboveOne,
@@ -55,17 +56,6 @@ class Run(Section):
     a step again at another layout, version or device, and says what differs first."""
 
 
-class Parallel(Section):
-    """How student and teacher are cut over the ranks; what tp x pp leaves of them is data parallel"""
-
-    tp: Count = 1
-    """Tensor parallel size, in ranks."""
-    pp: Count = 1
-    """Pipeline parallel size, in ranks."""
-    sp: bool = False
-    """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
-
-
 class Student(Section):
     """The model that learns: from a checkpoint, or new from a `model` section"""
 
@@ -74,6 +64,7 @@ class Student(Section):
     which is converted once; it brings architecture and tokenizer."""
     model: Model | None = None
     """Architecture to start from random weights."""
+    pipeline: Pipeline = Pipeline()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.checkpoint is None) == (self.model is None):
@@ -95,6 +86,9 @@ class Teacher(Section):
     allow_weak: bool = False
     """Go on although the teacher predicts the first batch no better than counting its tokens does, or worse than the
     student before its first update."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Type of its weights and activations, where it runs; null: train.precision. Its logits are reduced in float32."""
+    pipeline: Pipeline = Pipeline()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint is None and self.cache is None:

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megakd.config import Model
+from megakd.config import Model, Pipeline
 from megakd.models.attention import Norm, NormOfKeys, NormOfQueries, SdpaAttention
 from megakd.models.blocks import Layer, NormedRowParallelLinear, needs_own_layers
 from megakd.models.moe import mend, mla_fields, moe_fields
@@ -40,8 +40,13 @@ ACTIVATIONS = {
 }
 
 
-def transformer_config(model: Model, parallel, train, transformer_engine: bool) -> TransformerConfig:
+def transformer_config(
+    model: Model, parallel, train, transformer_engine: bool, pipeline: Pipeline
+) -> TransformerConfig:
     """Megatron's TransformerConfig for a model section; one place, so that student and teacher cannot differ in it.
+
+    Between virtual stages messages go one by one: in batches, Megatron's way without, they are taken in the order in
+    which they come, and with two stages both neighbours are one rank, so that some are taken for others.
 
     The result has the section itself as `config.model`, for the modules of megakd.models.
     """
@@ -74,6 +79,12 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
         embedding_init_method=leave,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
+        num_layers_in_first_pipeline_stage=pipeline.first_stage_layers,
+        num_layers_in_last_pipeline_stage=pipeline.last_stage_layers,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
         params_dtype=DTYPES[train.precision],
         pipeline_dtype=DTYPES[train.precision],
@@ -88,7 +99,7 @@ def transformer_config(model: Model, parallel, train, transformer_engine: bool) 
         recompute_method="uniform" if train.recompute == "full" else None,
         recompute_num_layers=1 if train.recompute == "full" else None,
         **fields,
-        **moe_fields(model, transformer_engine),
+        **moe_fields(model, parallel, transformer_engine),
     )
     config.model = model
     return config
@@ -98,12 +109,14 @@ def leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def layer_specs(config: TransformerConfig, transformer_engine: bool, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, and its final norm."""
-    first = get_transformer_layer_offset(config, None, pp_rank)
+def layer_specs(
+    config: TransformerConfig, transformer_engine: bool, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (of this virtual one, where there are some), and the final norm."""
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = [
         layer_spec(config, first + i, transformer_engine)
-        for i in range(get_num_layers_to_build(config, pp_rank=pp_rank))
+        for i in range(get_num_layers_to_build(config, vp_stage, pp_rank))
     ]
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm

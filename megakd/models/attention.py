@@ -8,11 +8,13 @@ import contextlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from megakd.models.context import in_order, own_chunks
 
 
 class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
@@ -117,8 +119,12 @@ class SdpaAttention(MegatronModule):
     scores (`config.model.attention_softcap`) has none and keeps them. The segments of a packed row (thd) are attended
     to one by one.
 
+    Where the sequence is cut over context parallel ranks (megakd.models.context) each gathers the keys and values of
+    all, and attends from its two chunks to what is before them.
+
     Attributes:
         cache: a `megakd.models.kv_cache.LayerCache` that takes over while sequences are generated, else None.
+    Collectives: over cp, of keys and values: an all-gather in forward, a reduce-scatter of their gradients in backward.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class SdpaAttention(MegatronModule):
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.model.sliding_window if windowed else None
         self.cache = None
+        self.cp = pg_collection.cp
 
     def forward(
         self,
@@ -161,8 +168,27 @@ class SdpaAttention(MegatronModule):
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             segments = zip(*(x[:, None].split(lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self.attend(*segment, None, causal=True)[:, 0] for segment in segments])
+        if self.cp.size() > 1:
+            assert attention_mask is None, "a sequence that is cut over ranks is causal"
+            return self._attend_from_chunks(query, key, value)
         causal = attention_mask is None and (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         return self.attend(query, key, value, attention_mask, causal=causal)
+
+    def _attend_from_chunks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """This rank's chunks of the queries, each with the keys that it sees."""
+        rank, ranks, chunk = self.cp.rank(), self.cp.size(), query.size(0) // 2
+        key, value = (
+            in_order(gather_from_sequence_parallel_region(x.contiguous(), group=self.cp), ranks) for x in (key, value)
+        )
+        parts = []
+        for number, part in zip(own_chunks(rank, ranks), query.chunk(2), strict=True):
+            start, stop = number * chunk, (number + 1) * chunk
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            positions = torch.arange(first, stop, device=query.device)
+            age = positions[start - first :, None] - positions
+            hidden = age < 0 if self.window is None else (age < 0) | (age >= self.window)
+            parts.append(self._scaled(part, key[first:stop], value[first:stop], hidden[None, None], causal=False))
+        return torch.cat(parts)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, causal: bool
@@ -170,6 +196,12 @@ class SdpaAttention(MegatronModule):
         """[S, B, N, D], [S, B, G, D], [S, B, G, D] -> [S, B, N * D]."""
         if self.window is not None and query.size(0) > self.window:
             attention_mask, causal = self._windowed(attention_mask, query.size(0), query.device), False
+        return self._scaled(query, key, value, attention_mask, causal=causal)
+
+    def _scaled(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """As `attend`, with a mask in which the window is."""
         seen = None if attention_mask is None else ~attention_mask
         parts = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return self.attend_heads(*parts, attn_mask=seen, is_causal=causal).permute(2, 0, 1, 3).flatten(2)

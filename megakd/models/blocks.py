@@ -48,7 +48,7 @@ class Layer(TransformerLayer):
         """[S, B, H] -> ([S, B, H], None); keyword arguments are TransformerLayer's."""
         kwargs.pop("dynamic_inference_decode_only", None)
         if self.own_rotary is not None:
-            kwargs["rotary_pos_emb"] = self.own_rotary(kwargs["rotary_pos_emb"].shape[0])
+            kwargs["rotary_pos_emb"] = self.own_rotary(kwargs["rotary_pos_emb"].shape[0] * self.pg_collection.cp.size())
         if not self.config.model.parallel_residual:
             return super().forward(hidden_states=hidden_states, **kwargs)
         attended, context = self._forward_attention(hidden_states, **kwargs)

@@ -88,7 +88,9 @@ class FeatureLoss:
 
     def begin(self, micro_batches: list[MicroBatch]) -> None:
         """Before the teacher's pass of a step: forget the last one, and keep its hidden states from here on."""
-        self.masks = [self.own_part(micro_batch.labels_BS.T != MASKED) for micro_batch in micro_batches]
+        self.masks = [
+            self.own_part(micro_batch.own(micro_batch.labels_BS).T != MASKED) for micro_batch in micro_batches
+        ]
         self.seen, self.turn, self.collecting = {}, {}, True
         self.total.zero_()
 

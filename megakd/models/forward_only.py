@@ -11,6 +11,16 @@ from torch import Tensor
 from megakd.models.micro_batch import MicroBatch, forward
 
 
+def schedule(gpt, groups) -> Callable:
+    """Megatron's schedule for a model's stages."""
+    return get_forward_backward_func(groups.pp.size(), len(gpt.chunks) if len(gpt.chunks) > 1 else None)
+
+
+def streams(gpt, items: list):
+    """The micro-batches as the schedule takes them: one iterator, or one for each virtual stage."""
+    return iter(items) if len(gpt.chunks) == 1 else [iter(items) for _ in gpt.chunks]
+
+
 def pipeline(gpt, groups) -> dict:
     """The groups, as Megatron's schedules want them: several stages need a communicator beside them."""
     if groups.pp.size() == 1:
@@ -38,13 +48,14 @@ def forward_only(gpt, micro_batches: list[MicroBatch], keep: Callable[[Tensor, M
         return keep(hidden_SBH, micro_batch)
 
     training = gpt.training
-    if training:
-        gpt.eval()  # walks through all modules, which a model that generates need not do for every token
+    if training:  # a walk through all modules, which a model that generates need not do for every token
+        for chunk in gpt.chunks:
+            chunk.eval()
     try:
-        return get_forward_backward_func()(
+        return schedule(gpt, groups)(
             forward_step_func=step,
-            data_iterator=iter(micro_batches),
-            model=[gpt],
+            data_iterator=streams(gpt, micro_batches),
+            model=gpt.chunks,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].ids_BS.shape[1],
             micro_batch_size=micro_batches[0].ids_BS.shape[0],
@@ -54,4 +65,5 @@ def forward_only(gpt, micro_batches: list[MicroBatch], keep: Callable[[Tensor, M
         )
     finally:
         if training:
-            gpt.train()
+            for chunk in gpt.chunks:
+                chunk.train()

@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megakd.config import Pipeline
 from megakd.kernels import VocabShard
 from megakd.kernels.paths import softcap_passes
 from megakd.models.architecture import DTYPES, layer_specs, transformer_config
@@ -36,9 +37,14 @@ class GPT(GPTModel):
     Megatron's own forward computes logits for every position, transposes them and copies them once more. Here the
     last stage returns hidden states [S, B, H] (under sequence parallelism [S / tp, B, H]), the loss selects rows
     and calls `head_input` and `head_weight`, or `logits`.
+
+    Attributes:
+        shard: this rank's columns of the head.
+        chunks: the parts of all virtual stages of this rank, itself included, in order.
     """
 
     shard: VocabShard
+    chunks: list["GPT"]
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -123,6 +129,7 @@ def build_gpt(
     seed: int | None,
     name: str = "model",
     local: bool = False,
+    pipeline: Pipeline = Pipeline(),  # noqa: B008  frozen
 ) -> GPT:
     """Build this rank's part of a GPT.
 
@@ -135,36 +142,56 @@ def build_gpt(
         seed: draw initial weights from it, the same for every layout; None leaves them uninitialised (to be loaded).
         name: what the log calls it.
         local: Megatron's local layers even where Transformer Engine is there: their attention takes a KV cache.
+        pipeline: the split of its layers over stages.
+    Returns:
+        the part; of several virtual stages the last, which has the others as `chunks`.
     """
     transformer_engine = HAVE_TE and torch.device(device).type == "cuda" and not (local or needs_own_layers(model))
-    config = transformer_config(model, parallel, train, transformer_engine)
-    first, last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
+    config = transformer_config(model, parallel, train, transformer_engine, pipeline)
+    chunks = [
+        build_chunk(config, groups, None if parallel.vpp == 1 else stage, padded_size, transformer_engine)
+        for stage in range(parallel.vpp)
+    ]
+    width = padded_size // groups.tp.size()
+    start = groups.tp.rank() * width
+    for gpt in chunks:
+        gpt.to(device=device, dtype=DTYPES[train.precision])
+        keep_router_biases_whole(gpt)
+        gpt.shard = VocabShard(start, start + width, vocab_size, groups.tp if groups.tp.size() > 1 else None)
+        if seed is not None:
+            initialize_weights(gpt, seed)
+    gpt.chunks = chunks
+    parts = "Transformer Engine layers" if transformer_engine else "Megatron's local layers with torch SDPA attention"
+    LOG.info("%s: %s, %d layers, hidden %d, %s", name, train.precision, model.num_layers, model.hidden_size, parts)
+    return gpt
+
+
+def build_chunk(config, groups, vp_stage: int | None, padded_size: int, transformer_engine: bool) -> GPT:
+    """The layers of one stage, without weights.
+
+    Args:
+        vp_stage: which of the rank's virtual stages; None where there is one stage.
+    """
+    model, rank, vpp = config.model, groups.pp.rank(), config.virtual_pipeline_model_parallel_size or 1
+    first = rank == 0 and vp_stage in (None, 0)
     gpt = GPT(
         config,
-        layer_specs(config, transformer_engine, groups.pp.rank()),
+        layer_specs(config, transformer_engine, rank, vp_stage),
         vocab_size=padded_size,
         max_sequence_length=model.max_sequence_length,
         pre_process=first,
-        post_process=last,
+        post_process=rank == groups.pp.size() - 1 and vp_stage in (None, vpp - 1),
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type=model.position_embedding,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         pg_collection=groups,
+        vp_stage=vp_stage,
     )
     if first and model.embedding_multiplier != 1.0:
         gpt.embedding.register_forward_hook(multiply_output)
     if model.rope_scaling is not None and model.mla is None:
         gpt.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
-    gpt.to(device=device, dtype=DTYPES[train.precision])
-    keep_router_biases_whole(gpt)
     if model.mla is not None and groups.tp.size() > 1:
         share_key_gradients(gpt)
-    width = padded_size // groups.tp.size()
-    start = groups.tp.rank() * width
-    gpt.shard = VocabShard(start, start + width, vocab_size, groups.tp if groups.tp.size() > 1 else None)
-    if seed is not None:
-        initialize_weights(gpt, seed)
-    parts = "Transformer Engine layers" if transformer_engine else "Megatron's local layers with torch SDPA attention"
-    LOG.info("%s: %s, %d layers, hidden %d, %s", name, train.precision, model.num_layers, model.hidden_size, parts)
     return gpt

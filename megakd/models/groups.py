@@ -7,17 +7,27 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-def build_groups(tp: int, pp: int, seed: int) -> ProcessGroupCollection:
-    """Split the ranks over tensor, pipeline and data parallelism and seed Megatron's random states.
+def build_groups(tp: int, pp: int, seed: int, *, cp: int = 1, ep: int = 1) -> ProcessGroupCollection:
+    """Split the ranks over the axes and seed Megatron's random states.
 
     Args:
         tp, pp: sizes of the axes; the rest of the ranks is data-parallel.
+        cp: ranks that every sequence is cut over.
+        ep: ranks of a pipeline stage that the experts of a layer are divided among; above 1 no expert is cut over tp.
         seed: of dropout; differs by stage and shard as Megatron has it, never by data-parallel rank.
     Returns:
-        Megatron's collection of groups; `.tp`, `.pp`, `.dp`, `.dp_cp` are torch process groups.
+        Megatron's collection of groups; `.tp`, `.pp`, `.dp`, `.cp`, `.dp_cp` (ranks that see
+        other tokens), `.ep`, `.expt_tp` are torch process groups.
     Collectives: makes groups, on all ranks.
     """
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1 if ep > 1 else tp,
+        create_gloo_process_groups=False,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
 

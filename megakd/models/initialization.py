@@ -11,6 +11,8 @@ import re
 import torch
 from torch import Tensor
 
+EXPERT = ".experts.local_experts."  # before an expert's number on its rank
+
 
 @torch.no_grad()
 def initialize_weights(model, seed: int) -> None:
@@ -21,7 +23,7 @@ def initialize_weights(model, seed: int) -> None:
         model: GPTModel; its parameters are overwritten.
         seed: of this model's weights; with the parameter's global name it determines every value.
     """
-    tp, config = model.pg_collection.tp, model.config
+    groups, config = model.pg_collection, model.config
     for name, parameter in model.named_parameters():
         name = global_name(model, name)
         if parameter.dim() < 2:
@@ -31,18 +33,25 @@ def initialize_weights(model, seed: int) -> None:
         std = config.init_method_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
+        tp = groups.expt_tp if EXPERT in name else groups.tp
         parameter.copy_(own_slice(draw(full_shape(parameter, tp.size()), std, seed, name), parameter, tp))
 
 
 def global_name(model, name: str) -> str:
-    """The parameter's name with the layer's number in the whole model; a tied head goes by its embedding's name."""
+    """The parameter's name with the numbers of layer and expert in the whole model; a tied head goes by its embedding's
+    name."""
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     if not layer:
         return name
-    number = model.decoder.layers[int(layer[1])].layer_number - 1
-    return f"decoder.layers.{number}.{name[layer.end() :]}"
+    number, rest = model.decoder.layers[int(layer[1])].layer_number - 1, name[layer.end() :]
+    if EXPERT in rest:
+        before, after = rest.split(EXPERT)
+        own, _, weight = after.partition(".")
+        first = model.pg_collection.ep.rank() * (model.config.num_moe_experts // model.pg_collection.ep.size())
+        rest = f"{before}{EXPERT}{first + int(own)}.{weight}"
+    return f"decoder.layers.{number}.{rest}"
 
 
 def shared_name(model, name: str) -> str:

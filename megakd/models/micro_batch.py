@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megakd.kernels.vocab import MASKED
+from megakd.models.context import own_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +27,52 @@ class MicroBatch:
         labels_BS: int64, the token after each; -100 where nothing is to be learnt.
         segments: lengths of the parts of the one row; None when every row is one sequence.
         samples: (row, start, stop) of each sample; what lies outside fills rows up. None: every row is one sample.
+        cut: (this rank, ranks) that the sequences are cut over; ids and labels are whole, rows and models see a part.
     """
 
     ids_BS: Tensor
     labels_BS: Tensor
     segments: tuple[int, ...] | None = None
     samples: tuple[tuple[int, int, int], ...] | None = None
+    cut: tuple[int, int] = (0, 1)
+
+    def __post_init__(self):
+        assert self.cut[1] == 1 or self.segments is None, "packed rows are not cut"
+
+    @functools.cached_property
+    def own_S(self) -> Tensor | None:
+        """Positions of this rank's part, ascending; None where it is the whole."""
+        if self.cut[1] == 1:
+            return None
+        return own_positions(self.ids_BS.shape[1], *self.cut, self.ids_BS.device)
+
+    def own(self, whole_BS: Tensor) -> Tensor:
+        """This rank's part of the sequences."""
+        return whole_BS if self.own_S is None else whole_BS[:, self.own_S]
 
     @functools.cached_property
     def rows_T(self) -> Tensor:
-        """Supervised rows s * B + b of hidden states [S, B, H], ascending."""
-        return (self.labels_BS.T.flatten() != MASKED).nonzero()[:, 0]
+        """Supervised rows s * B + b of hidden states [S, B, H], ascending; s counts within this rank's part."""
+        return (self.own(self.labels_BS).T.flatten() != MASKED).nonzero()[:, 0]
+
+    @functools.cached_property
+    def whole_rows_T(self) -> Tensor:
+        """The same rows with s in the whole sequence."""
+        if self.own_S is None:
+            return self.rows_T
+        batch = len(self.ids_BS)
+        return self.own_S[self.rows_T // batch] * batch + self.rows_T % batch
 
     @functools.cached_property
     def labels_T(self) -> Tensor:
-        return self.labels_BS.T.flatten()[self.rows_T]
+        return self.own(self.labels_BS).T.flatten()[self.rows_T]
 
     @functools.cached_property
     def position_ids_BS(self) -> Tensor:
         """Positions; they start again at every segment."""
         batch, length = self.ids_BS.shape
         if self.segments is None:
-            return torch.arange(length, device=self.ids_BS.device).expand(batch, length)
+            return self.own(torch.arange(length, device=self.ids_BS.device).expand(batch, length))
         return torch.cat([torch.arange(n, device=self.ids_BS.device) for n in self.segments])[None]
 
     @functools.cached_property
@@ -70,12 +95,13 @@ class MicroBatch:
         return list(self.samples) if self.samples is not None else [(row, 0, length) for row in range(batch)]
 
 
-def build_micro_batch(loaded: dict, *, packed: bool) -> MicroBatch:
+def build_micro_batch(loaded: dict, *, packed: bool, cut: tuple[int, int] = (0, 1)) -> MicroBatch:
     """A micro-batch from what `megakd.data.dataset.load_batch` returns.
 
     Args:
         packed: lay the rows out as one, cut into segments; the same for all micro-batches of a step, and needed when
             a row may hold several samples.
+        cut: see MicroBatch.
     """
     ids_BS, labels_BS = loaded["ids"], loaded["labels"]
     length, samples, segments = ids_BS.shape[1], [], []
@@ -87,10 +113,12 @@ def build_micro_batch(loaded: dict, *, packed: bool) -> MicroBatch:
             samples.append((0 if packed else row, shift + start, shift + min(stop, used)))
         segments += lengths
     if not packed:
-        return MicroBatch(ids_BS, labels_BS, None, tuple(samples))
-    return MicroBatch(ids_BS.reshape(1, -1), labels_BS.reshape(1, -1), tuple(segments), tuple(samples))
+        return MicroBatch(ids_BS, labels_BS, None, tuple(samples), cut)
+    return MicroBatch(ids_BS.reshape(1, -1), labels_BS.reshape(1, -1), tuple(segments), tuple(samples), cut)
 
 
 def forward(gpt, micro_batch: MicroBatch) -> Tensor:
     """Hidden states [S, B, H] on the last stage, the next stage's input on the others."""
-    return gpt(micro_batch.ids_BS, micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed)
+    return gpt(
+        micro_batch.own(micro_batch.ids_BS), micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed
+    )

@@ -17,7 +17,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
-from megakd.config import Model
+from megakd.config import Model, Parallel
 
 
 def mend() -> None:
@@ -38,13 +38,15 @@ def mend() -> None:
         multi_latent_attention.HAVE_TE = False
 
 
-def moe_fields(model: Model, transformer_engine: bool) -> dict:
-    """TransformerConfig's fields for the experts. Routing is in float32, without a loss that balances the load."""
+def moe_fields(model: Model, parallel: Parallel, transformer_engine: bool) -> dict:
+    """TransformerConfig's fields for the experts. Routing is in float32; losses on it: megakd.models.routing."""
     moe = model.moe
     if moe is None:
         return {}
     return {
         "num_moe_experts": moe.num_experts,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": 1 if parallel.ep > 1 else parallel.tp,
         "moe_router_topk": moe.top_k,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_layer_freq": 1 if moe.layers is None else [int(i in moe.layers) for i in range(model.num_layers)],

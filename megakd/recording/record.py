@@ -55,6 +55,12 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
             "teacher.checkpoint and teacher.cache are both needed to record: who speaks, and where it is kept",
             hint="megakd cache CONFIG.yaml teacher.checkpoint=RUN_FOLDER teacher.cache=CACHE_FOLDER",
         )
+    if config.parallel.cp > 1:
+        raise ConfigError(
+            f"parallel.cp is {config.parallel.cp}, but the rows of a recording are whole sequences",
+            hint="record with parallel.cp=1, such as with those ranks as parallel.tp and parallel.sp=true; what is "
+            "recorded so is read at every cp",
+        )
     setup = build_recording(config, ranks.device)
     folder, header = pathlib.Path(config.teacher.cache), make_header(setup, command)
     with writing_together(folder, header) as whole:
@@ -126,9 +132,9 @@ class RecordingSetup:
         """This rank's part of the teacher, with weights."""
         config = self.config
         return build_model(
-            self.teacher_from.model, self.teacher_from, config.parallel, config.train, self.groups,
+            self.teacher_from.model, self.teacher_from, config.parallel.of_teacher, config.teacher_train, self.groups,
             vocab_size=self.vocab_size, padded_size=self.padded_size, device=self.device,
-            name="teacher",
+            name="teacher", pipeline=config.teacher.pipeline,
         )  # fmt: skip
 
     @property
@@ -161,7 +167,9 @@ def build_recording(config: Config, device: torch.device) -> RecordingSetup:
     return RecordingSetup(
         config=config,
         device=device,
-        groups=build_groups(config.parallel.tp, config.parallel.pp, config.run.seed),
+        groups=build_groups(
+            config.parallel.tp, config.parallel.pp, config.run.seed, cp=config.parallel.cp, ep=config.parallel.ep
+        ),
         teacher_from=teacher_from,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=vocab_size,
@@ -202,7 +210,7 @@ def make_header(setup: RecordingSetup, command: str) -> Header:
             "top_p": cache.top_p,
             "keep_label": cache.keep_label,
             "draws": cache.draws,
-            "precision": setup.config.train.precision,
+            "precision": setup.config.teacher_train.precision,
         },
         tail="none" if setup.contents.sampled else "measured",
         tokenizer_fingerprint=setup.tokenizer_fingerprint,
@@ -227,6 +235,7 @@ class Recording:
         train = setup.config.train
         in_flight = 1 if setup.groups.pp.size() == 1 else 4 * setup.groups.pp.size()
         self.group_samples = in_flight * train.micro_batch_size
+        self.in_step = setup.groups.ep.size() > 1  # ranks that share experts run them together
         self.tokens, self.started = 0, time.perf_counter()
 
     def run(self, missing: list[int]) -> bool:
@@ -248,7 +257,7 @@ class Recording:
                         return False
                     self.ranks.pulse.mark("record", turn)
                     group = numbers[first : first + self.group_samples]
-                    if group:
+                    if group or self.in_step:
                         self.record_group(group, writer, bar)
                 if part is not None:
                     writer.publish(part)
@@ -259,11 +268,18 @@ class Recording:
         return range(part * size, min((part + 1) * size, len(self.setup.samples)))
 
     def record_group(self, numbers: range, writer: PartWriter, bar) -> None:
-        """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows."""
+        """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows.
+
+        Collectives: those of the model; where ranks share experts, one all-reduce of 8 bytes.
+        """
         parallel, size = self.setup.config.parallel, self.setup.config.train.micro_batch_size
         samples, micro_batches = self.setup.samples, []
-        length = batch_length(samples, [(0, number) for number in numbers], parallel.tp if parallel.sp else 1)
-        for first in range(0, len(numbers), size):
+        length = batch_length(samples, [(0, number) for number in numbers], parallel.sequence_multiple)
+        if self.in_step:
+            longest = torch.tensor(length, device=self.setup.device)
+            dist.all_reduce(longest, dist.ReduceOp.MAX)
+            length = int(longest)
+        for first in range(0, self.group_samples if self.in_step else len(numbers), size):
             batch = numbers[first : first + size]
             places = [(0, number) for number in batch] + [None] * (size - len(batch))
             loaded = load_batch(samples, places, length)
@@ -272,7 +288,7 @@ class Recording:
             rows = self.recorder.rows(micro_batches)
         except ValueError as error:  # of the kernels, on all ranks of this model alike
             raise CacheError(
-                f"samples {numbers[0]} to {numbers[-1]} of the recording: {error}",
+                f"samples {numbers.start} to {numbers.stop - 1} of the recording: {error}",
                 hint="look at the teacher's weights and at train.precision; parts recorded before stay as they are",
             ) from error
         writer.add(rows)

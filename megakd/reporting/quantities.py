@@ -35,6 +35,8 @@ KNOWN = {
     "bits_per_byte": Quantity("bits per byte", better="lower"),
     "top5_agreement": Quantity("the teacher's five likeliest in the student's", "%", 100, "higher"),
     "features": Quantity("feature loss", better="lower", log_from=100),
+    "balance": Quantity("load balance of experts, 1 is even"),
+    "router_z": Quantity("squared log-sum-exp of routers", log_from=100),
     "agreement": Quantity("top-1 agreement with the teacher", "%", 100, "higher"),
     "accuracy": Quantity("accuracy of the next token", "%", 100, "higher"),
     "perplexity": Quantity("perplexity", better="lower", log_from=20),

@@ -70,7 +70,10 @@ class CachedTeacher:
             places.append((start + np.flatnonzero(sample.mask_S)) * batch + b)
         if not tables:
             tables, places = [empty_table(self.reader.header.contents.sampled)], [np.empty(0, np.int64)]
-        order_T = np.argsort(np.concatenate(places))
+        place_T = np.concatenate(places)
+        order_T = np.argsort(place_T)
+        if micro_batch.own_S is not None:
+            order_T = order_T[np.isin(place_T[order_T], micro_batch.whole_rows_T.cpu().numpy())]
         return build_lesson(tables, order_T, self.reader.temperature)
 
     def table(self, sample: Sample, ids_S: np.ndarray) -> Table:

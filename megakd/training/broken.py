@@ -53,7 +53,7 @@ def keep_evidence(
     groups = student.groups
     losses = token_losses(student, micro_batches, step)
     failure = None
-    if losses and groups.tp.rank() == 0:
+    if losses and groups.tp.rank() == 0 and groups.cp.rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"rank_{groups.dp.rank():05d}.jsonl", "w", encoding="utf-8") as file:
@@ -81,10 +81,11 @@ def token_losses(student: StudentStep, micro_batches: list[MicroBatch], step: in
         loss_SB = torch.zeros(micro_batch.ids_BS.numel(), device=labels_T.device)
         every = torch.arange(len(labels_T), device=labels_T.device)
         for part_T in every.split(gpt.block_tokens(loss.logits_memory_budget_bytes)):
-            rows_T = micro_batch.rows_T[part_T]
-            logits_TW = gpt.logits(hidden_SBH, rows_T)
+            logits_TW = gpt.logits(hidden_SBH, micro_batch.rows_T[part_T])
             parts = kd_loss(logits_TW, lesson.targets.rows(part_T), labels_T[part_T], gpt.shard, **options(loss))
-            loss_SB[rows_T] = parts.loss_T
+            loss_SB[micro_batch.whole_rows_T[part_T]] = parts.loss_T
+        if student.groups.cp.size() > 1:
+            dist.all_reduce(loss_SB, group=student.groups.cp)
         batch, length = micro_batch.ids_BS.shape
         return loss_SB.view(length, batch).T
 

@@ -17,6 +17,7 @@ from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
+from megakd.training.optimizer_state import fit_optimizer_state
 from megakd.training.run_folder import check_owner
 from megakd.training.step import StudentStep
 
@@ -140,7 +141,7 @@ class Saver:
 
 def training_state(student: StudentStep, *, loading: bool, with_random: bool = True) -> dict:
     metadata = torch_dist.sharding_metadata(student.groups)
-    weights = student.gpt.sharded_state_dict(metadata=metadata)
+    weights = torch_dist.describe_weights(student.gpt, student.groups)
     state = {
         "model": weights,
         "optimizer": student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
@@ -151,7 +152,8 @@ def training_state(student: StudentStep, *, loading: bool, with_random: bool = T
 
 
 def layout(groups) -> dict[str, int]:
-    return {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp_cp.size()}
+    sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+    return sizes | ({"cp": groups.cp.size()} if groups.cp.size() > 1 else {})
 
 
 def random_state(groups) -> ShardedObject:
@@ -212,9 +214,12 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
             f"{checkpoint.path} does not say how far its run came: {type(error).__name__}: {error}",
             hint="is it a checkpoint of a run of megakd? `student.checkpoint` starts anew from its weights",
         ) from error
-    loaded = torch_dist.load(checkpoint, training_state(student, loading=True, with_random=same_layout), student.groups)
-    student.gpt.load_state_dict(loaded["model"])
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    wanted = training_state(student, loading=True, with_random=same_layout)
+    described = wanted["optimizer"]
+    loaded = torch_dist.load(checkpoint, wanted, student.groups)
+    torch_dist.set_weights(student.gpt, loaded["model"])
+    optimizer = fit_optimizer_state(loaded["optimizer"], described, saved.get("optimizer", {}), checkpoint)
+    student.optimizer.load_state_dict(optimizer)
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=progress.step)
     if same_layout:

@@ -50,8 +50,9 @@ def train(config: Config, ranks: Ranks) -> None:
         ddp = wrap_data_parallel(setup.student, config, setup.groups)
         optimizer, scheduler = build_optimizer(ddp, config, setup.steps, setup.groups)
         student = StudentStep(
-            setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups
-        )
+            setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups,
+            routing=setup.routing,
+        )  # fmt: skip
         progress = Progress()
         if checkpoint:
             progress = resume_newest(student, checkpoint, config)
@@ -59,7 +60,7 @@ def train(config: Config, ranks: Ranks) -> None:
         else:
             optimizer.reload_model_params()
         if is_last_stage(setup.groups):
-            tokens = config.train.micro_batch_size * config.data.sequence_length
+            tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.cp
             how = describe_head(setup.student, tokens, setup.loss)
             LOG.log(logging.INFO if "fused" in how else logging.DEBUG, "%s", how)
         write_run_files(config)
@@ -232,6 +233,7 @@ class Loop:
         Raises:
             TrainingError: on every rank, when train.max_skipped_steps have been left out before.
         """
+        self.student.leave_out()
         progress, why = self.progress, str(error).partition("\nhint:")[0]
         samples = self.setup.samples(progress.step)
         folder = keep_evidence(self.config.run.dir, progress.step + 1, why, self.student, micro_batches, samples)

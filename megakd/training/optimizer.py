@@ -11,8 +11,9 @@ from megakd.models.gpt import DTYPES, GPT
 STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
 
-def wrap_data_parallel(gpt: GPT, config: Config, groups) -> DistributedDataParallel:
-    """Megatron DDP: gradients in fp32, summed (not averaged) over dp; the loss divides by tokens at the end."""
+def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedDataParallel]:
+    """Megatron DDP of each stage on this rank: gradients in fp32, summed (not averaged) over dp; the loss divides by
+    tokens at the end."""
     cuda = next(gpt.parameters()).is_cuda
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -20,14 +21,20 @@ def wrap_data_parallel(gpt: GPT, config: Config, groups) -> DistributedDataParal
         use_distributed_optimizer=config.optimizer.distributed,
         average_in_collective=False,
     )
-    ddp = DistributedDataParallel(gpt.config, ddp_config, gpt, pg_collection=groups)
-    ddp.broadcast_params()
-    gpt.config.no_sync_func = ddp.no_sync if ddp_config.overlap_grad_reduce else None
+    ddp = [  # later chunks need no buckets: their reduction as a whole hides behind the chunks before them
+        DistributedDataParallel(gpt.config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups)
+        for i, chunk in enumerate(gpt.chunks)
+    ]
+    for chunk in ddp:
+        chunk.broadcast_params()
+    no_sync = [chunk.no_sync for chunk in ddp]
+    overlap = ddp_config.overlap_grad_reduce
+    gpt.config.no_sync_func = (no_sync if len(ddp) > 1 else no_sync[0]) if overlap else None
     gpt.config.finalize_model_grads_func = finalize_model_grads
     return ddp
 
 
-def build_optimizer(ddp: DistributedDataParallel, config: Config, steps: int, groups):
+def build_optimizer(ddp: list[DistributedDataParallel], config: Config, steps: int, groups):
     """Returns Megatron's optimizer (AdamW on fp32 master weights) and its parameter scheduler, whose unit is steps."""
     section, schedule = config.optimizer, config.schedule
     optimizer = get_megatron_optimizer(
@@ -44,7 +51,7 @@ def build_optimizer(ddp: DistributedDataParallel, config: Config, steps: int, gr
             bf16=config.train.precision == "bf16",
             use_distributed_optimizer=section.distributed,
         ),
-        [ddp],
+        ddp,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
@@ -65,7 +72,7 @@ def build_optimizer(ddp: DistributedDataParallel, config: Config, steps: int, gr
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    gpt_config = ddp.module.config
+    gpt_config = ddp[0].module.config
     gpt_config.grad_scale_func = optimizer.scale_loss
     return optimizer, scheduler
 

@@ -13,7 +13,7 @@ from megakd.steps.folder import WEIGHTS, StepRecord, read_record, step_name
 from megakd.training.optimizer import build_optimizer, wrap_data_parallel
 from megakd.training.step import StudentStep
 from megakd.training.step_record import begin_folder, settings_of, step_values, write_step
-from megakd.training.witness import StepWitness
+from megakd.training.witness import StepWitness, unseen_axes
 
 FOLDER = "replays"  # in the run folder
 
@@ -31,6 +31,11 @@ def replay(path: pathlib.Path, config: Config, ranks: Ranks, flags: dict[str, fl
         StepError, ConfigError: the record cannot be read, or is of another run.
     Collectives: those of a step, and some broadcasts.
     """
+    if problem := unseen_axes(config.parallel):
+        raise ConfigError(
+            f"a step cannot be replayed with {problem}: a rank's own part of it is not described",
+            hint="replay with the other axes; they give the same numbers",
+        )
     record = from_rank_0(lambda: read_record(path))
     check_settings(record, settings_of(config), "this config")
     config = with_weights(config, record)
@@ -54,8 +59,9 @@ def compute(setup: Setup, step: int) -> tuple[StepWitness, dict[str, float]]:
     optimizer, scheduler = build_optimizer(ddp, setup.config, setup.steps, setup.groups)
     optimizer.reload_model_params()
     student = StudentStep(
-        setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups
-    )
+        setup.student, ddp, setup.teacher, setup.features, setup.loss, optimizer, scheduler, setup.groups,
+        routing=setup.routing,
+    )  # fmt: skip
     micro_batches = setup.batch(step - 1)
     witness = StepWitness(setup.student, setup.groups, micro_batches, setup.samples(step - 1))
     metrics = student.derive(micro_batches, step=step, measure=True, witness=witness)

@@ -29,6 +29,8 @@ FREE = (
     "run.record_steps",
     "parallel",
     "data.verify",
+    "student.pipeline",
+    "teacher.pipeline",
     "train.micro_batch_size",
     "train.recompute",
     "eval",

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megakd.config import Loss
@@ -20,16 +19,17 @@ from megakd.kernels import KDLoss
 from megakd.kernels.predictions import predict
 from megakd.losses import SUMS, fused_objective, means, objective
 from megakd.models.features import FeatureLoss
-from megakd.models.forward_only import pipeline
+from megakd.models.forward_only import pipeline, schedule, streams
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
+from megakd.models.routing import RoutingLosses
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
 from megakd.training.phases import Phases
 from megakd.training.stragglers import OwnSeconds
 
 
 class BrokenBatch(TrainingError):
-    """A batch whose loss or gradient would spoil the weights; nothing has been changed by it."""
+    """A batch whose loss or gradient would spoil the weights; it has changed nothing that `leave_out` does not undo."""
 
 
 class Witness(Protocol):
@@ -38,8 +38,8 @@ class Witness(Protocol):
     def losses(self, micro_batch: MicroBatch, lesson: Lesson, losses: KDLoss) -> None:
         """Is given every micro-batch with what its teacher said and its tokens' losses, on the last stage."""
 
-    def gradients(self, ddp: torch.nn.Module) -> None:
-        """Is given the student whose gradients are whole, before they are clipped and taken."""
+    def gradients(self, ddp: list[torch.nn.Module]) -> None:
+        """Is given the student's stages, whose gradients are whole, before they are clipped and taken."""
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class StudentStep:
     """Everything a step needs; calling it runs one.
 
     Attributes:
-        gpt, ddp: the student, bare and in Megatron's data-parallel wrapper.
+        gpt, ddp: the student, bare, and its stages on this rank in Megatron's data-parallel wrapper.
         teacher: None for plain training.
         features: distances between hidden states, None without.
         loss: the loss section; its ramps are followed step by step.
@@ -55,10 +55,11 @@ class StudentStep:
         groups: the run's process groups.
         own: this rank's own seconds of the last step.
         phases: where the seconds of a step go.
+        routing: terms of the student's routers, None without experts.
     """
 
     gpt: GPT
-    ddp: torch.nn.Module
+    ddp: list[torch.nn.Module]
     teacher: TeacherSource | None
     features: FeatureLoss | None
     loss: Loss
@@ -67,6 +68,7 @@ class StudentStep:
     groups: object
     own: OwnSeconds = dataclasses.field(default_factory=OwnSeconds)
     phases: Phases = dataclasses.field(default_factory=Phases)
+    routing: RoutingLosses | None = None
 
     def __post_init__(self):
         self.gpt.config.finalize_model_grads_func = self.own.before(self.gpt.config.finalize_model_grads_func)
@@ -120,8 +122,12 @@ class StudentStep:
         witness: Witness | None = None,
     ) -> dict[str, float] | None:
         """All of a step but its update: as above, the gradients stay in the optimizer."""
-        if self.supervised_tokens(micro_batches) == 0:
+        supervised = self.supervised_tokens(micro_batches)
+        if supervised == 0:
             return None
+        if self.routing:
+            positions = sum(m.ids_BS.numel() for m in micro_batches) * self.groups.dp.size()
+            self.routing.begin(supervised, positions)
         self.own.start()
         loss = self.loss.at(step)
         if self.teacher:
@@ -132,12 +138,13 @@ class StudentStep:
         if self.features:
             self.features.end_teacher()
         self.phases.begin("student")
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = get_forward_backward_func()(
+        sums = schedule(self.gpt, self.groups)(
             forward_step_func=functools.partial(self.forward_step, loss, measure, witness),
-            data_iterator=iter(zip(micro_batches, lessons, strict=True)),
-            model=[self.ddp],
+            data_iterator=streams(self.gpt, list(zip(micro_batches, lessons, strict=True))),
+            model=self.ddp,
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].ids_BS.shape[1],
             micro_batch_size=micro_batches[0].ids_BS.shape[0],
@@ -149,7 +156,10 @@ class StudentStep:
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
             metrics["loss"] += metrics["features"]
-        parts = [name for name in ("loss", "kd", "ce", "features") if name in metrics]
+        if self.routing and (added := self.routing.metrics()):
+            metrics["loss"] += added.pop("loss")
+            metrics |= added
+        parts = [name for name in ("loss", "kd", "ce", "features", "balance", "router_z") if name in metrics]
         check_finite(metrics, parts, f"step {step}", BrokenBatch)
         if check:
             check(metrics)
@@ -167,6 +177,11 @@ class StudentStep:
         if witness:
             witness.gradients(self.ddp)
         return metrics
+
+    def leave_out(self) -> None:
+        """After a BrokenBatch: undo what the reduction of gradients has moved (biases that choose experts)."""
+        if self.routing:
+            self.routing.leave_out()
 
     def supervised_tokens(self, micro_batches: list[MicroBatch]) -> int:
         """Supervised tokens of the global batch."""
@@ -204,7 +219,7 @@ class StudentStep:
             ids.append(predict(logits_BW, labels_T[rows], gpt.shard).id_T)
 
         compared = measure and self.teacher is not None
-        if is_fused(gpt, micro_batch.labels_BS.numel(), loss):
+        if is_fused(gpt, micro_batch.labels_BS.numel() // self.groups.cp.size(), loss):
             loss_sum, sums = fused_objective(
                 gpt.head_input(hidden_SBH, rows_T, whole_gradient=True),
                 gpt.head_weight,

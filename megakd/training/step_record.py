@@ -21,7 +21,7 @@ from megakd.teachers.online import OnlineTeacher
 from megakd.training.checkpointing import layout
 from megakd.training.run_folder import versions
 from megakd.training.step import StudentStep
-from megakd.training.witness import StepWitness
+from megakd.training.witness import StepWitness, unseen_axes
 
 LOG = logging.getLogger("megakd")
 FOLDER = "steps"  # in the run folder
@@ -35,6 +35,13 @@ def check_recording(setup: Setup) -> None:
         raise ConfigError(
             f"run.record_steps, but the student has {dropout}: its random numbers belong to one layout",
             hint="record a run without dropout (student.model.hidden_dropout=0 student.model.attention_dropout=0)",
+        )
+
+    axes = unseen_axes(setup.config.parallel)
+    if setup.config.run.record_steps and axes:
+        raise ConfigError(
+            f"run.record_steps with {axes}: a rank's own part of a step is not described",
+            hint="record a run without it; other axes give the same numbers",
         )
 
 

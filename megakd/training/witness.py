@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.config import Parallel
 from megakd.kernels import KDLoss
 from megakd.kernels.vocab import MASKED
 from megakd.models.initialization import is_split, shared_name
@@ -44,9 +45,10 @@ class StepWitness:
         arrays |= {"entries": own_TK.sum(1), "target_ids": ids_TK[own_TK], "target_logprobs": logprobs_TK[own_TK]}
         self.tokens[id(micro_batch)] = arrays
 
-    def gradients(self, ddp: torch.nn.Module) -> None:
+    def gradients(self, ddp: list[torch.nn.Module]) -> None:
         """Keep the sum of squares of this rank's part of every parameter's gradient."""
-        self.squares = gradient_squares(ddp, self.groups)
+        found = [gradient_squares(chunk, self.groups) for chunk in ddp]
+        self.squares = dict(sorted(pair for squares in found for pair in squares.items()))
 
     def part(self) -> RankPart:
         """Everything that was caught."""
@@ -60,6 +62,13 @@ class StepWitness:
         arrays = {name: np.concatenate([p[name] for p in parts]).astype(kind) for name, kind in kinds.items()}
         arrays["squares"] = np.array(list(self.squares.values()), "f8")
         return RankPart(groups.tp.rank(), groups.pp.rank(), groups.dp.rank(), arrays, list(self.squares))
+
+
+def unseen_axes(parallel: Parallel) -> str:
+    """The axes in use whose ranks hold what a record does not tell apart: parts of sequences, experts."""
+    return " and ".join(
+        f"parallel.{axis} = {getattr(parallel, axis)}" for axis in ("cp", "ep") if getattr(parallel, axis) > 1
+    )
 
 
 def token_order(micro_batch: MicroBatch) -> Tensor:

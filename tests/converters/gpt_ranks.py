@@ -10,12 +10,12 @@ from megakd.megatron_on_cpu import install
 
 
 @contextlib.contextmanager
-def groups_of(tp: int, pp: int = 1):
+def groups_of(tp: int, pp: int = 1, ep: int = 1):
     install("cpu")
     from megakd.models.groups import build_groups, destroy_groups
 
     try:
-        yield build_groups(tp, pp, seed=0)
+        yield build_groups(tp, pp, seed=0, ep=ep)
     finally:
         destroy_groups()
 
@@ -57,9 +57,12 @@ def megatron_logits(rank: int, ranks: int, megatron_path: pathlib.Path, model, i
         return logits_SPV.transpose(0, 1) if groups.tp.rank() == 0 else None
 
 
-def load_and_save(rank: int, ranks: int, source: pathlib.Path, target: pathlib.Path, pp: int, precision: str) -> None:
-    """Load a checkpoint at tp = ranks / pp and let Megatron save it again, as training does."""
-    with groups_of(ranks // pp, pp) as groups:
+def load_and_save(
+    rank: int, ranks: int, source: pathlib.Path, target: pathlib.Path, pp: int, precision: str, tp=None, ep: int = 1
+) -> None:
+    """Load a checkpoint at tp = ranks / pp, or another, and let Megatron save it again, as training does."""
+    tp = tp or ranks // pp
+    with groups_of(tp, pp, ep) as groups:
         from megakd.checkpoints import folder, torch_dist
         from megakd.config import Parallel, Train
         from megakd.models.gpt import build_gpt
@@ -67,7 +70,7 @@ def load_and_save(rank: int, ranks: int, source: pathlib.Path, target: pathlib.P
         checkpoint = folder.read_checkpoint(source)
         train = Train(steps=1, global_batch_size=1, precision=precision)
         parallel, sizes = (
-            Parallel(tp=ranks // pp, pp=pp),
+            Parallel(tp=tp, pp=pp, ep=ep),
             {"vocab_size": checkpoint.model.vocab_size, "padded_size": 1024},
         )
         gpt = build_gpt(checkpoint.model, parallel, train, groups, **sizes, device="cpu", seed=3)

@@ -148,6 +148,16 @@ def test_what_megatron_saved_at_another_layout_goes_back(case, tmp_path):
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize(("case", "tp"), [("mixtral", 1), ("qwen2_moe", 2), ("deepseek_v3", 1)])
+def test_experts_divided_over_ranks_go_back(case, tp, tmp_path):
+    """Each rank holds half of the experts, whole; at tp = 2 it holds half of everything else."""
+    source = hf_models.build(case, tmp_path / "hf")
+    convert(source, tmp_path / "megatron", "megatron", UNVERIFIED)
+    run_ranks(2, load_and_save, tmp_path / "megatron", tmp_path / "saved", 1, "fp32", tp, 2)
+    convert(tmp_path / "saved", tmp_path / "back", "hf", UNVERIFIED)
+    same(*(load_file(tmp_path / name / "model.safetensors") for name in ("back", "hf")))
+
+
 def test_a_student_trained_in_bf16_says_so(tmp_path):
     source = hf_models.build("qwen2", tmp_path / "hf")
     convert(source, tmp_path / "megatron", "megatron", UNVERIFIED)

@@ -139,6 +139,7 @@ def test_a_stopped_recording_goes_on(folder, teacher, cache, tmp_path):
         (1, 1, {}),
         (2, 2, {}),
         (2, 1, {"train__micro_batch_size": 4}),
+        (2, 1, {"parallel__cp": 2}),
         (2, 1, {"parallel__pp": 2}),
         (1, 1, {"loss": {"top_k": 13, "ce_weight": 0.2}}),
         (1, 1, {"eval__samples": 5}),  # no multiple of the batch, which is filled up
@@ -318,3 +319,22 @@ def test_training_from_draws_approaches_the_full_divergence(folder, teacher, tmp
     drawn["loss"]["divergence"] = "reverse_kl"
     (failure, _) = run_ranks(2, runs.train, drawn | {"run": {"dir": str(tmp_path / "other"), "device": "cpu"}})
     assert failure.startswith("ConfigError: loss.divergence is reverse_kl, but")
+
+
+def test_experts_divided_over_ranks_record_the_same(folder, tmp_path):
+    """Ranks that share experts run them together, where one has no part left to record too."""
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}
+    config = runs.values(folder, tmp_path / "teacher", student__model__moe=moe, train__steps=3)
+    assert run_ranks(1, runs.train, config) == [None]
+    for ranks, parallel in ((1, {}), (2, {"ep": 2}), (2, {"tp": 2, "ep": 2})):
+        cache = tmp_path / f"cache {ranks} {parallel}"
+        changes = {f"parallel__{axis}": size for axis, size in parallel.items()}
+        assert (
+            run_ranks(ranks, record, distil(folder, tmp_path / "teacher", "unused", cache, **changes)) == [None] * ranks
+        )
+    want, *others = [tables(cache) for cache in sorted(tmp_path.glob("cache *"))]
+    for got in others:
+        assert got.keys() == want.keys()
+        for key, row in want.items():
+            np.testing.assert_array_equal(got[key].ids_N, row.ids_N)
+            np.testing.assert_allclose(got[key].logprobs_N, row.logprobs_N, atol=2e-5)

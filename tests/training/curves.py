@@ -92,10 +92,23 @@ def batch(variant: Variant, step: int, groups) -> list:
 
 def recorded(teacher, batches: list, folder: pathlib.Path):
     """The teacher's own words on these batches, written to a cache and read back."""
-    from megakd.cache import CacheReader, Contents, Header, encode_row, finish, publish_part, writing
+    record(teacher, batches, folder / "cache")
+    return read(folder / "cache", teacher)
+
+
+def read(folder: pathlib.Path, teacher):
+    """The recorded teacher in the place of the one that runs."""
+    from megakd.cache import CacheReader
+    from megakd.teachers.cached import CachedTeacher
+
+    return CachedTeacher(CacheReader(folder, temperature=teacher.temperature), teacher.groups, {})
+
+
+def record(teacher, batches: list, folder: pathlib.Path) -> None:
+    """Write them, on one rank that is the whole model."""
+    from megakd.cache import Contents, Header, encode_row, finish, publish_part, writing
     from megakd.cache.shard import ShardWriter
     from megakd.recording.recorder import Recorder
-    from megakd.teachers.cached import CachedTeacher
     from megakd.teachers.entries import Recipe
 
     recipe = Recipe("top_k", teacher.top_k, (teacher.temperature,))
@@ -112,12 +125,11 @@ def recorded(teacher, batches: list, folder: pathlib.Path):
         created={},
     )
     recorder, shard = Recorder(teacher.gpt, recipe, teacher.groups, seed=1), ShardWriter()
-    with writing(folder / "cache", header):
+    with writing(folder, header):
         for row in {row.key: row for b in batches for row in recorder.rows(b)}.values():
             shard.add(encode_row(row, contents))
-        publish_part(folder / "cache", 0, shard)
-        finish(folder / "cache", header)
-    return CachedTeacher(CacheReader(folder / "cache", temperature=teacher.temperature), teacher.groups, {})
+        publish_part(folder, 0, shard)
+        finish(folder, header)
 
 
 def difference(got: list[dict], want: list[dict]) -> float:

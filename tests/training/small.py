@@ -9,7 +9,7 @@ SEQUENCE = 16
 
 
 @contextlib.contextmanager
-def layout(tp=1, pp=1, seed=1):
+def layout(tp=1, pp=1, seed=1, **axes):
     """The device seam and process groups for one call on the ranks of tests/ranks.py."""
     from megakd.megatron_on_cpu import install
 
@@ -17,7 +17,7 @@ def layout(tp=1, pp=1, seed=1):
     from megakd.models.groups import build_groups, destroy_groups
 
     try:
-        yield build_groups(tp, pp, seed)
+        yield build_groups(tp, pp, seed, **axes)
     finally:
         destroy_groups()
 
@@ -59,26 +59,28 @@ def teacher_section(**changes):
     return student_section(hidden_size=48, tie_embeddings=False, init_std=0.2) | changes
 
 
-def build(section, config, groups, seed):
+def build(section, config, groups, seed, teacher=False):
     from megakd.config import Model
     from megakd.models.gpt import build_gpt
 
     return build_gpt(
         Model.model_validate(section),
-        config.parallel,
-        config.train,
+        config.parallel.of_teacher if teacher else config.parallel,
+        config.teacher_train if teacher else config.train,
         groups,
         vocab_size=VOCAB,
         padded_size=1024,
         device="cpu",
         seed=seed,
+        pipeline=(config.teacher if teacher else config.student).pipeline,
     )
 
 
-def student_step(config, groups, teacher=True, **student_changes):
+def student_step(config, groups, teacher=True, teacher_changes=None, **student_changes):
     """A StudentStep with optimizer; its teacher has other weights and another width."""
     from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
+    from megakd.models.routing import RoutingLosses
     from megakd.teachers.online import OnlineTeacher
     from megakd.training.optimizer import build_optimizer, wrap_data_parallel
     from megakd.training.step import StudentStep
@@ -87,7 +89,7 @@ def student_step(config, groups, teacher=True, **student_changes):
     loss, source, features = CE_ONLY, None, None
     if teacher:
         loss = config.loss
-        gpt_teacher = build(teacher_section(), config, groups, seed=2)
+        gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2, teacher=True)
         source = OnlineTeacher(
             gpt_teacher,
             top_k=loss.top_k,
@@ -97,9 +99,10 @@ def student_step(config, groups, teacher=True, **student_changes):
         )
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
+    routing = RoutingLosses(gpt, config.routing) if gpt.config.model.moe else None
     ddp = wrap_data_parallel(gpt, config, groups)
     optimizer, scheduler = build_optimizer(ddp, config, config.train.steps, groups)
-    return StudentStep(gpt, ddp, source, features, loss, optimizer, scheduler, groups)
+    return StudentStep(gpt, ddp, source, features, loss, optimizer, scheduler, groups, routing=routing)
 
 
 def tokens(step, samples=8):
@@ -119,11 +122,13 @@ def batch(step, groups, micro_batch_size, samples=8):
     ids, labels = tokens(step, samples)
     share = samples // groups.dp.size()
     starts = range(groups.dp.rank() * share, (groups.dp.rank() + 1) * share, micro_batch_size)
-    return [MicroBatch(ids[i : i + micro_batch_size], labels[i : i + micro_batch_size]) for i in starts]
+    cut = (groups.cp.rank(), groups.cp.size())
+    parts = [slice(i, i + micro_batch_size) for i in starts]
+    return [MicroBatch(ids[part], labels[part], cut=cut) for part in parts]
 
 
 def curve(rank, ranks, tp, pp, micro_batch_size, steps, changes, teacher=True, student_changes=None):
     """The metrics of some steps, on the last rank."""
-    with layout(tp, pp) as groups:
+    with layout(tp, pp, **{axis: changes.get(f"parallel__{axis}", 1) for axis in ("cp", "ep")}) as groups:
         run = student_step(config(tp, pp, **changes), groups, teacher, **(student_changes or {}))
         return [run(batch(i, groups, micro_batch_size), step=i + 1, measure=True) for i in range(steps)]

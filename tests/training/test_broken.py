@@ -35,24 +35,28 @@ def train_broken(rank, ranks, config, factor):
         return runs.train(rank, ranks, config)
 
 
-CASES = {"nan": (math.nan, None, "loss = nan (not finite)"), "spike": (9.0, 3.0, "is a spike")}
+CASES = {
+    "nan": (math.nan, None, "loss = nan (not finite)", {}),
+    "spike": (9.0, 3.0, "is a spike", {}),
+    "spike, cut sequences": (9.0, 3.0, "is a spike", {"parallel__cp": 2}),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_batch_is_kept_and_the_run_stops_or_goes_on(case, folder, tmp_path):  # noqa: F811
-    factor, spike, said = CASES[case]
-    config = runs.values(folder, tmp_path / "stops", train__steps=14, train__spike_factor=spike)
+    factor, spike, said, layout = CASES[case]
+    config = runs.values(folder, tmp_path / "stops", train__steps=14, train__spike_factor=spike, **layout)
     messages = run_ranks(2, train_broken, config, factor)
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"TrainingError: step {STEP}: ") and said in messages[0]
     kept = tmp_path / "stops" / "broken" / f"step_{STEP:08d}"
     assert str(kept) in messages[0] and "hint:" in messages[0]
     files = sorted(kept.iterdir())
-    assert [f.name for f in files] == ["rank_00000.jsonl", "rank_00001.jsonl"]
+    assert [f.name for f in files] == ["rank_00000.jsonl", "rank_00001.jsonl"][: 1 if layout else 2]
     lines = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     assert len(lines) == 4 and all(len(line["samples"]) == 2 for line in lines)
     mean = mean_loss(lines)
-    if case == "spike":
+    if spike:
         seen = float(messages[0].partition("loss = ")[2].split()[0])
         assert mean == pytest.approx(seen / factor, rel=1e-4), "of the same weights, token by token"
     config["run"]["dir"] = str(tmp_path / "goes_on")

@@ -27,6 +27,7 @@ def whole():
         (2, 2, 1, 4, {}),
         (2, 2, 1, 4, {"parallel__sp": True}),
         (2, 2, 1, 4, {"parallel__sp": True, "train__recompute": "full"}),
+        (2, 1, 1, 4, {"parallel__cp": 2}),
         (2, 1, 2, 2, {}),
         (2, 1, 2, 2, {"train__recompute": "full"}),
         (4, 2, 1, 2, {"features__distance": "cosine"}),

@@ -68,8 +68,8 @@ def test_a_run_leaves_a_whole_run_folder(teacher):
 
 def test_tensor_and_data_parallel_runs_from_one_checkpoint_have_one_curve(folder, teacher, tmp_path):
     curves = []
-    for ranks, tp in ((1, 1), (2, 2), (4, 2)):
-        config = distil(folder, teacher, tmp_path / f"{ranks}_{tp}", tp)
+    for ranks, tp, cp in ((1, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2)):
+        config = distil(folder, teacher, tmp_path / f"{ranks}_{tp}", tp, parallel__cp=cp)
         config["student"] = {"checkpoint": str(teacher)}
         assert run_ranks(ranks, runs.train, config) == [None] * ranks
         curves.append(runs.lines(tmp_path / f"{ranks}_{tp}") + runs.lines(tmp_path / f"{ranks}_{tp}", "validation"))

@@ -120,6 +120,14 @@ def test_bf16_follows_fp32():
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
 
 
+def test_a_teacher_in_bf16_beside_a_student_in_fp32():
+    """It is near the one in fp32, and not it."""
+    mixed = run_ranks(1, small.curve, 1, 1, 8, STEPS, {"teacher__precision": "bf16"})[0]
+    for a, b in zip(mixed, whole(), strict=True):
+        assert a["kd"] == pytest.approx(b["kd"], rel=0.02) and a["kd"] != b["kd"]
+    assert mixed[0]["ce"] == whole()[0]["ce"], "the student is in fp32"
+
+
 def dense_first_loss(rank, ranks):
     """The first step's loss from Megatron's own logits and plain float64 formulas."""
     with small.layout() as groups:

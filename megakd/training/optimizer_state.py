@@ -1,0 +1,46 @@
+"""An optimizer's state for another number of optimizers: Megatron has one more for experts that are divided over ranks.
+
+Moments and main weights are saved by the names of parameters, so they find their place anyway. What is saved beside
+them, for each optimizer, are the groups of parameters with their hyperparameters and the count of steps.
+"""
+
+from megakd.checkpoints.folder import Checkpoint
+from megakd.errors import CheckpointError
+
+
+def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: Checkpoint) -> dict:
+    """What the optimizer is given.
+
+    Args:
+        loaded: its state as read: what `described` names, and plain values as they were saved.
+        described: its own sharded state.
+        saved: the plain values of the saved one.
+        checkpoint: for messages.
+    Raises:
+        CheckpointError: the state cannot be rearranged.
+    """
+    ours, theirs = parts_of(described), parts_of(saved)
+    if len(ours) == len(theirs):
+        return loaded
+    if not all("param_state" in part for part in ours) or not all("optimizer" in part for part in theirs):
+        raise CheckpointError(
+            f"{checkpoint.path} was saved with {len(theirs)} optimizer(s), this layout has {len(ours)}: experts "
+            "that are divided over ranks have one of their own; and its state is not by parameter",
+            hint="keep parallel.ep as it was, or save and continue with optimizer.distributed=true",
+        )
+    groups = [group for part in theirs for group in part["optimizer"]["param_groups"]]
+    either = [group | {"is_expert_parallel": of_experts} for of_experts in (False, True) for group in groups]
+    arranged = []
+    for i in range(len(ours)):
+        state = loaded if len(ours) == 1 else loaded[i]
+        plain = theirs[min(i, len(theirs) - 1)]
+        both = {name: value for name, value in plain.items() if name != "param_state"}
+        both["optimizer"] = plain["optimizer"] | {"param_groups": [dict(group) for group in either]}
+        arranged.append(both | {"param_state": state["param_state"]})
+    return arranged[0] if len(ours) == 1 else dict(enumerate(arranged))
+
+
+def parts_of(state: dict) -> list[dict]:
+    """The states of single optimizers, in order."""
+    numbers = sorted(name for name in state if isinstance(name, int))
+    return [state[number] for number in numbers] or [state]
