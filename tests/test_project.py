@@ -114,6 +114,7 @@ def test_makefile_targets():
         "help",
         "quickstart",
         "test",
+        "test-nightly",
         "test-megatron",
         "test-slurm",
         "check",
