@@ -6,13 +6,11 @@ nothing.
 """
 
 import inspect
+import pathlib
 import re
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from megakd.divergences import DIVERGENCES
 from megakd.kernels import VocabShard, divergences
@@ -31,32 +29,22 @@ from megakd.kernels.triton import softcap as triton_softcap
 from megakd.kernels.triton import terms as triton_terms
 from megakd.kernels.triton.tiles import lane_shape
 
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "tools" / "gpu"))
+
+import static_counts
+
 SHARED_BYTES = 163 << 10  # of an sm_80; an sm_90 has more
 
 
-class AbsentGPU:
-    """The driver of a GPU that can be compiled for."""
+class Compiled(dict):
+    """The variants of each kernel, by its name; called with one, looks at what the compiler made of it."""
 
-    def __init__(self, capability: int):
-        self.capability, self.compiled = capability, {}
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def compile(self, kernel, arguments: tuple, options: dict, grid) -> None:
-        """Down to the machine code of one call."""
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
+    def __call__(self, kernel, compiled) -> None:
         assert compiled.asm["cubin"], kernel
         assert compiled.metadata.shared <= SHARED_BYTES, (kernel, compiled.metadata.shared)
         if kernel.__name__ == "_backward":  # in place, a warp must not write what another has yet to read
             assert compiled.asm["ptx"].index("bar.sync") < compiled.asm["ptx"].index("st.global")
-        self.compiled.setdefault(kernel.__name__, set()).add(compiled.hash)
+        self.setdefault(kernel.__name__, set()).add(compiled.hash)
 
 
 def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float, kinds: list[tuple]) -> None:
@@ -155,17 +143,14 @@ def compile_once() -> None:
 
 def main(first: int, *others: int) -> None:
     for capability in (first, *others):
-        gpu = AbsentGPU(capability)
-        driver.set_active(gpu)
-        JITFunction.__getitem__ = lambda kernel, grid, gpu=gpu: (
-            lambda *a, **options: gpu.compile(kernel, a, options, grid)
-        )
-        compile_all() if capability == first else compile_once()
+        found = Compiled()
+        with static_counts.AbsentGPU(capability, found).compiling():
+            compile_all() if capability == first else compile_once()
         modules = (triton_dense, triton_rows, triton_chunks, triton_candidates, triton_exact, triton_selection,
                    triton_steps, triton_records, triton_terms, triton_softcap)  # fmt: skip
         launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
-        assert set(gpu.compiled) == launched, launched ^ set(gpu.compiled)
-        print(f"sm_{capability}", *sorted(f"{name} {len(hashes)}" for name, hashes in gpu.compiled.items()), sep="\n")
+        assert set(found) == launched, launched ^ set(found)
+        print(f"sm_{capability}", *sorted(f"{name} {len(hashes)}" for name, hashes in found.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def steps():
             yield name, tail, sampled, weights, temperature
 
 
-@pytest.mark.parametrize("divergence, tail, sampled, weights, temperature", steps())
+@pytest.mark.parametrize("divergence, tail, sampled, weights, temperature", list(steps()))
 def test_the_steps_after_the_exchange(divergence, tail, sampled, weights, temperature):
     got, want = (
         after_the_exchange(divergence, tail, temperature, sampled, weights, path) for path in ("triton", "torch")
