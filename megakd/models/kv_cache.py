@@ -37,6 +37,10 @@ class NewTokens:
     packed = None  # they are no packed micro-batch to Megatron
 
     @property
+    def own_ids_BS(self) -> Tensor:
+        return self.ids_BS
+
+    @property
     def positions_T(self) -> Tensor:
         return self.position_ids_BS[0]
 

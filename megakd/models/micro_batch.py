@@ -50,6 +50,10 @@ class MicroBatch:
         """This rank's part of the sequences."""
         return whole_BS if self.own_S is None else whole_BS[:, self.own_S]
 
+    @property
+    def own_ids_BS(self) -> Tensor:
+        return self.own(self.ids_BS)
+
     @functools.cached_property
     def rows_T(self) -> Tensor:
         """Supervised rows s * B + b of hidden states [S, B, H], ascending; s counts within this rank's part."""
@@ -119,6 +123,4 @@ def build_micro_batch(loaded: dict, *, packed: bool, cut: tuple[int, int] = (0, 
 
 def forward(gpt, micro_batch: MicroBatch) -> Tensor:
     """Hidden states [S, B, H] on the last stage, the next stage's input on the others."""
-    return gpt(
-        micro_batch.own(micro_batch.ids_BS), micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed
-    )
+    return gpt(micro_batch.own_ids_BS, micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed)
