@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch.distributed as dist
@@ -20,9 +19,8 @@ from tests.forked import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
-LIMIT_SECONDS = 30
 PREAMBLE = """
-import os, signal, sys, time, torch, torch.distributed as dist
+import os, pathlib, signal, sys, time, torch, torch.distributed as dist
 from megakd.errors import TrainingError
 from megakd.ranks import Ranks
 """
@@ -66,14 +64,13 @@ def test_one_rank_fails_and_all_are_gone(script):
         with Ranks("cpu") as ranks:
             dist.barrier()
             if ranks.rank == 1:
-                print(time.time(), flush=True)
                 raise TrainingError("loss is nan at step 3", hint="lower it")
             if ranks.rank == 2:
                 time.sleep(600)
             dist.all_reduce(torch.ones(3))
     """)
     result = torchrun(3, path)
-    assert result.returncode != 0 and time.time() - float(result.stdout) < LIMIT_SECONDS
+    assert result.returncode != 0  # long before rank 2 is awake or a collective gives up: `run` waits 120 s
     assert result.stderr.count("TrainingError: loss is nan at step 3\nhint: lower it\n") == 1
     for rank in (0, 2):
         line = f"rank {rank} stopped: rank 1 failed with TrainingError: loss is nan at step 3\n"
@@ -137,14 +134,15 @@ def test_rank_0_leaves_last_when_it_carries_the_store(script):
         script("""
         with Ranks("cpu", rendezvous_seconds=30) as ranks:
             time.sleep(2.5 * ranks.rank)
-        print(time.time())
+            pathlib.Path(f"{sys.argv[0]}.{ranks.rank}").touch()
+        print(pathlib.Path(f"{sys.argv[0]}.1").exists())
     """),
         free_port(),
     )
     first, second = start_by_hand(path, 0, port), start_by_hand(path, 1, port)
-    (code_0, end_0, _), (code_1, end_1, err_1) = finish(first), finish(second)
+    (code_0, said, _), (code_1, _, err_1) = finish(first), finish(second)
     assert (code_0, code_1, err_1) == (0, 0, "")
-    assert float(end_0) > float(end_1) - 1
+    assert said == "True\n", "rank 0 left before rank 1 came to the end of its block"
 
 
 def test_missing_peer_nobody_there_and_port_in_use(script):

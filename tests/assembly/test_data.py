@@ -25,17 +25,17 @@ def opened(rank, ranks, folder, verify):
         data__validation=str(folder / "held"),
         data__verify=verify,
     )
-    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    before = dict(os.environ)
     for local_rank in ("0", "1"):
-        os.environ.update(launch | {"LOCAL_RANK": local_rank})
+        os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=local_rank)
         try:
             open_both(config, tokenizer)
             said.append("")
         except DataError as error:
             said.append(str(error))
         finally:
-            for name in (*launch, "LOCAL_RANK"):
-                del os.environ[name]
+            os.environ.clear()
+            os.environ.update(before)
     return said
 
 

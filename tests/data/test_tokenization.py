@@ -16,11 +16,11 @@ from megakd.data.tokenization import write_token_file
 from tests.data.conftest import CODE
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-PEAK = """
-import resource, sys
+PEAK = r"""
+import pathlib, re, sys
 from megakd.runs.prepare import main
 main(["text", "--input", sys.argv[1], "--tokenizer", sys.argv[2], "--output", sys.argv[1] + ".out", "--workers", "1"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 """
 WAITING = """
 import multiprocessing, sys, time

@@ -387,6 +387,20 @@ def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
     scores = json.loads((teacher / "evaluations.jsonl").read_text().splitlines()[-1])
     assert scores["kd"] == pytest.approx(0, abs=1e-5) and scores["agreement"] == 1
     assert scores["ce"] == pytest.approx(runs.lines(teacher, "validation")[-1]["ce"], rel=1e-4)
+    lines = teacher / "evaluations.jsonl"
+    lines.rename(tmp_path / "kept")
+    lines.mkdir()  # as a disk that is full, or a folder of another user
+    processes = runs.by_hand(tmp_path, 2, "evaluate", config)
+    try:
+        said, _ = [process.communicate(120)[0] for process in processes]
+    finally:
+        end_all(processes)
+        lines.rmdir()
+        (tmp_path / "kept").rename(lines)
+    assert [process.returncode for process in processes] == [1, 1]
+    printed = [line for line in said.splitlines() if line.startswith('{"student"')]
+    assert [json.loads(line)["ce"] for line in printed] == [scores["ce"]]
+    assert "the line above could not be appended in run.dir" in said and "Traceback" not in said, said
     generate = ["megakd.cli", "generate", "--checkpoint", str(teacher), "--prompt", "def main(", "--device", "cpu"]
     output = forked.run(*generate, "--max-new-tokens", 8)
     assert output.returncode == 0, output.stderr
