@@ -13,7 +13,7 @@ MOST_CHARACTERS = 120
 
 def main(source: str, target: str, count: str) -> int:
     with open(source, encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+        texts = [text for line in file if (text := json.loads(line)["text"])]
     draw, prompts = random.Random(0), []
     while len(prompts) < int(count):
         text = draw.choice(texts)

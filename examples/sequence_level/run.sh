@@ -30,7 +30,7 @@ step "$python" $here/prompts.py $quickstart/data/train.jsonl $out/prompts.jsonl 
 
 say "2. The teacher writes (killed here, the same command would go on)"
 on_2_ranks generate --checkpoint $quickstart/teacher --input $out/prompts.jsonl --output $out/completions.jsonl \
-  --temperature 1 --max-new-tokens 64 --batch-size 64 --device cpu --on-error skip
+  --temperature 1 --max-new-tokens 64 --batch-size 64 --device cpu
 head -c 600 $out/completions.jsonl
 echo
 

@@ -128,7 +128,7 @@ class Adapter(TemplateLM):
 
 
 def run_tasks(adapter: Adapter, names: list[str], folder: str | None, limit: int | None) -> dict[str, dict]:
-    """lm-eval's results: task -> metric -> value.
+    """lm-eval's results: task -> metric -> value; it gives them to the first rank of each machine, the others get {}.
 
     Args:
         folder: with further tasks as YAML files; None: lm-eval's own.
@@ -140,6 +140,8 @@ def run_tasks(adapter: Adapter, names: list[str], folder: str | None, limit: int
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise ConfigError(f"lm-eval has no task {', '.join(unknown)}", hint="--task-folder FOLDER brings more")
     found = lm_eval.simple_evaluate(adapter, tasks=names, task_manager=manager, limit=limit, log_samples=False)
+    if found is None:
+        return {}
     return {
         task: {name: value for name, value in values.items() if isinstance(value, int | float)}
         for task, values in found["results"].items()

@@ -54,7 +54,7 @@ def test_an_index_is_made_once_and_again_when_anything_changes(qa, letters, monk
     made = []
     real = sources.write_token_file
     monkeypatch.setattr(sources, "write_token_file", lambda *a, **k: made.append(a[1]) or real(*a, **k))
-    monkeypatch.setattr(sources, "_digest", lambda file, real=sources._digest: read.append(file) or real(file))
+    monkeypatch.setattr(sources, "file_digest", lambda file, real=sources.file_digest: read.append(file) or real(file))
     read = []
 
     def find(**more):
