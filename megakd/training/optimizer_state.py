@@ -40,6 +40,18 @@ def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: 
     return arranged[0] if len(ours) == 1 else dict(enumerate(arranged))
 
 
+def share_steps(described: dict) -> dict:
+    """The state with one count of steps: an optimizer without parameters on this rank has counted none."""
+    groups = [
+        group for part in parts_of(described) if "optimizer" in part for group in part["optimizer"]["param_groups"]
+    ]
+    steps = max((group["step"] for group in groups if "step" in group), default=None)
+    for group in groups:
+        if "step" in group:
+            group["step"] = steps
+    return described
+
+
 def parts_of(state: dict) -> list[dict]:
     """The states of single optimizers, in order."""
     numbers = sorted(name for name in state if isinstance(name, int))
