@@ -8,7 +8,8 @@ What is mended, beside the device (each has a test that fails without it):
     1. distributed optimizer, torch Adam: loading a checkpoint looks up a key 'step' that is never saved.
     2. distributed optimizer, torch Adam: after a load all parameters share one step counter, which one step() then
        advances once per parameter.
-    3. distributed optimizer, torch Adam: an optimizer that has never stepped cannot describe its state.
+    3. distributed optimizer, torch Adam: an optimizer that has never stepped, or has no parameter (that of experts on a
+       pipeline stage without any), cannot describe its state.
 They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them; 0.16.1 to 0.19.2 all
 have them. What is mended of single layers is in megakd.models.moe.
 """
@@ -240,6 +241,7 @@ def mend_distributed_optimizer() -> None:
         return
     upstream = (cls._set_main_param_and_optimizer_states, cls.load_state_dict, cls.sharded_state_dict)
     set_states, load_state_dict, sharded_state_dict = cls.megakd_upstream = upstream
+    state_dict = cls.state_dict
 
     def set_states_with_step(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
@@ -259,6 +261,15 @@ def mend_distributed_optimizer() -> None:
                 state.setdefault("step", torch.tensor(0.0))
         return sharded_state_dict(self, model_sharded_state_dict, is_loading=is_loading, **kwargs)
 
+    def describe_even_when_empty(self):
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict(self)
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        return {"optimizer": {"param_groups": [group | {"step": 0} for group in groups]}}
+
+    cls.state_dict = describe_even_when_empty
     cls._set_main_param_and_optimizer_states = set_states_with_step
     cls.load_state_dict = load_with_own_steps
     cls.sharded_state_dict = describe_even_when_fresh

@@ -34,7 +34,8 @@ def evaluate_tasks(
     from megakd.models.groups import build_groups, destroy_groups
     from megakd.ranks import from_rank_0
 
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sp": False})})
+    layout = config.parallel.model_copy(update={"sp": False, "vpp": 1, "cp": 1, "ep": 1})
+    config = config.model_copy(update={"parallel": layout})
     checkpoint = from_rank_0(lambda: open_checkpoint(path, config.checkpoint.verify, progress=config.log.progress))
     tokenizer = choose_tokenizer(config, checkpoint)
     model = with_vocab(checkpoint.model, tokenizer, f"model {path}")

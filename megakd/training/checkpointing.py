@@ -17,7 +17,7 @@ from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
-from megakd.training.optimizer_state import fit_optimizer_state
+from megakd.training.optimizer_state import fit_optimizer_state, share_steps
 from megakd.training.run_folder import check_owner
 from megakd.training.step import StudentStep
 
@@ -144,7 +144,7 @@ def training_state(student: StudentStep, *, loading: bool, with_random: bool = T
     weights = torch_dist.describe_weights(student.gpt, student.groups)
     state = {
         "model": weights,
-        "optimizer": student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
+        "optimizer": share_steps(student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)),
     }
     if with_random:
         state["random"] = random_state(student.groups)

@@ -30,14 +30,26 @@ def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: 
         )
     groups = [group for part in theirs for group in part["optimizer"]["param_groups"]]
     either = [group | {"is_expert_parallel": of_experts} for of_experts in (False, True) for group in groups]
-    arranged = []
+    arranged = []  # one without parameters on this rank has read nothing
     for i in range(len(ours)):
-        state = loaded if len(ours) == 1 else loaded[i]
+        state = loaded if len(ours) == 1 else loaded.get(i, {})
         plain = theirs[min(i, len(theirs) - 1)]
         both = {name: value for name, value in plain.items() if name != "param_state"}
         both["optimizer"] = plain["optimizer"] | {"param_groups": [dict(group) for group in either]}
-        arranged.append(both | {"param_state": state["param_state"]})
+        arranged.append(both | {"param_state": state.get("param_state", {})})
     return arranged[0] if len(ours) == 1 else dict(enumerate(arranged))
+
+
+def share_steps(described: dict) -> dict:
+    """The state with one count of steps: an optimizer without parameters on this rank has counted none."""
+    groups = [
+        group for part in parts_of(described) if "optimizer" in part for group in part["optimizer"]["param_groups"]
+    ]
+    steps = max((group["step"] for group in groups if "step" in group), default=None)
+    for group in groups:
+        if "step" in group:
+            group["step"] = steps
+    return described
 
 
 def parts_of(state: dict) -> list[dict]:

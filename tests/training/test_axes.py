@@ -180,6 +180,7 @@ CONTINUED = [
     ("dense", (2, {"cp": 2}), [(1, {}), (2, {"tp": 2})]),
     ("dense", (2, {"pp": 2}), [(2, {"cp": 2}), (2, {"pp": 2, "vpp": 2})]),
     ("experts", (2, {"pp": 2, "vpp": 2}), [(1, {}), (4, {"pp": 2, "ep": 2, "dp": 2}), (2, {"pp": 2, "vpp": 2})]),
+    ("experts", (4, {"pp": 2, "dp": 2, "ep": 2, "student_first": 1}), [(1, {})]),
     ("dense", (2, {"pp": 2, "student_first": 1}), [(2, {"tp": 2}), (2, {"pp": 2, "student_last": 1})]),
     ("experts, biases", (1, {}), [(2, {"ep": 2, "dp": 2}), (2, {"tp": 2, "sp": True, "ep": 2})]),
 ]
