@@ -183,8 +183,7 @@ def same_training(folder, teacher, cache, tmp_path, ranks, tp, changes):
     for kind in ("train", "validation"):
         a, b = runs.lines(tmp_path / "online", kind), runs.lines(tmp_path / "cached", kind)
         assert len(a) == {"train": 5, "validation": 1}[kind] and {"kd", "teacher_ce", "agreement"} <= a[-1].keys()
-        for online_line, cached_line in zip(a, b, strict=True):
-            assert cached_line == pytest.approx(online_line, rel=2e-5, abs=1e-6)
+        runs.assert_close(b, a, rel=2e-5, abs=1e-6)
 
 
 def test_samples_of_their_own_are_recorded_once_and_found_in_any_pack(folder, teacher, tmp_path):
@@ -203,9 +202,8 @@ def test_samples_of_their_own_are_recorded_once_and_found_in_any_pack(folder, te
         config["teacher"]["cache"] = str(tmp_path / "cache")
         config["run"]["dir"] = str(tmp_path / f"cached_{packing}")
         assert run_ranks(2, runs.train, config) == [None, None]
-        pairs = zip(runs.lines(tmp_path / f"online_{packing}"), runs.lines(tmp_path / f"cached_{packing}"), strict=True)
-        for online_line, cached_line in pairs:
-            assert cached_line == pytest.approx(online_line, rel=2e-4, abs=1e-5)
+        online, cached = (runs.lines(tmp_path / f"{kind}_{packing}") for kind in ("online", "cached"))
+        runs.assert_close(cached, online, rel=2e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(
