@@ -154,11 +154,11 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         )  # fmt: skip
 
     student = build("student", model, student_from)
-    teacher, features, loss = None, None, loss_of(config)
+    teacher, features, loss, models = None, None, loss_of(config), {"student": student}
     if cache:
         teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
-        gpt = build("teacher", teacher_from.model, teacher_from)
+        gpt = models["teacher"] = build("teacher", teacher_from.model, teacher_from)
         teacher = OnlineTeacher(
             gpt,
             top_k=loss.top_k,
@@ -168,7 +168,6 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         )
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
-    models = {"student": student} | ({"teacher": teacher.gpt} if isinstance(teacher, OnlineTeacher) else {})
     LOG.info("%s", describe_layout(config.parallel, groups, models))
     routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(

@@ -386,7 +386,7 @@ def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
     lines = teacher / "evaluations.jsonl"
     lines.rename(tmp_path / "kept")
     lines.mkdir()  # as a disk that is full, or a folder of another user
-    processes = runs.by_hand(tmp_path, 2, "evaluate", config)
+    processes = runs.by_hand(tmp_path, 2, "evaluate", config, "--json")
     try:
         said, _ = [process.communicate(120)[0] for process in processes]
     finally:
@@ -396,13 +396,17 @@ def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
     assert processes[0].returncode == 1  # the other may have left before
     printed = [line for line in said.splitlines() if line.startswith('{"student"')]
     assert [json.loads(line)["ce"] for line in printed] == [scores["ce"]]
-    assert "the line above could not be appended in run.dir" in said and "Traceback" not in said, said
+    assert "the figures above could not be appended in run.dir" in said and "Traceback" not in said, said
     generate = ["megakd.cli", "generate", "--checkpoint", str(teacher), "--prompt", "def main(", "--device", "cpu"]
     output = forked.run(*generate, "--max-new-tokens", 8)
     assert output.returncode == 0, output.stderr
     assert output.stdout.startswith("def main(") and len(output.stdout) > len("def main(") + 4
     refused = forked.run(*generate, "--max-new-tokens", 32)
-    assert refused.returncode == 1 and "exceed the model" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "leaves no room for a prompt" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 def test_the_last_line_cut_off_by_a_kill_is_dropped(tmp_path):
