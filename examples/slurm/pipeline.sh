@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 : "${CONFIG:?the YAML of the run}" "${WORK:?a folder on a disk that all nodes see}"
 NODES=${NODES:-1} PARTS=${PARTS:-4} HERE=$PWD
 CACHE=$WORK/cache RUN_DIR=$WORK/run
-export CONFIG CACHE RUN_DIR HERE
+export CONFIG CACHE PARTS RUN_DIR HERE
 mkdir -p "$WORK/logs"
 
 # submit NAME AFTER ARGUMENTS...: prints the job's number. AFTER: job numbers, or nothing.

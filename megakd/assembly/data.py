@@ -13,7 +13,7 @@ from megakd.data.sources import open_data
 from megakd.data.token_files.reader import TokenFile
 from megakd.data.token_files.verification import chunks_to_compare, compare, size_of
 from megakd.progress import progress_bar
-from megakd.ranks import from_rank_0
+from megakd.ranks import from_rank_0, read_launch
 
 LOG = logging.getLogger("megakd")
 
@@ -49,9 +49,9 @@ def verify_data(config: Config, files: list[TokenFile], shown: bool) -> None:
     for file in files:
         if file.info.parts is None and config.data.verify != "never":
             LOG.info("%s was written without digests: nothing to compare (`megakd prepare` writes them)", file.prefix)
-    shares = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each machine, which may have copies of its own
-    share = int(os.environ.get("LOCAL_RANK", 0)) % shares
-    chunks = chunks_to_compare(files, config.data.verify, share, shares)
+    launch = read_launch(os.environ)
+    shares = launch.local_world_size or 1  # of each machine, which may have copies of its own
+    chunks = chunks_to_compare(files, config.data.verify, launch.local_rank % shares, shares)
     with progress_bar(sum(map(size_of, chunks)), "comparing data", unit="B", shown=shown) as bar:
         compare(chunks, bar.update)
 

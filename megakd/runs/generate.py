@@ -133,6 +133,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{' '.join(drawing)} without effect at --temperature 0", hint="--temperature 1")
     if arguments.temperature == 0 and arguments.n > 1:
         raise ConfigError(f"--n {arguments.n} equal completions at --temperature 0", hint="--temperature 1")
+    defaults = build_parser().parse_args(["--checkpoint", ".", "--prompt", ""])
+    only_input = ("shard", "limit", "on_error", "format", "column", "template", "chat_template", "chat_argument", "bos")
+    for name in ("raw",) if arguments.input else only_input:
+        if getattr(arguments, name) != getattr(defaults, name):
+            other = "--input" if arguments.input else "--prompt"
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect with {other}", hint="leave it out")
     if arguments.input and arguments.output is None:
         raise ConfigError("--input without --output", hint="--output COMPLETIONS.jsonl")
     if arguments.prompt is not None and arguments.output is not None:

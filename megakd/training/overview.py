@@ -18,7 +18,7 @@ def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> st
         steps_left: after the step that was just done.
         tokens: supervised ones in its global batch.
         seconds: that it took.
-    Collectives: two or three all-reduces of 8 bytes.
+    Collectives: at most five all-reduces of 8 bytes.
     """
     train, device = setup.config.train, setup.device
     sizes = [f"student {large(count_parameters(setup.student, setup.groups, device))} parameters"]
@@ -38,16 +38,17 @@ def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> st
 def count_parameters(gpt, groups, device: torch.device) -> int:
     """Of the whole model, its padded vocabulary included; a tied embedding counts once.
 
-    Collectives: one all-reduce of 8 bytes over the ranks of a model.
+    Collectives: two all-reduces of 8 bytes over the ranks of a model, without and with those its experts are among.
     """
-    own = sum(
-        parameter.numel()
-        for parameter in gpt.parameters()
-        if (is_split(parameter) or groups.tp.rank() == 0) and not getattr(parameter, "shared", False)
-    )
-    total = torch.tensor(own, dtype=torch.int64, device=device)
-    dist.all_reduce(total, group=groups.mp)
-    return int(total)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    for parameter in (parameter for chunk in gpt.chunks for parameter in chunk.parameters()):
+        if not getattr(parameter, "allreduce", True):  # Megatron's mark of experts that are divided among ranks
+            counts[1] += parameter.numel()
+        elif (is_split(parameter) or groups.tp.rank() == 0) and not getattr(parameter, "shared", False):
+            counts[0] += parameter.numel()
+    for count, group in zip(counts, (groups.mp, groups.tp_ep_pp), strict=True):
+        dist.all_reduce(count, group=group)
+    return int(counts.sum())
 
 
 def large(number: int) -> str:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from megakd.errors import ConfigError
 from tests import forked
 from tests.ranks import run_ranks
 from tests.training import runs
@@ -188,6 +189,7 @@ def test_prompts_that_do_not_fit_and_records_that_are_none(folder, model, tmp_pa
         (["--temperature", "-1"], "--temperature -1.0: expected 0"),
         (["--top-p", "1.5", "--temperature", "1"], "--top-p 1.5: expected more than 0"),
         (["--top-k", "5"], "without effect at --temperature 0"),
+        (["--raw"], "--raw has no effect with --input"),
         (["--n", "2"], "2 equal completions"),
         (["--max-new-tokens", "32"], "leaves no room for a prompt"),
         (["--stop-token", "two tokens"], "is no token of"),
@@ -212,3 +214,13 @@ def test_an_empty_input_and_a_file_that_is_another_s(folder, model, tmp_path):
     flags = ("--input", folder / "prompts.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", "9")
     assert "exists already" in generate(1, model, *flags, fails=True)[0]
     assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--shard", "1/2"], ["--limit", "3"], ["--format", "alpaca"], ["--column", "input=q"]]
+)
+def test_flags_about_records_are_refused_with_one_prompt(flags):
+    from megakd.runs.generate import build_parser, check
+
+    with pytest.raises(ConfigError, match=f"{flags[0]} has no effect with --prompt"):
+        check(build_parser().parse_args(["--checkpoint", "x", "--prompt", "y", *flags]))

@@ -69,6 +69,36 @@ def test_what_is_saved_between_two_lines_is_spread_over_their_steps():
         assert math.fsum(phases_of(line).values()) == pytest.approx(line["seconds"], rel=1e-12)
 
 
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}
+
+
+def sizes_of_parts(rank, ranks, axes, moe):
+    tp, pp = axes.get("tp", 1), axes.get("pp", 1)
+    with small.layout(tp, pp, ep=axes.get("ep", 1)) as groups:
+        import torch
+
+        from megakd.training.overview import count_parameters
+
+        more = {f"parallel__{name}": size for name, size in axes.items() if name not in ("tp", "pp")}
+        section = small.student_section(num_layers=4, **({"moe": MOE} if moe else {}))
+        config = small.config(tp, pp, student__model=section, **more)
+        gpt = small.build(section, config, groups, seed=1)
+        return count_parameters(gpt, groups, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("moe", "layouts"),
+    [
+        (False, [(1, {}), (2, {"pp": 2}), (2, {"pp": 2, "vpp": 2})]),
+        (True, [(1, {}), (2, {"ep": 2}), (2, {"tp": 2, "sp": True}), (4, {"tp": 2, "sp": True, "ep": 4}),
+                (4, {"pp": 2, "ep": 2})]),
+    ],
+)  # fmt: skip
+def test_parameters_of_virtual_stages_and_divided_experts_are_counted_once(moe, layouts):
+    counts = {count for n, axes in layouts for count in run_ranks(n, sizes_of_parts, axes, moe)}
+    assert len(counts) == 1, counts
+
+
 def sizes(rank, ranks, tp, pp, tied):
     with small.layout(tp, pp) as groups:
         import torch

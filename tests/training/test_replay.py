@@ -186,6 +186,14 @@ def test_a_step_at_another_layout_is_equal(recorded, step, ranks, layout, size, 
     assert (tmp_path / "replays" / f"step_{step:08d}" / "step.json").is_file()
 
 
+def test_virtual_stages_are_recorded_as_the_layers_that_they_are(folder, teacher, tmp_path):
+    changes = {"student__model__num_layers": 4, "parallel": {"pp": 2, "vpp": 2}, "run__record_steps": [1]}
+    config = distil(folder, teacher, tmp_path / "run", train__steps=1, **changes)
+    assert run_ranks(2, runs.train, config) == [None, None]
+    ((text, differs),) = run_ranks(1, replay, record_of(config), at(config, tmp_path / "again", micro_batch_size=4))
+    assert not differs and set(said(text).values()) == {"equal"}, text
+
+
 @pytest.mark.parametrize("fault", FOUND)
 def test_a_planted_fault_is_found_where_it_is(recorded, fault, tmp_path):
     layout, stage, words = FOUND[fault]
