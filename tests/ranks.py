@@ -1,19 +1,24 @@
 """Run a function on n CPU ranks joined by gloo, started once per world size and session; raise if any of them fails."""
 
+import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
 
+from megakd.processes import PR_SET_PDEATHSIG
+
 START_SECONDS = 120
 STRAGGLER_SECONDS = 5  # how long the others have to answer after one rank has failed
-MOST_THREADS = 600  # a pool with more is ended, and the next call starts a new one
+MOST_THREADS = 100  # a pool with more is ended, and the next call starts a new one
 _POOLS: dict[int, "_Pool"] = {}
 
 
@@ -64,7 +69,7 @@ class _Pool:
             self.processes.append(process)
 
     def threads(self):
-        """Of rank 0: Megatron keeps every layout's groups alive, and gloo's threads wake a hundred times a second."""
+        """Of rank 0: one of three that a group has wakes a hundred times a second."""
         task = f"/proc/{self.processes[0].pid}/task"
         return len(os.listdir(task)) if os.path.isdir(task) else 0
 
@@ -73,9 +78,17 @@ class _Pool:
             self.collect(START_SECONDS)
             self.started = True
         call = pickle.dumps((fn, args))
+        self.signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send_bytes(call)
-        return self.collect(timeout_seconds)
+        answers = self.collect(timeout_seconds)
+        self.signal(signal.SIGSTOP)  # threads of gloo that wait for nothing took half of two cores from the other tests
+        return answers
+
+    def signal(self, number):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):  # it has died
+                os.kill(process.pid, number)
 
     def collect(self, timeout_seconds):
         waiting, results, failures = dict(zip(self.pipes, range(len(self.pipes)), strict=True)), {}, {}
@@ -108,6 +121,7 @@ class _Pool:
         self.close()
 
     def close(self):
+        self.signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.close()  # a rank that waits for its next call sees this and leaves
         for process in self.processes:
@@ -119,6 +133,8 @@ class _Pool:
 
 
 def _serve(rank, n, store, pipe):
+    # One that is stopped would not see its pipe end; the server that it is forked from ends with the tests.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": 1}
     os.environ.update(
         {name: str(value) for name, value in launch.items()}, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"

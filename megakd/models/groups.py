@@ -4,6 +4,8 @@ import contextlib
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
@@ -35,7 +37,8 @@ def build_groups(tp: int, pp: int, seed: int, *, cp: int = 1, ep: int = 1) -> Pr
 def destroy_groups() -> None:
     """End the groups, so that another layout can be set up in the same processes.
 
-    Megatron only forgets them; their threads (gloo's wake a hundred times a second) would live on.
+    Megatron only forgets them; their threads (gloo's wake a hundred times a second) would live on. Its embeddings of
+    positions, which have a group, are kept by the cache of what they computed.
     """
     globals_ = [value if isinstance(value, list | tuple) else [value] for value in vars(parallel_state).values()]
     groups = {g for values in globals_ for g in values if isinstance(g, dist.ProcessGroup)} - {dist.group.WORLD}
@@ -44,6 +47,8 @@ def destroy_groups() -> None:
     for group in sorted(groups, key=lambda group: group.group_name):
         with contextlib.suppress(ValueError):  # Megatron still names one that ended earlier
             dist.destroy_process_group(group)
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
