@@ -142,3 +142,40 @@ def test_dockerfile():
             assert f"!{source}" in allowed and (ROOT / source).exists(), source
     (install,) = [arguments for name, arguments in lines if name == "RUN"]
     assert "-c base-packages.txt" in install and " -e " not in install and "--index-url" not in install
+
+
+def names_of_code(text):
+    """(file, name in it or None) of what a page calls `package/file`, `file.py` or `package/file.name`."""
+    for quoted in re.findall(r"`([\w./]+)`", text):
+        place, slash, last = quoted.rpartition("/")
+        stem, _, name = last.partition(".")
+        if not slash and not name:
+            continue  # a word of the line's own
+        yield f"{place}{slash}{stem}", None if name in ("", "py") else name
+
+
+def defined_in(path):
+    """Names of a module, and those of its classes as Class.name."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+            yield from (f"{node.name}.{n.name}" for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef))
+
+
+def test_the_page_to_enter_by_names_what_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    known = {str(path.relative_to(ROOT).with_suffix("")): path for path in ROOT.glob("*/**/*.py")}
+    known |= {str(path.relative_to(ROOT)): None for path in ROOT.glob("*/**") if path.is_dir()}
+    wrong, seen = [], 0
+    for place, name in names_of_code(text):
+        if place.endswith("NAME") or place == "Setup" or place.startswith("StudentStep"):
+            continue
+        found = [path for key, path in known.items() if f"/{key}".endswith(f"/{place.rstrip('/')}")]
+        seen += len(found) > 0
+        if not found or (name and not any(path and name in defined_in(path) for path in found)):
+            wrong.append(f"{place} {name or ''}")
+    assert seen > 60 and not wrong
+    assert len(text.splitlines()) <= 120

@@ -150,8 +150,10 @@ def build_formatter(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callab
         read = lambda fields: _ids(fields, tokenizer)  # noqa: E731
     elif sample_format.name == "nemo_chat":
         read = lambda fields: Sample(nemo_chat_segments(fields, sample_format.chat_tokens), [])  # noqa: E731
-    else:
+    elif sample_format.name == "text":
         read = lambda fields: Sample([Segment(fields.text("text"), True)], [])  # noqa: E731
+    else:
+        raise DataError(f"unknown format {sample_format.name!r}", hint=f"one of {', '.join(FORMATS)}")
 
     def formatted(record: dict) -> Sample:
         fields = Fields(record, sample_format.columns)

@@ -18,6 +18,7 @@ from megakd.data.conversations import read_conversation
 from megakd.data.encoding import Ends, check_unicode, encode_in_parts
 from megakd.data.fields import Fields
 from megakd.data.formats import (
+    FORMATS,
     TEMPLATED,
     SampleFormat,
     chat_template_of,
@@ -109,7 +110,9 @@ def _reader(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callable[[Fiel
         return lambda fields: _before_the_answer(nemo_chat_segments(fields, sample_format.chat_tokens))
     if name == "ids":
         return lambda fields: Prompt(str(fields.get("prompt", "")), read_ids(fields, "prompt_ids", tokenizer))
-    return lambda fields: [Segment(fields.text("text"), False)]
+    if name == "text":
+        return lambda fields: [Segment(fields.text("text"), False)]
+    raise DataError(f"unknown format {name!r}", hint=f"one of {', '.join(FORMATS)}")
 
 
 def _asker(sample_format: SampleFormat, tokenizer: Tokenizer) -> Callable[[Fields], Prompt]:

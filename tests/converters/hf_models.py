@@ -92,6 +92,7 @@ CASES = {  # name -> (model_type, changes of SIZES)
     "mistral_window": ("mistral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {}),
     "qwen2_window": ("qwen2", PARTLY),
+    "seed_oss": ("seed_oss", {"head_dim": 16, "attention_bias": True, "attention_out_bias": False}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "phi3": ("phi3", {"pad_token_id": 0, "sliding_window": 8}),
     "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layers": [1, 1, 0, 1]}),

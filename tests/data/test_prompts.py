@@ -10,6 +10,7 @@ from megakd.data.nemo_chat import ChatTokens
 from megakd.data.prompts import build_prompter, prompt_format
 from megakd.data.tokenization import encode_sample
 from megakd.data.tokenizers.load import load_tokenizer
+from megakd.errors import DataError
 from tests.data import chat_templates, hf_tokenizers
 from tests.data.byte_tokenizer import BOS, START
 from tests.data.encoding import turns
@@ -113,3 +114,9 @@ def test_ids_as_they_are(letters):
     whole = SampleFormat("ids", answer_only_loss=False)
     assert encode_sample(build_formatter(whole, letters)(record), letters, whole)[1].all()
     assert Fields(record, {}).unused()
+
+
+def test_a_format_that_nobody_knows_is_not_taken_for_text(letters):
+    for build in (build_formatter, build_prompter):
+        with pytest.raises(DataError, match="unknown format 'txt'\nhint: one of text, "):
+            build(SampleFormat("txt"), letters)

@@ -89,6 +89,17 @@ def qwen_config(model: Model) -> dict:
     }
 
 
+def seed_oss_model(config) -> dict:
+    if not config.attention_bias or config.attention_out_bias or config.mlp_bias:
+        raise cannot_express(config, "its biases are others than those of queries, keys and values")
+    return gated_fields(config) | {"add_qkv_bias": True}
+
+
+def seed_oss_config(model: Model) -> dict:
+    biases = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "residual_dropout": 0.0}
+    return their_plain_fields(model) | biases
+
+
 def qwen3_model(config) -> dict:
     if config.attention_bias:
         raise cannot_express(config, "attention_bias is true, which biases the output projection too")
@@ -270,6 +281,7 @@ FAMILIES = [
     Family("mistral", "MistralForCausalLM", mistral_model, rules, mistral_config),
     Family("qwen2", "Qwen2ForCausalLM", qwen2_model, rules, qwen_config),
     Family("qwen3", "Qwen3ForCausalLM", qwen3_model, rules, qwen_config, refused="attention_bias"),
+    Family("seed_oss", "SeedOssForCausalLM", seed_oss_model, rules, seed_oss_config, refused="other biases"),
     Family("phi3", "Phi3ForCausalLM", phi3_model, phi3_rules, phi3_config, refused="longrope"),
     Family("smollm3", "SmolLM3ForCausalLM", smollm3_model, rules, refused="biases"),
     Family("arcee", "ArceeForCausalLM", arcee_model, rules, their_plain_fields, refused="biases"),
