@@ -5,10 +5,12 @@ arguments, a session and streams of its own, runs what it is given, and ends by 
 missing. Tests of that, and torchrun, start real ones.
 """
 
+import contextlib
 import ctypes
 import importlib
 import os
 import pathlib
+import random
 import runpy
 import signal
 import socket
@@ -86,9 +88,12 @@ def by_hand(ranks, program, *arguments, environment=None, **more) -> list[Forked
 
 
 def free_port() -> int:
-    with socket.socket() as meeting:
-        meeting.bind(("127.0.0.1", 0))
-        return meeting.getsockname()[1]
+    """One that nobody has, and that the system gives nobody: those that it gives begin at 32768."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as meeting, contextlib.suppress(OSError):
+            meeting.bind(("127.0.0.1", port))
+            return port
 
 
 def _begin(program, arguments, environment, output, errors):

@@ -1,12 +1,8 @@
-"""The pickles inside checkpoints, read so that nothing in them can run.
+"""What torch.save writes, read so that nothing in it can run.
 
-Unpickling calls whatever functions a pickle names. Here every name is compared with one list first, and what is not
-on it refuses the file. Two kinds of pickles are read:
-
-1. What torch.save writes (pytorch_model.bin, a .nemo's weights, common.pt, chunks and objects in .distcp files). The
-   names are read from the pickle without unpickling it; torch then loads it with its own restricted unpickler.
-2. The `.metadata` of a torch_dist folder. Its classes are replaced by inert ones that only hold what they are given,
-   so that not even a class on the list is ever built from a stranger's values.
+Unpickling calls whatever functions a pickle names. Here (pytorch_model.bin, a .nemo's weights, common.pt, chunks and
+objects in .distcp files) every name is compared with one list first, without unpickling, and what is not on it refuses
+the file; torch then loads it with its own restricted unpickler. The other pickle of a checkpoint: metadata_pickle.py.
 """
 
 import contextlib
@@ -41,27 +37,6 @@ SAVED_NAMES = frozenset(
         ("_codecs", "encode"),  # how protocol 2 writes bytes
     ]
 )
-METADATA_NAMES = frozenset(
-    [
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-                "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        *(
-            ("torch.distributed.checkpoint.planner", name)
-            for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("pathlib", "PosixPath"),  # where torch's own writer put the folder
-        ("pathlib._local", "PosixPath"),
-        ("torch", "Size"),
-        ("collections", "OrderedDict"),
-    ]
-)  # fmt: skip
 DAMAGE = (  # what a damaged file may raise on its way through pickle, zipfile and torch
     OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
     MemoryError, pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError,
@@ -103,12 +78,12 @@ def load_values(file: io.RawIOBase, where):
         DamagedCheckpointError: the file does not hold what was saved.
         CheckpointError: as load_file.
     """
-    with _buffered(file) as reader:
+    with buffered(file) as reader:
         return _load(reader, where)
 
 
 @contextlib.contextmanager
-def _buffered(file: io.RawIOBase) -> Iterator[io.BufferedReader]:
+def buffered(file: io.RawIOBase) -> Iterator[io.BufferedReader]:
     """The file behind a buffer, which leaves it open to its caller."""
     reader = io.BufferedReader(file)
     try:
@@ -125,7 +100,7 @@ def load_window(file: io.RawIOBase, start: int, length: int, where):
     """
     window = Window(file, start, length)
     if length > IN_MEMORY_BYTES:
-        with _buffered(window) as reader:
+        with buffered(window) as reader:
             return _load(reader, where)
     try:
         data = window.read(length)
@@ -255,60 +230,3 @@ class Window(io.RawIOBase):
         count = self.file.readinto(wanted)
         self.place += count
         return count
-
-
-class Inert:
-    """Stands for a class of `.metadata`: holds what it is given, does nothing."""
-
-    def __new__(cls, *arguments):
-        made = super().__new__(cls)
-        made.state = {}
-        return made
-
-    def __init__(self, *arguments): ...
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata` with Inert classes in place of those it names.
-
-    Args:
-        where: for errors.
-    """
-
-    def __init__(self, file: BinaryIO, where):
-        super().__init__(file)
-        self.where, self.made = where, {}
-
-    def find_class(self, module: str, name: str):
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
-            return value
-        if (module, name) not in METADATA_NAMES:
-            raise refuse(self.where, module, name)
-        if (module, name) not in self.made:  # made for this file alone: it can change them without harm
-            plain = {"Size": tuple, "OrderedDict": dict, "_get_layout": lambda layout: layout}
-            self.made[module, name] = plain.get(name) or type(name, (Inert,), {})
-        return self.made[module, name]
-
-
-def load_metadata(file: io.RawIOBase, where) -> Inert:
-    """The description of a torch_dist folder, in Inert objects.
-
-    Raises:
-        DamagedCheckpointError: the file does not hold what was saved.
-        CheckpointError: it is no description, or names a class that is not on the list.
-    """
-    try:
-        check_limit("PICKLE_BYTES", file.seek(0, os.SEEK_END), where, CheckpointError)
-        file.seek(0)
-        with _buffered(file) as reader:
-            return MetadataUnpickler(reader, where).load()
-    except DamagedFile as error:
-        raise damaged(error) from error
-    except (*DAMAGE, RecursionError) as error:
-        raise CheckpointError(
-            f"{where} cannot be read: {type(error).__name__}: {str(error)[:300]}",
-            hint="the folder is no torch_dist checkpoint, or it is damaged; copy it again",
-        ) from error

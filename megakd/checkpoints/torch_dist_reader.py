@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megakd.checkpoints.inside import plain_name
 from megakd.checkpoints.layout import Place
-from megakd.checkpoints.pickles import Inert, load_metadata, load_window
+from megakd.checkpoints.metadata_pickle import Inert, load_metadata
+from megakd.checkpoints.pickles import load_window
 from megakd.checkpoints.record import Files, damaged
 from megakd.digests import DamagedFile, VerifiedFile
 from megakd.errors import CheckpointError
