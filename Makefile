@@ -7,8 +7,12 @@ PYTHON ?= python3
 SEED   ?= 1
 ARGS   ?=
 VERSION ?= 0.19.2
+# Test processes beside each other; most tests use one core, some start up to four ranks. 0: none but pytest's own
+# (for --pdb and -s). A test file stays on one worker.
+WORKERS ?= 2
 
 PY := $(CURDIR)/.venv/bin/python
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help quickstart test test-nightly test-megatron test-slurm check format bench
 .DEFAULT_GOAL := help
@@ -20,7 +24,7 @@ quickstart: .venv/.installed ## train a teacher, distil a student at TP 2, compa
 	PYTHON=$(PY) bash examples/quickstart/run.sh $(SEED)
 
 test: .venv/.installed ## all tests (ARGS="-k loss -x" goes to pytest)
-	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-nightly: .venv/.installed ## the tests on eight ranks, which take minutes
 	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest -m nightly $(ARGS)
@@ -33,7 +37,7 @@ MEGATRON_TESTS ?= tests/test_megatron_on_cpu.py tests/training/test_step.py test
 	tests/checkpoints/test_writer.py tests/checkpoints/test_torch_dist.py
 
 test-megatron: .venv/.installed $(MEGATRON) ## the tests that pin its results, on another Megatron-Core (VERSION=0.19.2)
-	PYTHONPATH=$(MEGATRON) OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(MEGATRON_TESTS) $(ARGS)
+	PYTHONPATH=$(MEGATRON) OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest $(PARALLEL) $(MEGATRON_TESTS) $(ARGS)
 
 build/megatron-core-%: | .venv/.installed
 	rm -rf $@.wheel $@.part

@@ -15,6 +15,12 @@ def pytest_configure():
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that of several workers none is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_report_header():
     return "megatron-core " + importlib.metadata.version("megatron-core")
 

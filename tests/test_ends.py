@@ -116,6 +116,7 @@ with Ranks("cpu", watchdog_seconds=4, reports=os.path.dirname(__file__)) as rank
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["time.sleep(600)", "os.kill(os.getpid(), signal.SIGSTOP)"])
 def test_a_rank_that_stands_still_is_named_and_ends_the_launch(how, script, tmp_path):  # noqa: F811
     path, port = script(STANDS_STILL.replace("STAND_STILL", how)), free_port()

@@ -122,7 +122,7 @@ def test_makefile_targets():
         "bench",
     ]
     plan = subprocess.run(["make", "-n", "test", "ARGS=-k x"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert re.search(r"OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 \S+ -m pytest -k x", plan)
+    assert re.search(r"OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 \S+ -m pytest -n 2 .*-k x", plan)
 
 
 def test_ci_runs_check_and_test():

@@ -66,6 +66,7 @@ def check(done, wanted):
         assert done[i, 0][2] == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_is_transformers(case, converted):
     source, target, model = converted(case)

@@ -80,6 +80,7 @@ def test_a_file_is_the_same_at_any_layout_and_batch_size(folder, model, tmp_path
     assert without_rounding(shards) == without_rounding(alone[: 7 * 3])
 
 
+@pytest.mark.slow
 def test_a_killed_launch_goes_on(folder, model, tmp_path):
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps({"prompt": f"{text}{n}"}) + "\n" for n in range(12) for text in PROMPTS))

@@ -75,6 +75,7 @@ def started(request, tmp_path_factory):
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("cases", CASES, ids=" ".join)
 def test_interpreted(cases, started, request):
@@ -82,6 +83,7 @@ def test_interpreted(cases, started, request):
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_kernel_compiles_for_gpus_that_are_not_there(started, request):
     started[request.node.name].result()

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 TOKENS, VOCAB, TOP_K, HIDDEN = 5, 2 * 509, 7, 67
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks(tmp_path):
     arguments = (
         f"--tokens {TOKENS} --vocab {VOCAB} --top-k {TOP_K} --ranks 2 --hidden {HIDDEN} --repeats 2 --device cpu"

@@ -150,6 +150,7 @@ def names(value):
     return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("models", "ranks", "axes", "recorded"), LAYOUTS, ids=names)
 def test_a_layout_trains_as_one_rank_does(one_rank, models, ranks, axes, recorded):
     want, cache = one_rank(models, axes.get("heads", 2))

@@ -78,6 +78,7 @@ def test_tensor_and_data_parallel_runs_from_one_checkpoint_have_one_curve(folder
         runs.assert_close(curve, curves[0], rel=2e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(folder, teacher, tmp_path):
     config = distil(folder, teacher, tmp_path / "whole", train__steps=20, student__model__hidden_dropout=0.1)
     config["checkpoint"] = {"every_steps": 5, "keep_last": 10}
@@ -122,6 +123,7 @@ def assert_good(processes):
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "asynchronous", "whom"),
     [(signal.SIGTERM, False, "torchrun"), (signal.SIGINT, True, "torchrun"), (signal.SIGUSR1, True, "one rank")],
