@@ -60,6 +60,13 @@ def values(folder: pathlib.Path, run_dir: pathlib.Path, **changes) -> dict:
     return config
 
 
+def distil(folder, teacher, run_dir, tp=2, **changes):
+    """The same with a teacher."""
+    defaults = {"loss": {"top_k": 50, "ce_weight": 0.2}, "train__steps": 6}
+    defaults |= {"teacher__checkpoint": str(teacher), "parallel__tp": tp}
+    return values(folder, run_dir, **(defaults | changes))
+
+
 class OneOfThePool:
     """What the loop asks of megakd.ranks.Ranks, on the ranks of tests/ranks.py."""
 

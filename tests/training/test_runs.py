@@ -1,4 +1,4 @@
-"""Runs from config to checkpoint: curves, resume to the bit after kill -9, stopping, refusals."""
+"""Runs from config to checkpoint: curves, resume to the bit after kill -9, stopping."""
 
 import importlib.metadata
 import json
@@ -12,36 +12,7 @@ import pytest
 from tests import forked
 from tests.ranks import run_ranks
 from tests.training import runs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    runs.prepare(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(folder, tmp_path_factory):
-    """A run folder with a teacher that has learnt something, trained on two data-parallel ranks."""
-    run_dir = tmp_path_factory.mktemp("teacher")
-    config = runs.values(
-        folder,
-        run_dir,
-        student__model__hidden_size=48,
-        train__steps=60,
-        eval__every_steps=20,
-        checkpoint__every_steps=20,
-        log__tensorboard=True,
-    )
-    assert run_ranks(2, runs.train, config) == [None, None]
-    return run_dir
-
-
-def distil(folder, teacher, run_dir, tp=2, **changes):
-    defaults = {"loss": {"top_k": 50, "ce_weight": 0.2}, "train__steps": 6}
-    defaults |= {"teacher__checkpoint": str(teacher), "parallel__tp": tp}
-    return runs.values(folder, run_dir, **(defaults | changes))
+from tests.training.runs import distil
 
 
 def test_a_run_leaves_a_whole_run_folder(teacher):
@@ -198,40 +169,12 @@ def test_a_disk_that_is_full_for_rank_0_alone_ends_all_ranks(folder, tmp_path):
     assert not (tmp_path / "run" / "checkpoints" / "step_00000001").exists()
 
 
-def test_a_run_folder_in_use_is_refused(folder, tmp_path):
-    import fcntl
-
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "run" / "owner.lock", "w") as file:
-        file.write("node7 pid 12 job 34")
-        file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
-        messages = run_ranks(2, runs.train, runs.values(folder, tmp_path / "run", train__steps=1))
-    assert "is in use by another launch (node7 pid 12 job 34)" in messages[0] and messages[0] == messages[1]
-    config = runs.values(folder, tmp_path / "run", train__steps=1)
-    assert run_ranks(2, runs.train, config) == [None, None]
-
-
 def test_the_last_validation_is_in_the_last_checkpoint(teacher):
     from megakd.checkpoints.folder import read_checkpoint
 
     record = json.loads((read_checkpoint(teacher).path / "megakd.json").read_text())
     assert record["data"]["template"] == "{input} {output}"
     assert read_checkpoint(teacher).metrics["ce"] == runs.lines(teacher, "validation")[-1]["ce"]
-
-
-def test_a_schedule_longer_than_its_epochs_is_refused(folder, tmp_path):
-    config = runs.values(folder, tmp_path, train__epochs=0.1, schedule__warmup_steps=1000)
-    del config["train"]["steps"]
-    (message,) = run_ranks(1, runs.train, config)
-    assert "ConfigError: the run has" in message and "schedule.warmup_steps: 1000 must be below" in message
-
-
-def test_nothing_to_evaluate_is_refused(folder, tmp_path):
-    file = runs.write_config(tmp_path, runs.values(folder, tmp_path / "nowhere"))
-    done = forked.run("megakd.cli", "evaluate", file)
-    assert done.returncode == 1 and "would be evaluated with random weights" in done.stderr
-    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("rate", [0.01, 5.0])  # with the first the last step is the best, and with the second it may be
@@ -245,138 +188,6 @@ def test_epochs_and_the_best_checkpoint(rate, folder, tmp_path):
     best = min(validation, key=lambda line: line["loss"])["step"]
     kept = {int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir()}
     assert kept == {best, validation[-1]["step"]}
-
-
-REFUSED = {
-    "missing teacher": (
-        {"teacher__checkpoint": "nowhere"},
-        ["CheckpointError: checkpoint nowhere does not exist", "hint:"],
-    ),
-    "long sequence": ({"data__sequence_length": 64}, ["64 tokens exceed", "max_sequence_length = 32"]),
-    "top_k": ({"loss": {"top_k": 401}}, ["ConfigError: loss.top_k 401 exceeds the vocabulary of 400 ids"]),
-    "no data": ({"data__train": "none/train"}, ["DataError", "none/train"]),
-    "not finite": (
-        {"optimizer__lr": 1e30, "optimizer__clip_grad": 0.0},
-        ["TrainingError: step", "not finite", "hint: lower optimizer.lr"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_mistakes_are_explained_on_every_rank(case, folder, teacher, tmp_path):
-    changes, texts = REFUSED[case]
-    messages = run_ranks(2, runs.train, distil(folder, teacher, tmp_path / "run", **changes))
-    assert messages[0] == messages[1] and all(text in messages[0] for text in texts), messages
-    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
-
-
-def test_a_teacher_that_knows_nothing_is_refused(folder, teacher, tmp_path):
-    fresh = runs.values(folder, tmp_path / "fresh", train__steps=1, optimizer__lr=1e-9, optimizer__min_lr=0.0)
-    assert run_ranks(1, runs.train, fresh) == [None]
-    config = distil(folder, tmp_path / "fresh", tmp_path / "run", tp=1)
-    (message,) = run_ranks(1, runs.train, config)
-    assert "TrainingError: the teacher's cross-entropy on the first batch" in message
-    assert "counting how often each token occurs in it gives" in message
-    assert not list((tmp_path / "run").glob("checkpoints/step_*")), "refused before the first update"
-    config["teacher"]["allow_weak"] = True
-    assert run_ranks(1, runs.train, config) == [None]
-
-
-def train_without_the_teachers_head(rank, ranks, config):
-    """As after a load that has left the output layer as it was drawn."""
-    from megakd.assembly import setup
-
-    upstream = setup.OnlineTeacher
-
-    def half_loaded(gpt, **options):
-        gpt.head_weight.data.normal_(0, 0.1)
-        return upstream(gpt, **options)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(setup, "OnlineTeacher", half_loaded)
-        return runs.train(rank, ranks, config)
-
-
-def test_a_teacher_whose_output_layer_was_not_loaded_is_refused(folder, teacher, tmp_path):
-    config = distil(folder, teacher, tmp_path / "run")
-    messages = run_ranks(2, train_without_the_teachers_head, config)
-    assert messages[0] == messages[1] and "knows nothing about this data" in messages[0]
-
-
-def test_a_teacher_with_another_rotary_base_is_refused_by_a_student_that_knows_better(folder, teacher, tmp_path):
-    from megakd.checkpoints.record import write_record
-
-    last = sorted((teacher / "checkpoints").iterdir())[-1]
-    shutil.copytree(last, tmp_path / "wrong")
-    record = json.loads((tmp_path / "wrong" / "megakd.json").read_text())
-    record["model"]["rotary_base"] = 2
-    write_record(tmp_path / "wrong", record)
-    config = distil(folder, tmp_path / "wrong", tmp_path / "run")
-    config["student"] = {"checkpoint": str(teacher)}
-    messages = run_ranks(2, runs.train, config)
-    assert messages[0] == messages[1] and "has nothing to teach this student about this data" in messages[0], messages
-    config["teacher"]["checkpoint"] = str(teacher)
-    assert run_ranks(2, runs.train, config) == [None, None], "its own copy teaches nothing new, and is no mistake"
-    config["train"]["steps"] += 1
-    config["run"]["allow_change"] = ["train.steps", "teacher.checkpoint"]
-    config["teacher"]["checkpoint"] = str(tmp_path / "wrong")
-    assert run_ranks(2, runs.train, config) == [None, None], "a student may have overtaken its teacher, later"
-
-
-def test_a_teacher_of_another_tokenizer_is_refused(folder, teacher, tmp_path):
-    from megakd.runs.prepare import main
-
-    for name in ("train", "validation"):
-        source = str(runs.ROOT / "megakd" / "cli.py")
-        if name == "train":
-            main(["tokenizer", "--input", source, "--output", f"{tmp_path}/tokenizer.model", "--vocab-size", "390"])
-        tokenizer, output = f"{tmp_path}/tokenizer.model", f"{tmp_path}/{name}"
-        main(["text", "--input", source, "--tokenizer", tokenizer, "--output", output])
-    (message,) = run_ranks(1, runs.train, distil(tmp_path, teacher, tmp_path / "run", tp=1))
-    assert "CheckpointError: teacher" in message and "(400 ids)" in message and "(390 ids)" in message
-
-
-def test_a_run_folder_belongs_to_one_run(folder, tmp_path):
-    config = runs.values(folder, tmp_path, train__steps=2)
-    assert run_ranks(1, runs.train, config) == [None]
-    config["optimizer"]["lr"] = 2e-2
-    config["run"]["resume"] = "auto"
-    (message,) = run_ranks(1, runs.train, config)
-    assert "optimizer.lr: was 0.01, is 0.02" in message
-    config["run"]["resume"] = "never"
-    assert "run.resume is never" in run_ranks(1, runs.train, config)[0]
-    config["run"] |= {"resume": "auto", "allow_change": ["optimizer.lr", "train.steps"]}
-    config["train"]["steps"] = 3
-    assert run_ranks(1, runs.train, config) == [None]
-    assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3]
-    config["run"] |= {"dir": str(tmp_path / "empty"), "resume": "required"}
-    assert "holds no whole checkpoint" in run_ranks(1, runs.train, config)[0]
-
-
-def test_a_blend_is_not_continued_in_another_order(folder, tmp_path):
-    """Before checkpoints said so, weighted blends had another order; other data have the one they had."""
-    from megakd.checkpoints.record import write_record
-
-    def forget_order(run_dir, step):
-        checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
-        record = json.loads((checkpoint / "megakd.json").read_text())
-        order = record["data"].pop("order")
-        write_record(checkpoint, record)
-        return order
-
-    blend = [0.5, f"{folder}/train", 0.5, f"{folder}/validation"]
-    config = runs.values(folder, tmp_path, train__steps=4, run__stop_after=1, data__train=blend)
-    assert run_ranks(1, runs.train, config) == [None] and forget_order(tmp_path, 1) == 2
-    (message,) = run_ranks(1, runs.train, config)
-    assert "step_00000001 was trained on data.train in order 1, this megakd reads it in order 2" in message
-    config["run"]["allow_change"] = ["data.train"]
-    assert run_ranks(1, runs.train, config) == [None]
-    del config["run"]["allow_change"]
-    assert run_ranks(1, runs.train, config) == [None] and forget_order(tmp_path, 3) == 2
-
-    plain = runs.values(folder, tmp_path / "plain", train__steps=2, run__stop_after=1)
-    assert run_ranks(1, runs.train, plain) == [None]
-    assert forget_order(tmp_path / "plain", 1) == 1 and run_ranks(1, runs.train, plain) == [None]
 
 
 def test_evaluate_and_generate_read_what_train_wrote(folder, teacher, tmp_path):
