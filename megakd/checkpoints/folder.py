@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
 from megakd import __version__
 from megakd.checkpoints.inside import check_folder, plain_name
@@ -274,14 +275,14 @@ def discard(path: pathlib.Path) -> None:
     shutil.rmtree(incomplete(path), ignore_errors=True)
 
 
-def prune(run_dir, keep_last: int, keep: set[int]) -> None:
-    """Remove all but the last `keep_last` checkpoints of a run and those of the steps in `keep`. One rank calls it.
+def prune(run_dir, keep_last: int, keep: Callable[[int], bool]) -> None:
+    """Remove all but the last `keep_last` checkpoints of a run and those whose step `keep` names. One rank calls it.
 
     What cannot be removed (another process reads it) is left with a warning, and tried again next time.
     """
     whole = whole_checkpoints(run_dir)
     for folder in whole[:-keep_last]:
-        if int(STEP_FOLDER.match(folder.name)[1]) not in keep:
+        if not keep(int(STEP_FOLDER.match(folder.name)[1])):
             remove(folder)
     for trash in (pathlib.Path(run_dir) / "checkpoints").glob("*.incomplete"):  # what a kill has left
         if whole and trash.name < whole[-1].name:

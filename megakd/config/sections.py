@@ -274,8 +274,14 @@ class Checkpoint(Section):
     """Newest checkpoints that are kept."""
     keep_best: bool = True
     """Keep the checkpoint with the best validation as well."""
+    keep_every: Count | None = None
+    """Keep the checkpoints of every so many optimizer steps for good as well: a multiple of every_steps; null: none."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
     verify: Literal["always", "sampled", "never"] = "always"
     """Which chunks (of 4 MiB) of a checkpoint's files have their digests compared when they are read: every one, one in
     16, or none."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.keep_every is not None and self.keep_every % (self.every_steps or self.keep_every + 1):
+            yield "keep_every", f"{self.keep_every} is no multiple of every_steps ({self.every_steps or 'null'})"

@@ -112,9 +112,15 @@ class Saver:
         self.saved_step = progress.step
 
     def prune(self, best_step: int | None) -> None:
-        """Remove what is neither among the last nor the best; on rank 0 alone."""
-        keep = {best_step} if self.config.checkpoint.keep_best and best_step else set()
-        folder.prune(self.config.run.dir, self.config.checkpoint.keep_last, keep)
+        """Remove what is neither among the last, nor the best, nor kept for good; on rank 0 alone."""
+        section = self.config.checkpoint
+
+        def keep(step: int) -> bool:
+            if section.keep_every and step % section.keep_every == 0:
+                return True
+            return section.keep_best and step == best_step
+
+        folder.prune(self.config.run.dir, section.keep_last, keep)
 
     def poll(self) -> None:
         """Publish a background save that has been written."""

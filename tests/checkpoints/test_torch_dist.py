@@ -180,6 +180,6 @@ def test_old_checkpoints_go_but_the_kept_stay(tmp_path):
     for step in (10, 20, 30, 40):
         step_folder(tmp_path, step).mkdir(parents=True)
         (step_folder(tmp_path, step) / "megakd.json").write_text("{}")
-    prune(tmp_path, keep_last=2, keep={10})
+    prune(tmp_path, keep_last=2, keep=lambda step: step == 10)
     assert [f.name for f in whole_checkpoints(tmp_path)] == ["step_00000010", "step_00000030", "step_00000040"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3

@@ -202,6 +202,11 @@ MODEL = "student.model."
         ({"student.model": None}, "student.checkpoint: neither is given; expected exactly one"),
         ({"train.epochs": 1.0}, "train.steps: both are given; expected exactly one"),
         ({"train.steps": None}, "train.steps: neither is given; expected exactly one"),
+        (
+            {"checkpoint.every_steps": 4, "checkpoint.keep_every": 6},
+            "checkpoint.keep_every: 6 is no multiple of every",
+        ),
+        ({"checkpoint.keep_every": 6}, "checkpoint.keep_every: 6 is no multiple of every_steps (null)"),
         ({MODEL + "num_query_groups": 3}, MODEL + "num_query_groups: 3 does not divide num_attention_heads = 4"),
         ({MODEL + "hidden_size": 66}, MODEL + "hidden_size: 66 is not divisible by num_attention_heads = 4"),
         ({MODEL + "kv_channels": 7}, MODEL + "rotary_percent: rotates 7 of 7 channels"),

@@ -177,6 +177,13 @@ def test_the_last_validation_is_in_the_last_checkpoint(teacher):
     assert read_checkpoint(teacher).metrics["ce"] == runs.lines(teacher, "validation")[-1]["ce"]
 
 
+def test_some_checkpoints_are_kept_for_good(folder, tmp_path):
+    config = runs.values(folder, tmp_path, train__steps=11)
+    config["checkpoint"] = {"every_steps": 2, "keep_last": 1, "keep_best": False, "keep_every": 4}
+    assert run_ranks(1, runs.train, config) == [None]
+    assert sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir()) == [4, 8, 11]
+
+
 @pytest.mark.parametrize("rate", [0.01, 5.0])  # with the first the last step is the best, and with the second it may be
 def test_epochs_and_the_best_checkpoint(rate, folder, tmp_path):
     config = runs.values(folder, tmp_path, train__epochs=0.5, eval__every_steps=2)
