@@ -1,4 +1,4 @@
-"""The device seam: the unmodified megatron-core runs on CPU and gloo, and three upstream bugs are mended.
+"""The device seam: the unmodified megatron-core runs on CPU and gloo, and four upstream bugs are mended.
 
 Megatron-Core asks torch.cuda for its device, random state, streams and tensor types. On `cpu` this module answers those
 questions with the CPU, by plain patches made before Megatron is imported (no mode, no cost per operation). On `cuda`
@@ -10,14 +10,19 @@ What is mended, beside the device (each has a test that fails without it):
        advances once per parameter.
     3. distributed optimizer, torch Adam: an optimizer that has never stepped, or has no parameter (that of experts on a
        pipeline stage without any), cannot describe its state.
-They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them; 0.16.1 to 0.19.2 all
-have them. What is mended of single layers is in megakd.models.moe.
+These three occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them.
+    4. distributed optimizer, any Adam: in a checkpoint that can be resharded, master weights and moments of all but the
+       first bucket of gradients are cut out as many elements too late as buckets before were padded, and zeros take
+       the place of the last. Buckets are padded to a multiple of 128 and of the data-parallel size: a run of 24 ranks
+       that overlaps its reductions went on from shifted weights. Upstream warns ("can lead to data corruption").
+0.16.1 to 0.19.2 have all four. What is mended of single layers is in megakd.models.moe.
 """
 
 import collections
 import contextlib
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -110,6 +115,7 @@ def install(device: str) -> None:
 
         megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     mend_distributed_optimizer()
+    mend_buckets()
 
 
 @contextlib.contextmanager
@@ -273,3 +279,38 @@ def mend_distributed_optimizer() -> None:
     cls._set_main_param_and_optimizer_states = set_states_with_step
     cls.load_state_dict = load_with_own_steps
     cls.sharded_state_dict = describe_even_when_fresh
+
+
+def mend_buckets() -> None:
+    """Mend bug 4 of the module docstring, as long as upstream has its workaround for it."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    upstream = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(upstream, "megakd_upstream") or "padded with zeros" not in inspect.getsource(upstream):
+        return
+
+    def describe_where_they_are(self, *args, **kwargs):
+        places = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = places_without_padding(buffer)
+            return upstream(self, *args, **kwargs)
+        finally:
+            for buffer, place in zip(self.buffers, places, strict=True):
+                buffer.param_index_map = place
+
+    describe_where_they_are.megakd_upstream = upstream
+    DistributedOptimizer.sharded_param_state_fully_reshardable = describe_where_they_are
+
+
+def places_without_padding(buffer) -> dict:
+    """Where a buffer's parameters are once the padding at the ends of its buckets is taken out: {parameter: (start,
+    stop, bucket)}, as Megatron gathers them."""
+    shifts, place = [], 0
+    for bucket in buffer.buckets:
+        shifts.append(place - bucket.offset)
+        place += bucket.numel_unpadded
+    return {
+        parameter: (start + shifts[number], stop + shifts[number], number)
+        for parameter, (start, stop, number) in buffer.param_index_map.items()
+    }

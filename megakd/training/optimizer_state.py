@@ -4,7 +4,10 @@ Moments and main weights are saved by the names of parameters, so they find thei
 them, for each optimizer, are the groups of parameters with their hyperparameters and the count of steps.
 """
 
+import torch
+
 from megakd.checkpoints.folder import Checkpoint
+from megakd.checkpoints.loading import fail_together
 from megakd.errors import CheckpointError
 
 
@@ -56,3 +59,33 @@ def parts_of(state: dict) -> list[dict]:
     """The states of single optimizers, in order."""
     numbers = sorted(name for name in state if isinstance(name, int))
     return [state[number] for number in numbers] or [state]
+
+
+def check_master_weights(optimizer, state: dict, checkpoint: Checkpoint) -> None:
+    """The weights that the optimizer goes on from are those of the model, which are loaded already.
+
+    Megatron without the mend of `megatron_on_cpu.mend_buckets` writes others, and training would go on from them.
+
+    Args:
+        optimizer: of the model; its state is not loaded yet.
+        state: what it will be given.
+    Raises:
+        CheckpointError: on every rank; they are not.
+    Collectives: one all-gather of a short text.
+    """
+    failure = None
+    for one, part in zip(getattr(optimizer, "chained_optimizers", [optimizer]), parts_of(state), strict=True):
+        places = [p for buffer in getattr(one, "buffers", []) for p in buffer.param_index_map]
+        for number, tensors in part.get("param_state", {}).items():
+            weight, master = places[number].data, tensors["param"].detach()
+            if type(weight) is not torch.Tensor:  # of 8 bits, with scales of its own
+                continue
+            wrong = (master.to(weight.device, weight.dtype).view_as(weight) != weight).sum().item()
+            if wrong:
+                failure = failure or CheckpointError(
+                    f"{checkpoint.path}: the optimizer's copy of a weight of shape {list(weight.shape)} is another one "
+                    f"({wrong:,} of {weight.numel():,} values)",
+                    hint="a fault of Megatron-Core that megakd has mended has written it; go on from an older "
+                    "checkpoint, or start anew from its weights, which are whole, as student.checkpoint",
+                )
+    fail_together(failure)
