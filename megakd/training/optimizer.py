@@ -14,10 +14,10 @@ STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd":
 def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedDataParallel]:
     """Megatron DDP of each stage on this rank: gradients in fp32, summed (not averaged) over dp; the loss divides by
     tokens at the end."""
-    cuda = next(gpt.parameters()).is_cuda
+    overlap = overlaps_reduction(gpt, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=cuda and groups.dp_cp.size() > 1,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=config.optimizer.distributed,
         average_in_collective=False,
     )
@@ -28,10 +28,14 @@ def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedData
     for chunk in ddp:
         chunk.broadcast_params()
     no_sync = [chunk.no_sync for chunk in ddp]
-    overlap = ddp_config.overlap_grad_reduce
     gpt.config.no_sync_func = (no_sync if len(ddp) > 1 else no_sync[0]) if overlap else None
     gpt.config.finalize_model_grads_func = finalize_model_grads
     return ddp
+
+
+def overlaps_reduction(gpt: GPT, groups) -> bool:
+    """Whether gradients are reduced bucket by bucket while the backward goes on; on a CPU that gains nothing."""
+    return next(gpt.parameters()).is_cuda and groups.dp_cp.size() > 1
 
 
 def build_optimizer(ddp: list[DistributedDataParallel], config: Config, steps: int, groups):

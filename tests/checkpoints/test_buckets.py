@@ -18,18 +18,10 @@ def train(rank, ranks, run_dir, bucket_size, steps, precision="fp32", mended=Tru
 
     from megakd.checkpoints.folder import read_checkpoint
     from megakd.errors import CheckpointError
-    from megakd.training import optimizer
     from megakd.training.checkpointing import Progress, Saver, resume
 
-    upstream = optimizer.DistributedDataParallelConfig
-
-    def in_buckets(**options):
-        return upstream(**options | {"overlap_grad_reduce": True, "bucket_size": bucket_size})
-
     describe = DistributedOptimizer.sharded_param_state_fully_reshardable
-    with pytest.MonkeyPatch.context() as patch, small.layout() as groups:
-        if bucket_size:
-            patch.setattr(optimizer, "DistributedDataParallelConfig", in_buckets)
+    with pytest.MonkeyPatch.context() as patch, small.in_buckets(bucket_size), small.layout() as groups:
         if not mended:
             patch.setattr(DistributedOptimizer, "sharded_param_state_fully_reshardable", describe.megakd_upstream)
         changes = {"run__dir": str(run_dir), "train__global_batch_size": 12, "train__precision": precision}

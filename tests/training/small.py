@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 
 VOCAB = 1000  # padded to 1024
@@ -20,6 +21,20 @@ def layout(tp=1, pp=1, seed=1, **axes):
         yield build_groups(tp, pp, seed, **axes)
     finally:
         destroy_groups()
+
+
+@contextlib.contextmanager
+def in_buckets(elements):
+    """Gradients are reduced while the backward goes on, in buckets of about so many, as on GPUs; None: in one piece."""
+    from megakd.training import optimizer
+
+    upstream = optimizer.DistributedDataParallelConfig
+    with pytest.MonkeyPatch.context() as patch:
+        if elements:
+            small = lambda **options: upstream(**options | {"bucket_size": elements})  # noqa: E731
+            patch.setattr(optimizer, "DistributedDataParallelConfig", small)
+            patch.setattr(optimizer, "overlaps_reduction", lambda gpt, groups: True)
+        yield
 
 
 def config(tp=1, pp=1, **changes):

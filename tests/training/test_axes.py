@@ -80,6 +80,13 @@ LAYOUTS = [
     ("dense", 4, {"cp": 2, "dp": 2}, False),
     ("experts", 4, {"cp": 2, "dp": 2, "ep": 4}, False),
     ("experts", 4, {"tp": 2, "dp": 2, "sp": True, "ep": 4}, False),
+    # Gradients reduced in buckets during the backward, as on GPUs.
+    ("dense", 4, {"pp": 2, "dp": 2, "bucket": 2000}, False),
+    ("dense, not tied", 2, {"dp": 2, "bucket": 2000}, False),
+    ("dense, not tied", 4, {"tp": 2, "dp": 2, "sp": True, "bucket": 2000, "budget": 40_000}, False),
+    ("experts", 4, {"pp": 2, "dp": 2, "ep": 2, "bucket": 2000, "budget": 40_000}, False),
+    ("dense", 4, {"pp": 2, "vpp": 2, "dp": 2, "micro": 1, "bucket": 2000}, False),
+    ("dense", 4, {"cp": 2, "dp": 2, "bucket": 2000}, False),
 ]
 
 
@@ -96,6 +103,7 @@ def train(rank, ranks, models, axes, cache=None, record=False, run_dir=None, ste
     from megakd.training.checkpointing import Saver
 
     axes = dict(axes)
+    bucket, budget = axes.pop("bucket", None), axes.pop("budget", None)
     size, heads, dp = axes.pop("micro", 2), axes.pop("heads", 2), axes.pop("dp", 1)
     splits = {name: axes.pop(name) for name in list(axes) if name.startswith(("student_", "teacher_"))}
     changes = {f"parallel__{name}": value for name, value in axes.items()}
@@ -103,7 +111,9 @@ def train(rank, ranks, models, axes, cache=None, record=False, run_dir=None, ste
         whose, _, end = name.partition("_")
         changes.setdefault(f"{whose}__pipeline", {})[f"{end}_stage_layers"] = layers
     tp, pp = changes.pop("parallel__tp", 1), changes.pop("parallel__pp", 1)
-    with small.layout(tp, pp, cp=axes.get("cp", 1), ep=axes.get("ep", 1)) as groups:
+    if budget:
+        changes["loss__logits_memory_budget_bytes"] = budget
+    with small.in_buckets(bucket), small.layout(tp, pp, cp=axes.get("cp", 1), ep=axes.get("ep", 1)) as groups:
         assert groups.dp.size() == dp
         student, teacher = ({"num_query_groups": heads} | section for section in MODELS[models])
         if "moe" in student:
