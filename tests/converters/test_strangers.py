@@ -453,6 +453,9 @@ ARRAYS = {
     "no chunks": lambda z: z.update(chunks=[0, 0]),
     "objects": lambda z: z.update(dtype="|O"),
     "text": lambda z: z.update(shape="wide"),
+    "compressed": lambda z: z.update(compressor={"id": "zlib"}),
+    "filtered": lambda z: z.update(filters=[{"id": "delta"}]),
+    "columns first": lambda z: z.update(order="F"),
 }
 
 
