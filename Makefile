@@ -1,7 +1,8 @@
 # On a fresh clone, `make quickstart` and `make test` are all there is to type: each sets up .venv first.
 #
-# The versions are those of constraints.txt. Plain pip is used, with whatever index the machine is set up for. On Linux
-# the public torch wheel carries CUDA; README says how to have the CPU wheel (a tenth of the size) put in instead.
+# The versions are those of constraints/ for the Python at hand (PYTHON=python3.12 takes another). Plain pip is used, with
+# whatever index the machine is set up for. On Linux the public torch wheel carries CUDA; README says how to have the CPU
+# wheel (a tenth of the size) put in instead.
 
 PYTHON ?= python3
 SEED   ?= 1
@@ -13,6 +14,7 @@ WORKERS ?= 2
 
 PY := $(CURDIR)/.venv/bin/python
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+CONSTRAINTS := constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 
 .PHONY: help quickstart test test-nightly test-megatron test-slurm check format bench
 .DEFAULT_GOAL := help
@@ -62,7 +64,9 @@ format: .venv/.installed ## formatting and what lint can put right
 bench: .venv/.installed ## time and memory of the loss beside its peers
 	$(PY) tools/benchmarks/loss.py $(ARGS)
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml $(wildcard $(CONSTRAINTS))
+	@test -f $(CONSTRAINTS) || { echo "no versions were tested with this Python: $(CONSTRAINTS) is missing" >&2; \
+		echo "hint: make PYTHON=python3.12 ... takes another; tested are $(wildcard constraints/*)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-input -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@

@@ -102,7 +102,7 @@ with Ranks("cpu") as ranks:
 STANDS_STILL = (
     NOTE_PID
     + """
-with Ranks("cpu", watchdog_seconds=4, reports=os.path.dirname(__file__)) as ranks:
+with Ranks("cpu", watchdog_seconds=10, reports=os.path.dirname(__file__)) as ranks:
     ranks.agree_to_stop()
     for step in range(1, 4):
         ranks.pulse.mark("step", step)
@@ -219,9 +219,10 @@ def test_a_stopped_process_is_seen():
     try:
         assert not is_stopped(process.pid)
         process.send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not is_stopped(process.pid):
             assert time.monotonic() < deadline
+            time.sleep(0.01)
     finally:
         process.kill()
         process.wait()

@@ -85,14 +85,44 @@ def test_what_the_package_imports_is_declared():
     assert not {top: path for top, path in imports(ROOT / "megakd").items() if top not in known}
 
 
-def test_constraints_pin_every_dependency_of_development():
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+
+def test_constraints_and_classifiers_are_of_the_same_pythons():
+    said = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if "Python :: 3." in c]
+    files = sorted(path.name for path in (ROOT / "constraints").iterdir())
+    assert said == PYTHONS and files == [f"python{version}.txt" for version in PYTHONS]
+    assert PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_constraints_pin_every_dependency_of_development(version):
+    lines = (ROOT / "constraints" / f"python{version}.txt").read_text("utf-8").splitlines()
+    head = [line for line in lines if line.startswith("#")]
+    assert lines[: len(head)] == head and f"on CPython {version}." in "".join(head) and "Run with it: " in "".join(head)
+    pins = dict(line.split("==") for line in lines[len(head) :])
+    assert list(pins) == sorted(pins, key=str.lower) and len(pins) == len(lines) - len(head)
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     for requirement in PROJECT["project"]["dependencies"] + EXTRAS["dev"] + EXTRAS["plots"]:
         name = package(requirement).replace("_", "-")
         assert name in pins or name == "megakd", f"{name} is not pinned"
-    assert pins["torch"] == "2.13.0"
+    newest = version in ("3.12", "3.13")  # Megatron-Core 0.17 and later need Python 3.12
+    assert pins["torch"] == "2.13.0" and pins["megatron-core"] == ("0.19.2" if newest else "0.16.1")
+
+
+def test_make_takes_the_constraints_of_its_python(tmp_path):
+    def plan(version, *flags):
+        python = tmp_path / f"python{version}"
+        python.write_text(f"#!/bin/sh\necho {version}\n")
+        python.chmod(0o755)
+        command = ["make", "-B", *flags, "check", f"PYTHON={python}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    for version in PYTHONS:
+        assert f"-c constraints/python{version}.txt -e '.[dev]'" in plan(version, "-n").stdout
+    refused = plan("3.99")
+    assert refused.returncode != 0 and "constraints/python3.99.txt is missing" in refused.stderr
+    assert "hint: make PYTHON=python3.12" in refused.stderr and "-m venv" not in refused.stdout
 
 
 def test_the_command_is_installed_under_its_name():
@@ -108,7 +138,9 @@ def test_makefile_targets():
     for target in ("quickstart", "test", "test-megatron", "test-slurm", "check", "bench"):
         plan = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True)
         assert plan.returncode == 0, plan.stderr
-        assert "-c constraints.txt -e '.[dev]'" in plan.stdout, f"{target} does not set up its environment"
+        assert "-c constraints/python3." in plan.stdout and "-e '.[dev]'" in plan.stdout, (
+            f"{target} does not set up its environment"
+        )
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
     assert re.findall(r"^make ([\w-]+)", listed, re.MULTILINE) == [
         "help",

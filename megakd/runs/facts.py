@@ -27,9 +27,16 @@ VARIABLES = (
 
 
 def run_facts(config: Config, environ: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """The resolved config by key, versions of what computes, and environment that changes results."""
-    facts = {key: value for key, value in config.flat().items()}
-    facts |= {"python": platform.python_version(), "megakd": f"{megakd.__version__}, sources {sources_digest()}"}
+    """The resolved config by key, and launch_facts."""
+    return config.flat() | launch_facts(environ)
+
+
+def launch_facts(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """Versions of what computes, and environment that changes results."""
+    facts: dict[str, object] = {
+        "python": platform.python_version(),
+        "megakd": f"{megakd.__version__}, sources {sources_digest()}",
+    }
     for name in PACKAGES:
         try:
             facts[name] = importlib.metadata.version(name)

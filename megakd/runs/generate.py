@@ -14,6 +14,7 @@ import os
 from megakd.errors import ConfigError
 from megakd.paths import path_argument, path_text
 from megakd.runs.data_flags import add_format, data_section
+from megakd.runs.facts import launch_facts
 
 CONVERSION_SECONDS = 1800  # how long ranks wait for the one that converts a Hugging Face folder, or the slowest model
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
     from megakd.megatron_on_cpu import install  # torch, after --help has been answered
     from megakd.ranks import Ranks
 
-    facts = {key: str(value) for key, value in vars(arguments).items()}
+    facts = {key: str(value) for key, value in vars(arguments).items()} | launch_facts()
     with Ranks(arguments.device, collective_seconds=CONVERSION_SECONDS, facts=facts) as ranks:
         install(ranks.device.type)
         from megakd.generation.generate import complete, write_file

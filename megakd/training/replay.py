@@ -1,18 +1,22 @@
 """Computing a recorded step again, at another layout, version or device, and comparing what comes out."""
 
+import contextlib
 import pathlib
+from collections.abc import Callable, Iterator
 
 from megakd.assembly.setup import Setup, build_setup
 from megakd.cache.fingerprint import folder_fingerprint
 from megakd.config import Config
 from megakd.converters.direct import open_checkpoint
 from megakd.errors import ConfigError, StepError, TrainingError
+from megakd.ownership import Taken, check_owner, owning
+from megakd.publish import make_folder
 from megakd.ranks import Ranks, from_rank_0
 from megakd.steps.comparison import check_settings, check_student, compare_records
 from megakd.steps.folder import WEIGHTS, StepRecord, read_record, step_name
 from megakd.training.optimizer import build_optimizer, wrap_data_parallel
 from megakd.training.step import StudentStep
-from megakd.training.step_record import begin_folder, settings_of, step_values, write_step
+from megakd.training.step_record import begin_folder, settings_of, step_values, unwritable, write_step
 from megakd.training.witness import StepWitness, unseen_axes
 
 FOLDER = "replays"  # in the run folder
@@ -28,7 +32,7 @@ def replay(path: pathlib.Path, config: Config, ranks: Ranks, flags: dict[str, fl
     Returns:
         The comparison in words, and whether something differs; the same on every rank.
     Raises:
-        StepError, ConfigError: the record cannot be read, or is of another run.
+        StepError, ConfigError: the record cannot be read, or is of another run; another replay writes there.
     Collectives: those of a step, and some broadcasts.
     """
     if problem := unseen_axes(config.parallel):
@@ -39,14 +43,49 @@ def replay(path: pathlib.Path, config: Config, ranks: Ranks, flags: dict[str, fl
     record = from_rank_0(lambda: read_record(path))
     check_settings(record, settings_of(config), "this config")
     config = with_weights(config, record)
-    setup = build_setup(config, ranks.device)
-    check_student(record, setup.model.model_dump(mode="json"), setup.tokenizer.fingerprint, "this config")
     step = record.values["step"]
-    witness, metrics = compute(setup, step)
     kept = pathlib.Path(config.run.dir) / FOLDER / step_name(step)
-    begin_folder(kept)
-    write_step(kept, witness, step_values(setup, step, metrics, record.values["weights"]))
-    return from_rank_0(lambda: compare_records(record, read_record(kept), flags))
+    with owned(kept) as check_owned:
+        setup = build_setup(config, ranks.device)
+        check_student(record, setup.model.model_dump(mode="json"), setup.tokenizer.fingerprint, "this config")
+        witness, metrics = compute(setup, step)
+        check_owned()
+        begin_folder(kept)
+        write_step(kept, witness, step_values(setup, step, metrics, record.values["weights"]))
+        return from_rank_0(lambda: compare_records(record, read_record(kept), flags))
+
+
+@contextlib.contextmanager
+def owned(path: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Own the folder of a step until the block ends; gives what says whether it still is this launch's.
+
+    Raises:
+        ConfigError, StepError: on every rank; another launch owns it, or nothing can be written there.
+    Collectives: one broadcast, and one for each question.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            try:
+                make_folder(path.parent)
+                held.enter_context(owning(lock, remove=True))
+            except Taken as holder:
+                raise ConfigError(
+                    f"{path} is being written by another replay ({holder})",
+                    hint="wait for it to end, or give this one a folder of its own: run.dir=FOLDER",
+                ) from None
+            except OSError as error:
+                raise unwritable(path, error) from error
+
+        def check() -> None:
+            try:
+                check_owner(lock)
+            except OSError as error:
+                raise unwritable(path, error) from error
+
+        from_rank_0(take)
+        yield lambda: from_rank_0(check)
 
 
 def compute(setup: Setup, step: int) -> tuple[StepWitness, dict[str, float]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import forked
-from tests.checkpoints.planted import PLANTS, Plant, plant
+from tests.checkpoints.planted import PLANTS, Plant, plant, record_files
 from tests.ranks import run_ranks
 from tests.runs.test_cache import record
 from tests.training import runs
@@ -90,6 +90,18 @@ def test_nothing_runs_when_it_is_exported(kind, folder, trained, tmp_path):
 def test_nothing_runs_from_a_random_state(folder, trained, tmp_path):
     there, name = planted(trained, tmp_path, "object")
     refused(as_resumed(folder, there, tmp_path), name, tmp_path)
+
+
+@pytest.mark.parametrize("content", [bytes(120), b"", b"[1]", b'"' + b"x" * 5000 + b'"', b"[" * 10**5])
+def test_a_format_that_is_none_is_named(content, folder, trained, tmp_path):
+    """Zeros are what a power cut leaves of a file; the record is made to fit, or it would be found damaged before."""
+    there = shutil.copytree(trained, tmp_path / "theirs")
+    (checkpoint,) = (there / "checkpoints").glob("step_*")
+    (checkpoint / "metadata.json").write_bytes(content)
+    assert as_student(folder, there, tmp_path).startswith("DamagedCheckpointError: ")
+    record_files(checkpoint)
+    said = as_student(folder, there, tmp_path)
+    assert said.startswith("CheckpointError: ") and "metadata.json" in said and "hint: " in said and len(said) < 600
 
 
 def take_random_states(rank, ranks, states):

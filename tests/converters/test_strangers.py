@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import time
 
@@ -16,7 +17,7 @@ from megakd.checkpoints import folder
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.converters.convert import Options, convert
 from megakd.converters.huggingface.folder import HuggingFaceFolder
-from megakd.converters.nemo.archive import unpacked
+from megakd.converters.nemo.archive import artifact, resolve, unpacked
 from megakd.converters.nemo.convert import open_nemo
 from megakd.errors import CheckpointError
 from tests.checkpoints.planted import Plant, edit_description, edit_record, record_files
@@ -38,15 +39,11 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def source(whole, tmp_path):
-    import shutil
-
     return shutil.copytree(whole[0], tmp_path / "hf")
 
 
 @pytest.fixture
 def checkpoint(whole, tmp_path):
-    import shutil
-
     return shutil.copytree(whole[1], tmp_path / "megatron")
 
 
@@ -71,7 +68,8 @@ def kept(checkpoint, **changes):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../overwritten.safetensors", "/tmp/overwritten.safetensors", "a/b.safetensors", ".."]
+    "name",
+    ["../../overwritten.safetensors", "/tmp/overwritten.safetensors", "a/b.safetensors", "a\\b.safetensors", ".."],
 )
 def test_a_kept_file_list_cannot_write_elsewhere(name, checkpoint):
     header = json.loads((checkpoint / folder.KEPT / "weights.json").read_text())["headers"]["model.safetensors"]
@@ -102,6 +100,31 @@ def test_links_out_of_a_hugging_face_folder_are_not_followed(name, source):
     refused(source, f"{name} is a link that leads out of its folder, to ../secret")
 
 
+OUT = {  # link below a folder called hf -> where it leads; beside hf there are `hf-secret` and, two folders up, `blobs`
+    "a folder whose name begins alike": ("config.json", "../hf-secret/config.json"),
+    "from a folder inside": ("sub/x.json", "../../hf-secret/config.json"),
+    "a whole folder": ("sub/other", "../../hf-secret"),
+    "blobs of a folder that is no snapshot": ("config.json", "../../blobs/config.json"),
+    "an absolute one": ("config.json", "/etc/hostname"),
+}
+
+
+@pytest.mark.parametrize("way", OUT)
+def test_no_link_finds_a_way_out(way, whole, tmp_path):
+    source = shutil.copytree(whole[0], tmp_path / "a" / "hf")
+    (source / "sub").mkdir()
+    (source / "sub" / "inside").symlink_to("../config.json")
+    for place in (source.parent / "hf-secret", tmp_path / "blobs"):
+        place.mkdir()
+        shutil.copyfile(source / "config.json", place / "config.json")
+    HuggingFaceFolder(source)
+    name, target = OUT[way]
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(target)
+    with pytest.raises(CheckpointError, match="is a link that leads out of its folder"):
+        HuggingFaceFolder(source)
+
+
 def test_links_inside_a_folder_and_those_of_the_hubs_cache_are_followed(source, tmp_path):
     (source / "other").mkdir()
     (source / "config.json").rename(source / "other" / "config.json")
@@ -117,6 +140,10 @@ def test_links_inside_a_folder_and_those_of_the_hubs_cache_are_followed(source, 
     (blobs / "1").unlink()
     (blobs / "1").symlink_to("/etc/passwd")
     with pytest.raises(CheckpointError, match="a link that leads out"):
+        HuggingFaceFolder(snapshot)
+    (blobs / "1").unlink()
+    os.mkfifo(blobs / "1")
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
         HuggingFaceFolder(snapshot)
 
 
@@ -144,8 +171,10 @@ def test_a_record_cannot_list_files_elsewhere(name, checkpoint):
         folder.read_checkpoint(checkpoint)
 
 
-def test_a_link_in_a_checkpoint_is_not_followed(checkpoint):
-    (checkpoint / "tokenizer_config.json").symlink_to("/etc/hostname")
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "hf/generation_config.json"])
+def test_a_link_in_a_checkpoint_is_not_followed(name, checkpoint):
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match="a link that leads out"):
         folder.read_checkpoint(checkpoint)
 
@@ -184,9 +213,8 @@ def test_code_beside_a_model_is_never_run(source):
     assert not ran.exists()
 
 
-def damage(change):
+def damage(change, key="decoder.final_layernorm.weight"):
     def edit(description):
-        key = "decoder.final_layernorm.weight"
         index = next(index for index in description.storage_data if index.fqn == key)
         change(description, description.state_dict_metadata[key], index, description.storage_data[index])
 
@@ -207,7 +235,23 @@ LIES = {
     ),
     "no parts": lambda d, entry, index, info: setattr(entry, "chunks", []),
     "a part outside": lambda d, entry, index, info: setattr(entry, "size", torch.Size([3])),
+    "a shape of fractions": lambda d, entry, index, info: vars(entry).update(size=(48.0,)),
 }
+
+
+def begin_later(description, entry, index, info):
+    """A part that is as large as its tensor and begins inside of it."""
+    part = type(entry.chunks[0])(torch.Size([1]), entry.chunks[0].sizes)
+    entry.chunks[:] = [part]
+    description.storage_data[type(index)(index.fqn, part.offsets)] = description.storage_data.pop(index)
+
+
+def turn(description, entry, index, info):
+    """Two negative sizes make the right number of values."""
+    entry.chunks[:] = [type(part)(part.offsets, tuple(-n for n in part.sizes)) for part in entry.chunks]
+
+
+LIES |= {"a part that begins later": begin_later}
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -216,6 +260,25 @@ def test_lies_of_a_description_are_found_before_memory_is_taken(lie, checkpoint)
     with pytest.raises(CheckpointError) as caught:
         TorchDistReader(checkpoint)
     assert ".metadata" in str(caught.value) and caught.value.hint
+    assert ("which is no plain name" in str(caught.value)) == (lie in ("a file elsewhere", "an absolute file"))
+
+
+def test_a_part_of_negative_sizes_is_refused(checkpoint):
+    edit_description(checkpoint, damage(turn, "embedding.word_embeddings.weight"))
+    with pytest.raises(CheckpointError, match="has a part of"):
+        TorchDistReader(checkpoint)
+
+
+def test_what_is_stored_is_compared_with_its_description(checkpoint):
+    """Half of a tensor, where the other half would be read as well."""
+
+    def halve(description, entry, index, info):
+        sizes = torch.Size([24])
+        vars(entry).update(size=sizes, chunks=[type(entry.chunks[0])(entry.chunks[0].offsets, sizes)])
+
+    edit_description(checkpoint, damage(halve))
+    with pytest.raises(CheckpointError, match=r"final_layernorm.weight is \[48\] torch.float32, .metadata says \[24\]"):
+        TorchDistReader(checkpoint).read_slice("decoder.final_layernorm.weight", [0], [24])
 
 
 def edit_header(source, edit):
@@ -237,6 +300,9 @@ HEADERS = {
     "one offset": lambda h: h[NORM].update(data_offsets=[0]),
     "no offsets": lambda h: h.update({NORM: 5}),
     "an offset beyond the file": lambda h: h[NORM].update(data_offsets=[0, 1 << 60], shape=[1 << 58]),
+    "an unknown type that ends before it starts": lambda h: h[NORM].update(
+        dtype="X9", data_offsets=h[NORM]["data_offsets"][::-1]
+    ),
 }
 
 
@@ -267,6 +333,15 @@ def test_ten_to_the_nine_layers_are_refused_at_once(source, checkpoint):
 def test_a_hundred_thousand_brackets_are_refused(name, source):
     (source / name).write_text("[" * 100_000)
     refused(source, "100,000 levels of JSON exceed the limit JSON_DEPTH = 100")
+
+
+def test_brackets_in_a_safetensors_header_are_refused(source):
+    edit_header(source, lambda header: header.update(__metadata__="here"))
+    data = (source / "model.safetensors").read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    deep = header.replace(b'"here"', b"[" * 100_000)
+    (source / "model.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep + data[8 + len(header) :])
+    refused(source, "100,00[0-9] levels of JSON exceed the limit JSON_DEPTH = 100")
 
 
 def test_brackets_in_a_record_are_refused(checkpoint):
@@ -309,10 +384,47 @@ def test_a_gzip_bomb_is_refused(tmp_path):
     refused(tmp_path / "m.nemo", "bytes unpacked for one byte of an archive exceed the limit ARCHIVE_RATIO")
 
 
+@pytest.mark.parametrize(
+    ("headers", "megabytes", "words"), [(1, 17, "a header of [0-9]+ bytes"), (9, 8, "exceed the limit ARCHIVE_RATIO")]
+)
+def test_headers_that_grow_are_refused(headers, megabytes, words, tmp_path):
+    """What describes a member counts too: it is unpacked before the member is there to be counted."""
+    with (
+        gzip.open(tmp_path / "m.nemo", "wb", compresslevel=1) as packed,
+        tarfile.open(fileobj=packed, mode="w:", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for number in range(headers):
+            info = tarfile.TarInfo(f"./a{number}")
+            info.pax_headers = {"comment": "x" * (megabytes << 20)}
+            tar.addfile(info)
+    refused(tmp_path / "m.nemo", words)
+
+
+def test_a_link_in_an_unpacked_archive_is_not_followed(tmp_path):
+    nemo_models.build("gpt2b", tmp_path / "m.nemo")
+    weights = tmp_path / "m" / "model_weights.ckpt"
+    weights.rename(tmp_path / "secret")
+    weights.symlink_to("../secret")
+    refused(tmp_path / "m", "a link that leads out of its folder")
+
+
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MEGAKD_LIMIT_ARCHIVE_MEMBERS", "20")
     archive(tmp_path / "m.nemo", [(f"./a{i}", b"x") for i in range(21)])
     refused(tmp_path / "m.nemo", "21 members of an archive exceed the limit ARCHIVE_MEMBERS = 20")
+
+
+def test_a_member_brings_no_rights_of_its_own(tmp_path):
+    info = tarfile.TarInfo("./model_weights.ckpt")
+    info.mode = 0o7777
+    archive(tmp_path / "m.nemo", [(info.name, info)])
+    with unpacked(tmp_path / "m.nemo", tmp_path) as files:
+        assert (files / "model_weights.ckpt").stat().st_mode & 0o7022 == 0
+
+
+def test_a_key_that_refers_to_itself_is_named():
+    with pytest.raises(CheckpointError, match=r"\$\{(\.b|b|a)\} refers to itself"):
+        resolve("${.b}", {"a": "${.b}", "b": "${model.a}"})
 
 
 def test_a_sparse_member_is_refused(tmp_path):
@@ -341,7 +453,25 @@ ARRAYS = {
     "no chunks": lambda z: z.update(chunks=[0, 0]),
     "objects": lambda z: z.update(dtype="|O"),
     "text": lambda z: z.update(shape="wide"),
+    "compressed": lambda z: z.update(compressor={"id": "zlib"}),
+    "filtered": lambda z: z.update(filters=[{"id": "delta"}]),
+    "columns first": lambda z: z.update(order="F"),
 }
+
+
+def test_an_artifact_is_looked_for_by_its_name_alone(tmp_path):
+    (tmp_path / "secret").touch()
+    (tmp_path / "m").mkdir()
+    for reference in ("nemo:../secret", "../secret", str(tmp_path / "secret"), "/etc/hostname"):
+        assert artifact(tmp_path / "m", reference) is None
+    (tmp_path / "m" / "0a_secret").touch()
+    assert artifact(tmp_path / "m", "nemo:../secret") == tmp_path / "m" / "0a_secret"
+
+
+def test_brackets_of_a_zarr_array_are_refused(tmp_path):
+    folder = edit_zarr(tmp_path, dict.clear)
+    next(folder.glob("*/*embeddings.weight/.zarray")).write_text("[" * 100_000)
+    refused(folder, "100,000 levels of JSON exceed the limit JSON_DEPTH = 100")
 
 
 @pytest.mark.parametrize("lie", ARRAYS)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests import forked
+from tests.checkpoints.flips import flip
 from tests.ranks import run_ranks
 from tests.training import runs
 from tests.training.runs import distil
@@ -165,6 +166,14 @@ def test_a_blend_is_not_continued_in_another_order(folder, tmp_path):
     assert run_ranks(1, runs.train, config) == [None]
     del config["run"]["allow_change"]
     assert run_ranks(1, runs.train, config) == [None] and forget_order(tmp_path, 3) == 2
+    config["run"]["allow_change"] = ["data.train"]
+    assert run_ranks(1, runs.train, config) == [None]
+    data = max((tmp_path / "checkpoints" / "step_00000004").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    flip(data, 4 * data.stat().st_size)  # found while it is loaded: the one before is no more in order
+    config["run"]["allow_change"], config["train"]["steps"] = ["train.steps"], 5
+    (message,) = run_ranks(1, runs.train, config)
+    assert "step_00000003 was trained on data.train in order 1" in message
+    assert (tmp_path / "checkpoints" / "step_00000004.damaged").is_dir()
 
     plain = runs.values(folder, tmp_path / "plain", train__steps=2, run__stop_after=1)
     assert run_ranks(1, runs.train, plain) == [None]

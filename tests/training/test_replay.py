@@ -141,7 +141,22 @@ def other_rank_reads(monkeypatch, rank):
         change_batch(monkeypatch, "ids", 5)
 
 
+def another_owner(monkeypatch, rank):
+    """A launch on another machine takes the folder while this one computes."""
+    from megakd.training import replay
+
+    compute = replay.compute
+
+    def computed(setup, step):
+        for lock in pathlib.Path(setup.config.run.dir, "replays").glob("*.lock"):
+            lock.write_text("somebody")
+        return compute(setup, step)
+
+    monkeypatch.setattr(replay, "compute", computed)
+
+
 PLANTED = {
+    "another owner": another_owner,
     "token": lambda monkeypatch, rank: change_batch(monkeypatch, "ids", 5),
     "label": lambda monkeypatch, rank: change_batch(monkeypatch, "labels", -100),
     "teacher's rotary base": lambda monkeypatch, rank: change_model(monkeypatch, "teacher", other_rotary_base),
@@ -266,6 +281,25 @@ def test_a_run_that_began_from_a_checkpoint_is_replayed_from_that_one(folder, te
     other["student"] = {"checkpoint": f"{teacher}/checkpoints/step_00000020"}
     (message,) = run_ranks(1, replay, record_of(config), other)
     assert "began from the checkpoint" in message and f"from {teacher}/checkpoints/step_00000020, which" in message
+
+
+def test_two_replays_into_one_folder_do_not_mix(recorded, tmp_path):
+    """The second is refused before it computes; where there are no locks, the first before it writes."""
+    from megakd.ownership import name, owning
+
+    config, kept = at(recorded, tmp_path, tp=2), tmp_path / "replays"
+    kept.mkdir()
+    with owning(kept / "step_00000001.lock"):
+        messages = run_ranks(2, replay, record_of(recorded), config)
+        assert [path.name for path in kept.iterdir()] == ["step_00000001.lock"]
+    for message in messages:
+        assert message.startswith(f"ConfigError: {kept}/step_00000001 is being written by another replay ({name()})")
+        assert "hint: wait for it to end, or give this one a folder of its own: run.dir=FOLDER" in message
+    for message in run_ranks(2, replay, record_of(recorded), config, "another owner"):
+        assert message.startswith("StepError: ") and f"{kept} was taken by another launch (somebody)" in message
+    assert [path.name for path in kept.iterdir()] == ["step_00000001.lock"]
+    assert not run_ranks(2, replay, record_of(recorded), config)[0][1]
+    assert [path.name for path in kept.iterdir()] == ["step_00000001"], "the lock goes with its owner"
 
 
 def test_a_student_with_dropout_is_not_recorded(folder, tmp_path):

@@ -108,6 +108,7 @@ def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  #
     ranks = runs.by_hand(tmp_path, 2, "train", config)
     try:
         workers = wait_for(lambda: [worker for rank in ranks for worker in runs.session_leaders(rank.pid)])
+        held = {os.readlink(file) for worker in workers for file in pathlib.Path(f"/proc/{worker}/fd").iterdir()}
         for rank in ranks:  # as torchrun sends it on
             rank.send_signal(signal.SIGTERM)
         outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
@@ -119,6 +120,7 @@ def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  #
     assert [rank.returncode for rank in ranks] == [0, 0], output
     assert "was asked to stop by SIGTERM before the first step" in output, output
     assert "DataError" not in output, "a worker's end is no failure of its own"
+    assert held and not [name for name in held if name.startswith("socket:") or name.endswith("owner.lock")]
     assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"step": 0, "finished": False}
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
