@@ -66,7 +66,7 @@ def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float,
     triton_softcap.cap(logits_TW, 30.0, logits_TW)
     triton_softcap.uncap(logits_TW, 30.0, logits_TW)
     more = temperature != 1
-    triton_chunks.summarize(logits_TW, W, 128, temperature, at_one=more, drift=more)
+    triton_chunks.summarize(logits_TW, W, 128, temperature, at_one=more, drift=more, column=more)
     shard, values_RTL = VocabShard(0, W, W), logits_TW[None, :, :top_k]
     given, said = (top_k, shard, temperature), labels_T if more else None
     scan = triton_selection.scan_rows(logits_TW, *given, at_one=more)

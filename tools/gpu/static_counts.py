@@ -34,6 +34,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[2])]
 from megakd.divergences import DIVERGENCES  # noqa: E402
 from megakd.kernels import VocabShard, dense_kd_loss, kd_loss, paths, sample_targets, select_top_k, selection_rows  # noqa: E402
 from megakd.kernels.predictions import predict  # noqa: E402
+from megakd.kernels.sampling import sample_and_predict  # noqa: E402
 from megakd.kernels.selection import select_and_predict  # noqa: E402
 
 WAITS = {"_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "bincount", "repeat_interleave",
@@ -117,6 +118,7 @@ def calls(width: int, top_k: int, temperature: float, ranks: int = 1) -> Iterato
     yield "select_top_k", lambda: select_top_k(teacher_TW, *given)
     yield "select_and_predict, gathered", lambda: select_and_predict(teacher_TW, labels_T, *given, gather=True)
     yield "sample_targets", lambda: sample_targets(teacher_TW, top_k, shard, None, temperature)
+    yield "sample_and_predict", lambda: sample_and_predict(teacher_TW, labels_T, top_k, shard, None, temperature)
     yield "predict", lambda: predict(teacher_TW, labels_T, shard)
     with counted():
         targets = select_top_k(teacher_TW, *given)

@@ -20,6 +20,7 @@ MOST = {  # launches: of Triton's kernels, and of PyTorch's
     "select_top_k": (7, 2),
     "select_and_predict": (7, 15),
     "sample_targets": (2, 116),
+    "sample_and_predict": (2, 160),
     "predict": (2, 37),
     "kd_loss": (8, 3),
     "dense_kd_loss": (3, 92),
