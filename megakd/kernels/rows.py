@@ -250,11 +250,15 @@ def block_bytes(logits_TW: Tensor) -> int:
     return BLOCK_BYTES if logits_TW.device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 
-def runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:
+def runs(supervised_T: Tensor, length: int, *, all_of_them: bool = False) -> Iterator[slice | Tensor]:
     """The supervised rows in pieces of `length`; a piece without gaps as a slice, which copies nothing.
 
-    Waits for the device once, however many pieces there are.
+    Waits for the device once, however many pieces there are; not at all where it is known that all of them are.
     """
+    if all_of_them:
+        for first in range(0, len(supervised_T), length):
+            yield slice(first, min(first + length, len(supervised_T)))
+        return
     index = supervised_T.cpu().nonzero()[:, 0]
     for piece in index.split(length) if len(index) else ():
         first, last = int(piece[0]), int(piece[-1])

@@ -22,6 +22,7 @@ MOST = {  # launches: of Triton's kernels, and of PyTorch's
     "sample_targets": (2, 116),
     "sample_and_predict": (2, 160),
     "predict": (2, 37),
+    "linear_kd_loss": (13, 67),
     "kd_loss": (8, 3),
     "dense_kd_loss": (3, 92),
 }
