@@ -24,7 +24,7 @@ MOST = {  # launches: of Triton's kernels, and of PyTorch's
     "predict": (2, 37),
     "linear_kd_loss": (13, 67),
     "kd_loss": (8, 3),
-    "dense_kd_loss": (3, 92),
+    "dense_kd_loss": (5, 10),
 }
 
 
