@@ -76,6 +76,8 @@ def fused_objective(
 
     Args:
         softcap, block_tokens, on_logits: as for `linear_kd_loss`; the rest as for `objective`.
+    Raises:
+        ValueError: a label is -100.
     """
     losses = linear_kd_loss(
         hidden_TH,
@@ -84,6 +86,7 @@ def fused_objective(
         labels_T,
         shard,
         **options(loss),
+        all_supervised=True,
         gradient_in_forward=True,
         accumulate_into_main_grad=getattr(weight_WH, "main_grad", None) is not None,
         softcap=softcap,

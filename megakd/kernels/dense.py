@@ -22,6 +22,8 @@ from megakd.kernels.rows import finite
 from megakd.kernels.terms import KDLoss, Options, check_inplace, check_labels, explain_stray, find_stray, total
 from megakd.kernels.vocab import MASKED, VocabShard
 
+ROWS_MESSAGE = "a label is outside the vocabulary, or the teacher's logits are not finite"
+
 
 def dense_kd_loss(
     student_logits_TW: Tensor,
@@ -70,7 +72,7 @@ def dense_kd_loss(
 
 
 class Both(NamedTuple):
-    """Both models over the whole vocabulary; float64 [T], identical on every rank."""
+    """Both models over the whole vocabulary; [T], identical on every rank; float64, or float32 where that is enough."""
 
     student_max_T: Tensor
     student_log_sum_T: Tensor
@@ -88,6 +90,8 @@ class Both(NamedTuple):
 
 def merge(records_RT7: Tensor, temperatures: tuple[float, float], divergence: str) -> Both:
     """The records of all ranks as one; see `dense_rows.dense_record` for the lanes."""
+    if fused := steps(records_RT7):
+        return Both(*fused.merge(records_RT7, temperatures, divergence))
     student_max_RT, student_RT, teacher_max_RT, teacher_RT, cross_RT, label_RT, at_one_RT = records_RT7.double().unbind(
         2
     )
@@ -108,6 +112,34 @@ def merge(records_RT7: Tensor, temperatures: tuple[float, float], divergence: st
     return Both(student_max_T, log_student_T, teacher_max_T, log_teacher_T, log_at_one_T, kd_T, ce_T)
 
 
+def evaluate(
+    both: Both, sums_RT2: Tensor | None, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard, options: Options
+) -> tuple[KDLoss, Tensor]:
+    """The outputs of the loss, and U. `sums_RT2` of all ranks, None unless the divergence mixes P and Q.
+
+    Raises:
+        ValueError: see `check_rows`.
+    """
+    if fused := steps(labels_T):
+        outputs, u_total_T, fine_T = fused.total(
+            both.kd_T, both.ce_T, both.teacher_log_sum_T, sums_RT2, supervised_T, labels_T, shard.size,
+            options.divergence, (options.kd_weight, options.ce_weight), options.temperature,
+        )  # fmt: skip
+        expect(fine_T, ROWS_MESSAGE, lambda: check_rows(both, supervised_T, labels_T, shard))
+        return KDLoss(*outputs), u_total_T
+    check_rows(both, supervised_T, labels_T, shard)
+    kd_T, whole_T = both.kd_T, torch.ones_like(both.kd_T)
+    u_total_T = -whole_T if options.divergence == "forward_kl" else kd_T
+    if sums_RT2 is not None:
+        kd_T, u_total_T = sums_RT2.double().sum(0).unbind(1)
+    return total(kd_T, both.ce_T, whole_T, whole_T, supervised_T, options), u_total_T.float()
+
+
+def steps(x: Tensor) -> ModuleType | None:
+    """The module with `merge` and `total` in Triton, where that reads the logits."""
+    return paths.fused(x, "megakd.kernels.triton.dense_terms")
+
+
 def check_rows(both: Both, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard) -> None:
     """On every rank alike; see `checks.expect`.
 
@@ -123,7 +155,7 @@ def check_rows(both: Both, supervised_T: Tensor, labels_T: Tensor, shard: VocabS
             f"{int(broken_T.nonzero()[0])}"
         )
 
-    expect(~(stray_T | broken_T), "a label is outside the vocabulary, or the teacher's logits are not finite", explain)
+    expect(~(stray_T | broken_T), ROWS_MESSAGE, explain)
 
 
 def dense_passes(student_TW: Tensor) -> ModuleType:
@@ -139,17 +171,13 @@ class _DenseKDLoss(torch.autograd.Function):
         passes = dense_passes(student_TW)
         record_T7 = passes.dense_record(*rows, label_columns_T, supervised_T, width, temperatures, divergence)
         both = merge(shard.all_gather(record_T7), temperatures, divergence)
-        check_rows(both, supervised_T, labels_T, shard)
-        kd_T = both.kd_T
-        u_total_T = -torch.ones_like(kd_T) if divergence == "forward_kl" else kd_T
+        sums_RT2 = None
         if divergences.mixes(divergence):
             given = supervised_T, width, both.scales(temperatures), divergence, options.parameter
-            mine_T2 = passes.dense_sums(*rows, *given)
-            kd_T, u_total_T = shard.all_gather(mine_T2).double().sum(0).unbind(1)
+            sums_RT2 = shard.all_gather(passes.dense_sums(*rows, *given))
+        outputs, u_total_T = evaluate(both, sums_RT2, supervised_T, labels_T, shard, options)
         ctx.save_for_backward(student_TW, teacher_TW, supervised_T, label_columns_T, u_total_T, *both)
         ctx.shard, ctx.options, ctx.temperatures, ctx.inplace = shard, options, temperatures, inplace_backward
-        whole_T = torch.ones_like(kd_T)
-        outputs = total(kd_T, both.ce_T, whole_T, whole_T, supervised_T, options)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(outputs)
@@ -171,7 +199,7 @@ class _DenseKDLoss(torch.autograd.Function):
             both.scales(ctx.temperatures),
             options.divergence,
             options.parameter,
-            u_total_T.float(),
+            u_total_T,
             options.kd_weight * options.temperature * grad_T if options.kd_weight else None,
             Scale(both.student_max_T.float(), both.log_sum_at_one_T.float(), 1.0),
             options.ce_weight * grad_T if options.ce_weight else None,

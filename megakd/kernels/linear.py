@@ -14,12 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megakd.kernels.checks import expect
 from megakd.kernels.linear_autograd import GradientInForward, Layout, Recompute, whole
 from megakd.kernels.paths import softcap_passes
 from megakd.kernels.selection import select_top_k
 from megakd.kernels.softcap import check_softcap
 from megakd.kernels.terms import KDLoss, build_options, check_labels
-from megakd.kernels.vocab import VocabShard
+from megakd.kernels.vocab import MASKED, VocabShard
 from megakd.targets import TeacherTargets
 
 BLOCK_TOKENS = 1024
@@ -76,6 +77,7 @@ def linear_kd_loss(
     gradient_in_forward: bool = False,
     token_weight_T: Tensor | None = None,
     sequence_parallel: bool = False,
+    all_supervised: bool = False,
     accumulate_into_main_grad: bool = False,
     softcap: float | None = None,
     block_tokens: int | None = None,
@@ -98,6 +100,7 @@ def linear_kd_loss(
             In float16 a loss scale belongs in here: gradients are rounded before the backward multiplies them.
         sequence_parallel: hidden_TH is this rank's T / R consecutive tokens, and so is its gradient; labels and targets
             are those of all T.
+        all_supervised: no label is -100, which a device need not be asked then: nothing waits for it.
         accumulate_into_main_grad: add the weight's gradient to weight_WH.main_grad (float32), as Megatron's own layers
             do under gradient_accumulation_fusion, instead of returning it. With gradient_in_forward that happens in
             the forward, where no factor is known: the objective must be the sum of token_weight_T * loss_T itself.
@@ -109,7 +112,7 @@ def linear_kd_loss(
         KDLoss of all T tokens.
     Raises:
         ValueError: as `kd_loss`; shapes or dtypes of hidden states and weight that do not fit; options that exclude
-            one another.
+            one another; a label of -100 in spite of `all_supervised`.
     Collectives: those of `kd_loss` (once per block with gradient_in_forward); the gradient of the hidden states is
         all-reduced; with `sequence_parallel` they are all-gathered (again in the backward) and it is reduce-scattered,
         beside the last block's product for the weight.
@@ -120,6 +123,8 @@ def linear_kd_loss(
     options = build_options(targets, divergence, tail, parameters, student_temperature, kd_weight, ce_weight)
     tokens = len(hidden_TH) * (shard.ranks if sequence_parallel else 1)
     check_labels(labels_T, tokens, targets.tokens)
+    if all_supervised:
+        check_all_supervised(labels_T)
     if accumulate_into_main_grad and getattr(weight_WH, "main_grad", None) is None:
         raise ValueError("accumulate_into_main_grad needs a weight with a main_grad")
     if token_weight_T is not None and (not gradient_in_forward or token_weight_T.shape != (tokens,)):
@@ -128,13 +133,24 @@ def linear_kd_loss(
         raise ValueError(
             "gradient_in_forward cannot be used where gradients are off, nor under activation recomputation"
         )
-    layout = Layout(shard, options, sequence_parallel, accumulate_into_main_grad, block_tokens, softcap, on_logits)
+    how = sequence_parallel, all_supervised, accumulate_into_main_grad, block_tokens, softcap, on_logits
+    layout = Layout(shard, options, *how)
     if token_weight_T is None:
         token_weight_T = torch.ones(tokens, device=hidden_TH.device)
     with torch.autocast(hidden_TH.device.type, enabled=False):  # products are in the dtype that is given
         if not gradient_in_forward:
             return KDLoss(*Recompute.apply(hidden_TH, weight_WH, targets, labels_T, layout))
         return KDLoss(*GradientInForward.apply(hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout))
+
+
+def check_all_supervised(labels_T: Tensor) -> None:
+    """See `checks.expect`. Raises ValueError for a label of -100."""
+
+    def explain():
+        row = int((labels_T == MASKED).nonzero()[0])
+        raise ValueError(f"label {MASKED} in row {row}, though all_supervised says that there is none")
+
+    expect(labels_T != MASKED, "a label is -100, though all_supervised says that there is none", explain)
 
 
 def check_head(

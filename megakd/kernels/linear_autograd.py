@@ -29,6 +29,7 @@ class Layout(NamedTuple):
     shard: VocabShard
     options: Options
     sequence_parallel: bool
+    all_supervised: bool
     into_main_grad: bool
     block_tokens: int
     softcap: float | None
@@ -48,7 +49,7 @@ class Blocks:
 
     def __init__(self, hidden_TH: Tensor, weight_WH: Tensor, s: Supervised, layout: Layout, *, gradients: bool):
         self.hidden_TH, self.weight_WH, self.s, self.layout = hidden_TH, weight_WH, s, layout
-        self.rows = list(runs(s.supervised_T, layout.block_tokens))
+        self.rows = list(runs(s.supervised_T, layout.block_tokens, all_of_them=layout.all_supervised))
         size = min(layout.block_tokens, len(hidden_TH))
         self.raw_BW = hidden_TH.new_empty((size, len(weight_WH)))
         self.logits_BW = self.raw_BW if layout.softcap is None or not gradients else torch.empty_like(self.raw_BW)

@@ -43,12 +43,11 @@ def predict(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard) -> Predictio
         logits_TW, shard.columns(labels_T), shard.real_width
     )
     record_4T = torch.stack([max_T.double(), (column_T + shard.start).double(), sum_T.double(), label_logit_T.double()])
-    return merge_predictions(shard.all_gather(record_4T), labels_T)
+    return merge_predictions(*shard.all_gather(record_4T).unbind(1), labels_T)
 
 
-def merge_predictions(records_R4T: Tensor, labels_T: Tensor) -> Predictions:
-    """The ranks' (max, its id, sum of e^(z - max), label logit) as one prediction."""
-    max_RT, id_RT, sum_RT, label_RT = records_R4T.unbind(1)
+def merge_predictions(max_RT: Tensor, id_RT: Tensor, sum_RT: Tensor, label_RT: Tensor, labels_T: Tensor) -> Predictions:
+    """The ranks' largest logits, their ids, sums of e^(z - max) and label logits as one prediction; all float64."""
     max_T = max_RT.amax(0)
     rank_T = (max_RT == max_T).int().argmax(0)
     total_T = (sum_RT * (max_RT - max_T).exp()).sum(0)

@@ -57,13 +57,15 @@ class Chunks(NamedTuple):
 
     max_TC: largest logit; NaN in all chunks of a row that holds anything but finite numbers.
     sum_TC: sum of e = exp((x - max) / temperature). sum_at_one_TC: the same at temperature 1.
-    drift_TC: sum of e (x - max) / temperature. The last two are None where they were not asked for.
+    drift_TC: sum of e (x - max) / temperature. column_TC: the first column that holds the maximum, int32.
+    The last three are None where they were not asked for.
     """
 
     max_TC: Tensor
     sum_TC: Tensor
     sum_at_one_TC: Tensor | None
     drift_TC: Tensor | None
+    column_TC: Tensor | None
 
 
 def statistics(
@@ -153,19 +155,27 @@ def backward(
 
 
 def summarize(
-    logits_TW: Tensor, width: int, chunks: int, temperature: float, *, at_one: bool = False, drift: bool = False
+    logits_TW: Tensor,
+    width: int,
+    chunks: int,
+    temperature: float,
+    *,
+    at_one: bool = False,
+    drift: bool = False,
+    column: bool = False,
 ) -> Chunks:
     """One read of the logits: maximum and sums of every chunk, where column j is in chunk j % chunks.
 
     Args:
         logits_TW, width: as in `statistics`; every row is read.
         chunks: 1 <= chunks <= width.
-        at_one, drift: the sums wanted beside that at `temperature`.
+        at_one, drift, column: what is wanted beside the sum at `temperature`.
     """
     tokens, height = len(logits_TW), -(-width // chunks)
     max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
     sum_TC, spare = torch.empty_like(max_TC), None
     sum_at_one_TC, drift_TC = (torch.empty_like(max_TC) if wanted else None for wanted in (at_one, drift))
+    column_TC = torch.empty_like(max_TC, dtype=torch.int32) if column else None
     rows_per_block = max(1, block_bytes(logits_TW) // (4 * height * chunks * (1 + (at_one or drift))))
     buffer = max_TC.new_empty((rows_per_block, height * chunks))
     second = torch.empty_like(buffer) if at_one or drift else None
@@ -179,8 +189,12 @@ def summarize(
         x = x.view(-1, height, chunks)
         if second is not None:
             spare = second[: len(x)].view(x.shape)
-        top = torch.amax(x, 1, out=max_TC[rows])
-        x -= top[:, None]
+        if column:
+            max_TC[rows], step = x.max(1)  # the first of equals, says torch
+            column_TC[rows] = step * chunks + torch.arange(chunks, device=x.device)
+        else:
+            torch.amax(x, 1, out=max_TC[rows])
+        x -= max_TC[rows, None]
         if at_one:
             torch.sum(torch.exp(x, out=spare), 1, out=sum_at_one_TC[rows])
         if temperature != 1:
@@ -193,7 +207,7 @@ def summarize(
     for row in suspect.tolist():
         if not logits_TW[row, :width].isfinite().all():
             max_TC[row] = torch.nan
-    return Chunks(max_TC, sum_TC, sum_at_one_TC, drift_TC)
+    return Chunks(max_TC, sum_TC, sum_at_one_TC, drift_TC, column_TC)
 
 
 def extremes(logits_TW: Tensor, label_columns_T: Tensor, width: int) -> Extremes:
@@ -236,11 +250,15 @@ def block_bytes(logits_TW: Tensor) -> int:
     return BLOCK_BYTES if logits_TW.device.type == "cpu" else DEVICE_BLOCK_BYTES
 
 
-def runs(supervised_T: Tensor, length: int) -> Iterator[slice | Tensor]:
+def runs(supervised_T: Tensor, length: int, *, all_of_them: bool = False) -> Iterator[slice | Tensor]:
     """The supervised rows in pieces of `length`; a piece without gaps as a slice, which copies nothing.
 
-    Waits for the device once, however many pieces there are.
+    Waits for the device once, however many pieces there are; not at all where it is known that all of them are.
     """
+    if all_of_them:
+        for first in range(0, len(supervised_T), length):
+            yield slice(first, min(first + length, len(supervised_T)))
+        return
     index = supervised_T.cpu().nonzero()[:, 0]
     for piece in index.split(length) if len(index) else ():
         first, last = int(piece[0]), int(piece[-1])

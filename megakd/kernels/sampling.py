@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megakd.kernels.checks import expect
 from megakd.kernels.paths import row_passes
+from megakd.kernels.predictions import Predictions, merge_predictions
 from megakd.kernels.selection import expect_finite, join
-from megakd.kernels.selection_rows import blocks, gather_chunks
+from megakd.kernels.selection_rows import blocks, gather_chunks, look_up
 from megakd.kernels.vocab import VocabShard
 from megakd.targets import TeacherTargets
 
@@ -48,13 +49,49 @@ def sample_targets(
     Collectives: all-gather of 4 float64 per token and rank; with `gather` also N ids and N floats.
     Source: random sampling knowledge distillation, Anshumann et al. 2025, arXiv:2503.16870.
     """
+    targets, _ = draw(logits_TW, None, draws, shard, generator, temperature, gather)
+    return targets
+
+
+@torch.no_grad()
+def sample_and_predict(
+    logits_TW: Tensor,
+    labels_T: Tensor,
+    draws: int,
+    shard: VocabShard,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    *,
+    gather: bool = False,
+) -> tuple[TeacherTargets, Predictions]:
+    """`sample_targets` and `predict` of the same logits, which are read once.
+
+    Args:
+        labels_T: int64 global ids, -100 for none. The rest as for `sample_targets`.
+    Raises:
+        ValueError: as `sample_targets`.
+    Collectives: those of `sample_targets`, with 7 float64 instead of 4 in the first.
+    """
+    return draw(logits_TW, labels_T, draws, shard, generator, temperature, gather)
+
+
+def draw(
+    logits_TW: Tensor,
+    labels_T: Tensor | None,
+    draws: int,
+    shard: VocabShard,
+    generator: torch.Generator,
+    temperature: float,
+    gather: bool,
+) -> tuple[TeacherTargets, Predictions | None]:
+    """The targets, and given labels the predictions."""
     shard.check_logits(logits_TW, "teacher logits")
     if draws < 1 or not 0 < temperature < float("inf"):
         raise ValueError(f"draws must be at least 1 and temperature positive, not {draws} and {temperature}")
     uniform_TN = torch.rand(len(logits_TW), draws, generator=generator, dtype=torch.float64, device=logits_TW.device)
-    weights_TC, top_T, record_T4 = chunk_weights(logits_TW[:, : shard.real_width], temperature)
-    record_T4[:, 3] = uniform_TN[:, 0]
-    top_RT, sum_RT, drift_RT, first_RT = shard.all_gather(record_T4).unbind(2)
+    weights_TC, record_TL = chunk_weights(logits_TW[:, : shard.real_width], labels_T, shard, temperature)
+    record_TL[:, 3] = uniform_TN[:, 0]
+    top_RT, sum_RT, drift_RT, first_RT, *said = shard.all_gather(record_TL).unbind(2)
     expect_finite(~sum_RT.isnan().any(0))
     if shard.ranks > 1:
         expect(first_RT == first_RT[0], "the ranks' generators differ", refuse_generators)
@@ -71,12 +108,13 @@ def sample_targets(
     start_T = ends_RT[shard.rank - 1] if shard.rank else torch.zeros_like(total_T)
     scale_T = scale_RT[shard.rank]
     inside_TN = ((point_TN - start_T[:, None]) / scale_T[:, None]).where(mine_TN, 0)
-    columns_TN = invert(logits_TW[:, : shard.real_width], weights_TC, top_T, inside_TN, temperature)
+    columns_TN = invert(logits_TW[:, : shard.real_width], weights_TC, record_TL[:, 0], inside_TN, temperature)
     ids_TN, logprobs_TN = merge_draws(torch.where(mine_TN, columns_TN + shard.start, -1))
     if gather and shard.ranks > 1:
         ids_TN, logprobs_TN = join(shard.all_gather(ids_TN), shard.all_gather(logprobs_TN))
     log_tail_T = torch.full_like(total_T, -torch.inf, dtype=torch.float32)
-    return TeacherTargets(ids_TN, logprobs_TN, log_tail_T, temperature, entropy_T.float())
+    targets = TeacherTargets(ids_TN, logprobs_TN, log_tail_T, temperature, entropy_T.float())
+    return targets, None if labels_T is None else merge_predictions(top_RT, *said, labels_T)
 
 
 def refuse_generators() -> None:
@@ -84,26 +122,37 @@ def refuse_generators() -> None:
     raise ValueError("the ranks' generators differ; seed them alike on all ranks that share a vocabulary")
 
 
-def chunk_weights(logits_TW: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass of each chunk relative to the row's largest logit, that logit, and this rank's record; float64.
+def chunk_weights(
+    logits_TW: Tensor, labels_T: Tensor | None, shard: VocabShard, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Mass of each chunk relative to the row's largest logit, and this rank's record; float64.
 
     Record: the largest logit; sum of e = exp((x - largest) / temperature), NaN in a broken row; sum of
-    e (x - largest) / temperature; one lane free.
+    e (x - largest) / temperature; one lane free. With labels three more: the id of the largest logit, the lowest among
+    equals; sum of exp(x - largest); the label's logit, -inf where it is another rank's.
     """
     tokens, width = logits_TW.shape
     chunks = max(1, min(width, round(width**0.5 / 16) * 16 or 16))  # of 16, neighbours are loaded together
     weights_TC = torch.zeros((tokens, chunks), dtype=torch.float64, device=logits_TW.device)
-    record_T4 = weights_TC.new_zeros((tokens, 4))
-    record_T4[:, 0] = -torch.inf
+    record_TL = weights_TC.new_zeros((tokens, 4 if labels_T is None else 7))
+    record_TL[:, 0] = -torch.inf
+    wanted = dict(drift=True, column=labels_T is not None, at_one=labels_T is not None and temperature != 1)
     for block in blocks(logits_TW):
-        summary = row_passes(logits_TW).summarize(logits_TW[block], width, chunks, temperature, drift=True)
+        summary = row_passes(logits_TW).summarize(logits_TW[block], width, chunks, temperature, **wanted)
         top_T = summary.max_TC.amax(1)
-        gap_TC = (summary.max_TC - top_T[:, None]).double() / temperature
+        below_TC = (summary.max_TC - top_T[:, None]).double()
+        gap_TC = below_TC / temperature
         scale_TC = gap_TC.exp()
         weights_TC[block] = scale_TC * summary.sum_TC
-        record_T4[block, 0], record_T4[block, 1] = top_T.double(), weights_TC[block].sum(1)
-        record_T4[block, 2] = (scale_TC * summary.drift_TC + weights_TC[block] * gap_TC).sum(1)
-    return weights_TC, record_T4[:, 0], record_T4
+        record_TL[block, 0], record_TL[block, 1] = top_T.double(), weights_TC[block].sum(1)
+        record_TL[block, 2] = (scale_TC * summary.drift_TC + weights_TC[block] * gap_TC).sum(1)
+        if labels_T is not None:
+            sum_TC = summary.sum_TC if temperature == 1 else summary.sum_at_one_TC
+            first_T = summary.column_TC.masked_fill(below_TC < 0, width).amin(1)
+            record_TL[block, 4], record_TL[block, 5] = first_T + shard.start, (below_TC.exp() * sum_TC).sum(1)
+    if labels_T is not None:
+        record_TL[:, 6] = look_up(logits_TW, shard.columns(labels_T)[:, None])[:, 0]
+    return weights_TC, record_TL
 
 
 def invert(logits_TW: Tensor, weights_TC: Tensor, top_T: Tensor, inside_TN: Tensor, temperature: float) -> Tensor:

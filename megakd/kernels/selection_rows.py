@@ -196,7 +196,7 @@ def _take(columns_TM, x_TM, threshold_T, ties_T, columns_TK, record_TL, temperat
 
 def _choose(real_TW: Tensor, columns_TK: Tensor, record_TL: Tensor, shard: VocabShard, labels_T: Tensor | None):
     """The entries with their logits, and the record with its lanes in order; with labels, whole."""
-    entry_logits_TK = _look_up(real_TW, columns_TK)
+    entry_logits_TK = look_up(real_TW, columns_TK)
     sums = record_TL.shape[1] // 2
     lanes = [record_TL[:, [0, 1, sums, sums + 1]]]
     if sums > 2:
@@ -205,12 +205,12 @@ def _choose(real_TW: Tensor, columns_TK: Tensor, record_TL: Tensor, shard: Vocab
         assert shard.size < 1 << 24, shard
         largest_TK = entry_logits_TK == entry_logits_TK.amax(1, keepdim=True)  # in ascending columns
         best_T1 = columns_TK.gather(1, largest_TK.int().argmax(1, keepdim=True)) + shard.start
-        lanes += [best_T1.float(), _look_up(real_TW, shard.columns(labels_T)[:, None])]
+        lanes += [best_T1.float(), look_up(real_TW, shard.columns(labels_T)[:, None])]
     ids_TK = torch.where(columns_TK >= 0, columns_TK + shard.start, -1)
     return Chosen(ids_TK, entry_logits_TK, torch.cat(lanes, 1))
 
 
-def _look_up(real_TW: Tensor, columns_TK: Tensor) -> Tensor:
+def look_up(real_TW: Tensor, columns_TK: Tensor) -> Tensor:
     """The logits at some columns, float32; -inf where there is none (-1)."""
     if not real_TW.shape[1]:
         return torch.full_like(columns_TK, -torch.inf, dtype=torch.float32)

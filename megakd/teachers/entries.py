@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megakd.kernels import VocabShard, sample_targets
 from megakd.kernels.paths import row_passes
-from megakd.kernels.predictions import Predictions, predict
+from megakd.kernels.predictions import Predictions
+from megakd.kernels.sampling import sample_and_predict
 from megakd.kernels.selection import select_and_predict
 from megakd.targets import TeacherTargets
 
@@ -100,26 +101,22 @@ def draw_entries(
     Args:
         logits_TW, labels_T, shard: as for `choose_entries`.
         groups: (rows, seed) of each sample, so that its draws depend on nothing else; together all rows.
-    Collectives: for each group those of `sample_targets`, and in hybrid mode of `select_and_predict`, with gather; in
-        sampled mode those of `predict`.
+    Collectives: for each group those of `sample_and_predict` or, in hybrid mode, of `select_and_predict` and
+        `sample_targets`, with gather.
     """
-    if recipe.mode == "sampled":
-        said = predict(logits_TW, labels_T, shard)
-        label_logprob_T, top_id_T = said.label_logprob_T, said.id_T
-    else:  # the selection of the likeliest says it
-        top_id_T = torch.empty_like(labels_T)
-        label_logprob_T = torch.empty_like(labels_T, dtype=torch.float32)
+    top_id_T, label_logprob_T = torch.empty_like(labels_T), torch.empty_like(labels_T, dtype=torch.float32)
     ids_TK = torch.full((len(labels_T), recipe.slots), -1, device=logits_TW.device)
     logprobs_TK = torch.full_like(ids_TK, -torch.inf, dtype=torch.float32)
     entropy_T = logprobs_TK.new_zeros(len(labels_T))
     temperature = recipe.temperatures[0]
     for rows_T, seed in groups:
         generator = torch.Generator(logits_TW.device).manual_seed(seed)
+        given = logits_TW[rows_T], labels_T[rows_T]
         if recipe.mode == "sampled":
-            targets = sample_targets(logits_TW[rows_T], recipe.draws, shard, generator, temperature, gather=True)
+            targets, said = sample_and_predict(*given, recipe.draws, shard, generator, temperature, gather=True)
         else:
-            targets, said = head_and_draws(logits_TW[rows_T], labels_T[rows_T], shard, recipe, generator)
-            label_logprob_T[rows_T], top_id_T[rows_T] = said.label_logprob_T, said.id_T
+            targets, said = head_and_draws(*given, shard, recipe, generator)
+        label_logprob_T[rows_T], top_id_T[rows_T] = said.label_logprob_T, said.id_T
         ids_TK[rows_T], logprobs_TK[rows_T], entropy_T[rows_T] = targets.ids_TK, targets.logprobs_TK, targets.entropy_T
     no_tail_XT = logprobs_TK.new_empty((0, len(labels_T)))
     return Entries(ids_TK, logprobs_TK, no_tail_XT, label_logprob_T, top_id_T, entropy_T)

@@ -72,6 +72,8 @@ def test_unknown_architecture_and_other_heads(source):
     refused(source, "unknown architecture: model_type 'mamba2'")
     edit_config(source, model_type="phi", architectures=["PhiForCausalLM"])
     refused(source, "a PhiForCausalLM cannot be expressed exactly: its head has a bias")
+    edit_config(source, model_type="gpt_oss", architectures=["GptOssForCausalLM"])
+    refused(source, "a GptOssForCausalLM cannot be expressed exactly: its router and experts have biases")
     edit_config(source, model_type="llama", architectures=["LlamaForSequenceClassification"])
     refused(source, "LlamaForSequenceClassification")
 

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import (
     VocabShard,
     dense_kd_loss,
@@ -370,6 +371,9 @@ def test_the_device_is_asked_once_which_rows_are_supervised():
     class OnADevice:
         device, asked = torch.device("cpu"), 0
 
+        def __len__(self):
+            return 64
+
         def cpu(self):
             self.asked += 1
             return torch.arange(64).fmod(59) != 5  # without rows 5 and 64
@@ -378,8 +382,33 @@ def test_the_device_is_asked_once_which_rows_are_supervised():
     pieces = list(rows.runs(mask_T, 3))
     assert len(pieces) == 21 and mask_T.asked == 1
     assert [i for i, piece in enumerate(pieces) if not isinstance(piece, slice)] == [1]  # 3, 4, 6
+    assert list(rows.runs(mask_T, 30, all_of_them=True)) == [slice(0, 30), slice(30, 60), slice(60, 64)]
+    assert mask_T.asked == 1
     numbers = torch.arange(64)
     assert torch.equal(torch.cat([numbers[piece] for piece in pieces]), numbers[mask_T.cpu()])
+
+
+def all_ids(rank, ranks, mode):
+    """Whether the fused layer does the same when it is told that no label is -100."""
+    hidden_TH, weight_WH, shard = head(rank, ranks)
+    targets, labels_T = select_top_k(hidden_TH.flip(0) @ weight_WH.T, K, shard), labels_with_gaps().clamp(min=0)
+    results = []
+    for told in (False, True):
+        hidden, weight = hidden_TH.clone().requires_grad_(), weight_WH.clone().requires_grad_()
+        options = dict(mode, block_tokens=3, ce_weight=0.3, all_supervised=told)
+        loss_T = linear_kd_loss(hidden, weight, targets, labels_T, shard, **options).loss_T
+        loss_T.sum().backward()
+        results.append((loss_T.detach(), hidden.grad, weight.grad))
+    labels_T[7] = -100
+    with pytest.raises(ValueError, match="label -100 in row 7, though all_supervised"):
+        linear_kd_loss(hidden_TH, weight_WH, targets, labels_T, shard, **options)
+    return [torch.equal(*pair) for pair in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_caller_may_say_that_no_label_is_masked(ranks, mode):
+    assert on_ranks(ranks, all_ids, mode) == [[True] * 3] * ranks
 
 
 def test_blocks_are_longer_where_launches_cost():
@@ -470,7 +499,7 @@ def test_dense_form_agrees_where_k_is_the_vocabulary():
     """Two kernels that share little: all entries kept, and no entries chosen."""
     student, teacher, labels_T = draw(7, V)
     shard = VocabShard(0, V, V)
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
+    for divergence in DIVERGENCES:
         grads = []
         for dense in (False, True):
             leaf = student.clone().requires_grad_()

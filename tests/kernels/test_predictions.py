@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from megakd.kernels import rows, sample_targets, select_top_k
 from megakd.kernels.predictions import predict
+from megakd.kernels.sampling import sample_and_predict
 from megakd.kernels.selection import select_and_predict
 from tests.kernels.dense import cut, draw
 from tests.kernels.test_kd_loss import count_collectives, on_ranks
@@ -90,6 +91,33 @@ def test_from_the_read_of_a_selection(ranks):
     on_ranks(ranks, check_selected)
 
 
+def check_drawn(rank, ranks):
+    """So does the read of draws, of which chunks of columns are all that is known."""
+    logits, labels = logits_and_labels(torch.bfloat16)
+    logits[5] = logits[7]
+    for vocabulary in (V, 2, 1):  # the last ranks have no real column
+        mine, shard = cut(logits[:, :vocabulary], rank, ranks)
+        own = labels.clamp(max=vocabulary - 1)
+        for temperature in (1.0, 2.0):
+            generators = (torch.Generator().manual_seed(1) for _ in range(2))
+            targets, said = sample_and_predict(mine, own, 5, shard, next(generators), temperature, gather=True)
+            alone = sample_targets(mine, 5, shard, next(generators), temperature, gather=True)
+            for name in ("ids_TK", "logprobs_TK", "entropy_T"):
+                assert torch.equal(getattr(targets, name), getattr(alone, name)), name
+            want = predict(mine, own, shard)
+            assert torch.equal(said.id_T, want.id_T) and said.id_T.dtype == torch.int64
+            assert_close(said.logprob_T, want.logprob_T, atol=1e-6, rtol=1e-6)
+            assert_close(said.label_logprob_T, want.label_logprob_T, atol=2e-6, rtol=1e-6)
+    with count_collectives() as sent:
+        sample_and_predict(mine, own, 5, shard, torch.Generator().manual_seed(1))
+    assert ranks == 1 or [(dtype, elements) for _, dtype, elements in sent] == [(torch.float64, 7 * T)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_from_the_read_of_draws(ranks):
+    on_ranks(ranks, check_drawn)
+
+
 def test_selection_and_draws_read_the_logits_once(monkeypatch):
     reads = []
     for read in (rows.summarize, rows.extremes, rows.row_blocks):
@@ -102,5 +130,6 @@ def test_selection_and_draws_read_the_logits_once(monkeypatch):
         select_and_predict(mine, labels, 3, shard, temperature)
         assert reads == ["summarize"]
         sample_targets(mine, 3, shard, torch.Generator().manual_seed(0), temperature)
-        assert reads == ["summarize"] * 2
+        sample_and_predict(mine, labels, 3, shard, torch.Generator().manual_seed(0), temperature)
+        assert reads == ["summarize"] * 3
         reads.clear()

@@ -41,7 +41,8 @@ def test_summarize(block_bytes, width, chunks, temperature):
     teacher[2, 5], teacher[3, 96], teacher[4, width - 1] = torch.nan, torch.inf, -torch.inf
     teacher[5, :50] = 3e38  # finite, but their sum is not
     teacher[:, width:] = torch.nan
-    got = rows.summarize(teacher, width, chunks, temperature, at_one=temperature != 1, drift=True)
+    teacher[6:8] = teacher[6:8].round().clamp(max=2)  # maxima that are not alone
+    got = rows.summarize(teacher, width, chunks, temperature, at_one=temperature != 1, drift=True, column=True)
     assert (got.sum_at_one_TC is None) == (temperature == 1)
     fine = torch.tensor([row not in (2, 3, 4) for row in range(T)])
     assert got.max_TC[~fine].isnan().all()
@@ -49,13 +50,15 @@ def test_summarize(block_bytes, width, chunks, temperature):
         x = teacher[fine, c:width:chunks].double()
         assert torch.equal(got.max_TC[fine, c].double(), x.amax(1))
         gap = x - x.amax(1, keepdim=True)
+        first = (gap == 0).int().argmax(1)  # the lowest of equals
+        assert torch.equal(got.column_TC[fine, c], (c + chunks * first).int())
         e = (gap / temperature).exp()
         assert_close(got.sum_TC[fine, c].double(), e.sum(1), rtol=1e-6, atol=0)
         assert_close(got.drift_TC[fine, c].double(), (e * gap / temperature).sum(1), rtol=1e-6, atol=1e-7)
         if temperature != 1:
             assert_close(got.sum_at_one_TC[fine, c].double(), gap.exp().sum(1), rtol=1e-6, atol=0)
     alone = rows.summarize(teacher, width, chunks, temperature)
-    assert alone.drift_TC is alone.sum_at_one_TC is None
+    assert alone.drift_TC is alone.sum_at_one_TC is alone.column_TC is None
     assert torch.equal(alone.max_TC[fine], got.max_TC[fine]) and torch.equal(alone.sum_TC[fine], got.sum_TC[fine])
 
 

@@ -20,6 +20,7 @@ from megakd.kernels.terms import Saved
 from megakd.kernels.triton import candidates as triton_candidates
 from megakd.kernels.triton import chunks as triton_chunks
 from megakd.kernels.triton import dense_rows as triton_dense
+from megakd.kernels.triton import dense_terms as triton_dense_terms
 from megakd.kernels.triton import exact as triton_exact
 from megakd.kernels.triton import records as triton_records
 from megakd.kernels.triton import rows as triton_rows
@@ -66,7 +67,7 @@ def call_all(T: int, W: int, top_k: int, dtype: torch.dtype, temperature: float,
     triton_softcap.cap(logits_TW, 30.0, logits_TW)
     triton_softcap.uncap(logits_TW, 30.0, logits_TW)
     more = temperature != 1
-    triton_chunks.summarize(logits_TW, W, 128, temperature, at_one=more, drift=more)
+    triton_chunks.summarize(logits_TW, W, 128, temperature, at_one=more, drift=more, column=more)
     shard, values_RTL = VocabShard(0, W, W), logits_TW[None, :, :top_k]
     given, said = (top_k, shard, temperature), labels_T if more else None
     scan = triton_selection.scan_rows(logits_TW, *given, at_one=more)
@@ -111,6 +112,11 @@ def call_dense(T: int, W: int, dtype: torch.dtype, temperature: float, names: li
         triton_dense.dense_record(student_TW, teacher_TW, columns_T, on_T, W, (temperature, temperature), name)
         if divergences.mixes(name):
             triton_dense.dense_sums(student_TW, teacher_TW, on_T, W, (scale, scale), name, 0.5)
+        given_T, sums_RT2 = numbers_T.double(), torch.zeros(1, T, 2) if divergences.mixes(name) else None
+        triton_dense_terms.merge(torch.zeros(1 if T == 1 else 2, T, 7), (temperature, temperature), name)
+        triton_dense_terms.total(
+            given_T, given_T, numbers_T, sums_RT2, on_T, columns_T, W, name, (0.5, 0.5), temperature
+        )
         lone = [(None, numbers_T) if temperature == 1 else (numbers_T, None)] if name == "forward_kl" else []
         for kd_T, ce_T in [(numbers_T, numbers_T), *lone]:
             triton_dense.dense_backward(
@@ -147,8 +153,8 @@ def main(first: int, *others: int) -> None:
         found = Compiled()
         with static_counts.AbsentGPU(capability, found).compiling():
             compile_all() if capability == first else compile_once()
-        modules = (triton_dense, triton_rows, triton_chunks, triton_candidates, triton_exact, triton_selection,
-                   triton_steps, triton_records, triton_terms, triton_softcap)  # fmt: skip
+        modules = (triton_dense, triton_dense_terms, triton_rows, triton_chunks, triton_candidates, triton_exact,
+                   triton_selection, triton_steps, triton_records, triton_terms, triton_softcap)  # fmt: skip
         launched = {name for module in modules for name in re.findall(r"\s(_[a-z_]+)\[", inspect.getsource(module))}
         assert set(found) == launched, launched ^ set(found)
         print(f"sm_{capability}", *sorted(f"{name} {len(hashes)}" for name, hashes in found.items()), sep="\n")

@@ -1,5 +1,7 @@
 """What a recording keeps of logits: labels, mass limits, temperatures; the same however the vocabulary is split."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,17 @@ def test_drawn_entries_are_a_distribution_with_the_exact_entropy(ranks, recipe):
             place = [entries.ids_TK[t].tolist().index(i) for i in head[t]]
             want = log_p_TV[t, torch.from_numpy(head[t].copy())]
             torch.testing.assert_close(entries.logprobs_TK[t, place].double(), want, atol=1e-5, rtol=0)
+
+
+def test_draws_and_what_the_teacher_would_say_are_of_one_read(monkeypatch):
+    from megakd.kernels import rows
+
+    reads = []
+    for read in (rows.summarize, rows.extremes):
+        counted = functools.wraps(read)(lambda *a, f=read, **named: (reads.append(f.__name__), f(*a, **named))[1])
+        monkeypatch.setattr(rows, read.__name__, counted)
+    draw(0, 1, DRAWN[0])
+    assert reads == ["summarize"] * 2  # a half of the rows each
 
 
 @pytest.mark.parametrize("recipe", DRAWN, ids=str)

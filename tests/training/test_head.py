@@ -72,6 +72,24 @@ def test_the_weight_gradient_is_summed_in_float32():
     assert errors[0] <= 1.05 * errors[1] and errors[0] < 0.05 * truth[name].norm()
 
 
+def a_masked_label(rank, ranks):
+    from megakd.config import Loss
+    from megakd.kernels import VocabShard
+    from megakd.losses import fused_objective
+    from megakd.teachers.lesson import no_lesson
+
+    shard, labels_T = VocabShard(0, 8, 8), torch.tensor([3, -100, 2])
+    hidden_TH, weight_WH = torch.ones(3, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
+    given = no_lesson(3, "cpu").targets, labels_T, shard, Loss(kd_weight=0.0, ce_weight=1.0)
+    with pytest.raises(ValueError, match="label -100 in row 1, though all_supervised"):
+        fused_objective(hidden_TH, weight_WH, *given, softcap=None, block_tokens=2)
+
+
+def test_every_label_of_an_objective_is_a_token():
+    """So that nothing has to ask the device which are."""
+    run_ranks(1, a_masked_label)
+
+
 def what_is_logged(rank, ranks):
     from types import SimpleNamespace
 

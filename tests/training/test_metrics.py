@@ -1,12 +1,15 @@
 """metrics.jsonl: lines of steps that count, whatever state a kill or a disk has left the file in."""
 
+import importlib.util
 import json
 import os
+import sys
+import types
 
 import pytest
 
-from megakd.errors import TrainingError
-from megakd.training.metrics import MetricsLog, drop_lines_after, has_line
+from megakd.errors import ConfigError, TrainingError
+from megakd.training.metrics import MetricsLog, check_sinks, drop_lines_after, has_line
 from tests.training import small
 
 
@@ -56,3 +59,53 @@ def test_lines_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
     log.sync()
     log.close()
     assert synced == [str(tmp_path / "metrics.jsonl")]
+
+
+WANDB = {"log__wandb_project": "kd", "log__wandb_entity": "us", "log__wandb_group": "g", "log__wandb_tags": ["a", "b"]}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A service that keeps what it is told: (id, what it was begun with, what was logged) of each run."""
+    module, runs = types.ModuleType("wandb"), []
+
+    def begin(**given):
+        logged = []
+        runs.append((given.pop("id"), given, logged))
+        return types.SimpleNamespace(log=lambda named, step: logged.append((step, named)), finish=lambda: None)
+
+    module.Error, module.init, module.runs = type("Error", (Exception,), {}), begin, runs
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_weights_and_biases_are_told_whose_run_it_is_and_that_it_goes_on(tmp_path, wandb):
+    for folder, step in (("one", 1), ("one", 2), ("two", 1)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        config = small.config(run__dir=str(tmp_path / folder), log__progress=False, **WANDB)
+        log = MetricsLog(config, step - 1, 8, enabled=True)
+        log.write("train", step, {"loss": 1.5, "note": "not a number"})
+        log.close()
+    (first, begun, logged), (again, _, logged_again), (other, _, _) = wandb.runs
+    assert first == again != other and logged == [(1, {"train/loss": 1.5})]
+    assert logged_again == [(2, {"train/loss": 1.5})]
+    assert begun.pop("config")["log"]["wandb_project"] == "kd"
+    assert begun == dict(project="kd", entity="us", group="g", tags=["a", "b"], name="one", resume="allow")
+    MetricsLog(config, 0, 8, enabled=False).close()
+    assert len(wandb.runs) == 3
+
+
+def test_a_service_that_refuses_is_named(tmp_path, wandb):
+    def refuse(**_):
+        raise wandb.Error("no such entity")
+
+    wandb.init = refuse
+    with pytest.raises(ConfigError, match=r"(?s)'kd', but Weights & Biases refuses: no such.*hint: `wandb login`"):
+        MetricsLog(small.config(run__dir=str(tmp_path), log__progress=False, **WANDB), 0, 8, enabled=True)
+
+
+def test_a_missing_package_is_found_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_sinks(small.config(run__dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"(?s)package wandb is not installed.*megakd\[wandb\]"):
+        check_sinks(small.config(run__dir=str(tmp_path), **WANDB))

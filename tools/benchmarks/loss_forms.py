@@ -8,6 +8,7 @@ import torch.distributed as dist
 from loss_problem import Problem, Spec
 from torch import Tensor
 
+from megakd.divergences import DIVERGENCES
 from megakd.kernels import dense_kd_loss, kd_loss, sample_targets, select_top_k
 from megakd.kernels.linear import BLOCK_TOKENS, linear_kd_loss, linear_select_top_k
 from megakd.targets import TeacherTargets
@@ -144,15 +145,10 @@ FORMS = [
     top_k_form("kd_loss bucket + CE", ce_weight=1.0, in_place=False),
     top_k_form("kd_loss bucket, in place"),
     top_k_form("kd_loss renormalize, in place", tail="renormalize"),
-    top_k_form("kd_loss reverse_kl, in place", divergence="reverse_kl"),
-    top_k_form("kd_loss jsd, in place", divergence="jsd"),
-    top_k_form("kd_loss skew_forward_kl, in place", divergence="skew_forward_kl"),
-    top_k_form("kd_loss skew_reverse_kl, in place", divergence="skew_reverse_kl"),
+    *(top_k_form(f"kd_loss {name}, in place", divergence=name) for name in DIVERGENCES if name != "forward_kl"),
     top_k_form("kd_loss bucket + CE at temperature 2, in place", ce_weight=1.0, temperature=2.0),
     top_k_form("kd_loss of K draws, in place", teacher="sampled"),
-    dense_form(HEADLINE_DENSE),
-    dense_form("dense_kd_loss reverse_kl, in place", divergence="reverse_kl"),
-    dense_form("dense_kd_loss jsd, in place", divergence="jsd"),
+    *(dense_form(f"dense_kd_loss {name}, in place", divergence=name) for name in DIVERGENCES),
     materialised_form(BASELINE),
     linear_form(LINEAR),
     linear_form(LINEAR_FORWARD, gradient_in_forward=True),

@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -32,9 +33,20 @@ from triton.runtime.jit import JITFunction, KernelInterface
 sys.path[:0] = [str(pathlib.Path(__file__).parents[2])]
 
 from megakd.divergences import DIVERGENCES  # noqa: E402
-from megakd.kernels import VocabShard, dense_kd_loss, kd_loss, paths, sample_targets, select_top_k, selection_rows  # noqa: E402
+from megakd.kernels import (  # noqa: E402
+    VocabShard,
+    dense_kd_loss,
+    kd_loss,
+    linear_kd_loss,
+    paths,
+    sample_targets,
+    select_top_k,
+    selection_rows,
+)
 from megakd.kernels.predictions import predict  # noqa: E402
+from megakd.kernels.sampling import sample_and_predict  # noqa: E402
 from megakd.kernels.selection import select_and_predict  # noqa: E402
+from megakd.targets import TeacherTargets  # noqa: E402
 
 WAITS = {"_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "bincount", "repeat_interleave",
          "_unique2", "unique_dim", "equal", "is_pinned"}  # fmt: skip
@@ -78,6 +90,7 @@ def on_meta() -> Iterator[None]:
     with (
         mock.patch.object(paths, "choose", lambda _, plain, triton: paths._load(triton, "of static counts", 0)),
         mock.patch.dict(selection_rows.BLOCK_TOKENS, meta=selection_rows.BLOCK_TOKENS["cuda"]),
+        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),  # knows no such device
         mock.patch.object(torch, "rand", lambda *size, generator, **named: rand(*size, **named)),
     ):
         yield
@@ -106,6 +119,9 @@ class Rank(VocabShard):
     def all_gather(self, mine):
         return mine.new_empty((2, *mine.shape))
 
+    def start_sum_over_ranks(self, x_TH, *, scatter=False):
+        return lambda: x_TH
+
 
 def calls(width: int, top_k: int, temperature: float, ranks: int = 1) -> Iterator[tuple[str, Callable]]:
     """(name, function) of everything that reads logits."""
@@ -117,9 +133,11 @@ def calls(width: int, top_k: int, temperature: float, ranks: int = 1) -> Iterato
     yield "select_top_k", lambda: select_top_k(teacher_TW, *given)
     yield "select_and_predict, gathered", lambda: select_and_predict(teacher_TW, labels_T, *given, gather=True)
     yield "sample_targets", lambda: sample_targets(teacher_TW, top_k, shard, None, temperature)
+    yield "sample_and_predict", lambda: sample_and_predict(teacher_TW, labels_T, top_k, shard, None, temperature)
     yield "predict", lambda: predict(teacher_TW, labels_T, shard)
     with counted():
         targets = select_top_k(teacher_TW, *given)
+    yield "linear_kd_loss, all supervised, backward included", lambda: trained_head(targets, labels_T, shard)
     for name in DIVERGENCES:
         options = {"divergence": name, "ce_weight": 0.1, "inplace_backward": True}
         for form, taught in ((kd_loss, (targets,)), (dense_kd_loss, (teacher_TW,))):
@@ -130,6 +148,18 @@ def calls(width: int, top_k: int, temperature: float, ranks: int = 1) -> Iterato
                 form(leaf_TW, *taught, labels_T, shard, **named).loss_T.backward(ones_T)
 
             yield f"{form.__name__} {name}, backward included", trained
+
+
+def trained_head(targets: TeacherTargets, labels_T: Tensor, shard: VocabShard) -> None:
+    """The output layer and its loss as a run has them, in two blocks."""
+    with torch.device("meta"):
+        hidden_TH = torch.empty((len(labels_T), 8), dtype=torch.bfloat16, requires_grad=True)
+        weight_WH = torch.empty((shard.stop - shard.start, 8), dtype=torch.bfloat16, requires_grad=True)
+        weight_WH.main_grad = torch.empty(weight_WH.shape)
+        ones_T = torch.ones(len(labels_T))
+    how = {"all_supervised": True, "gradient_in_forward": True, "accumulate_into_main_grad": True}
+    losses = linear_kd_loss(hidden_TH, weight_WH, targets, labels_T, shard, block_tokens=len(labels_T) // 2, **how)
+    losses.loss_T.backward(ones_T)
 
 
 def print_launches() -> None:

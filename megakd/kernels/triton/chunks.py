@@ -12,12 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd.kernels.rows import Chunks
-from megakd.kernels.triton.tiles import IN_LOG2, LANES, LOG2_E, finite, lane_shape, on_its_device
+from megakd.kernels.triton.tiles import IN_LOG2, LANES, LOG2_E, NONE, finite, lane_shape, on_its_device
 
 
 @on_its_device
 def summarize(
-    logits_TW: Tensor, width: int, chunks: int, temperature: float, *, at_one: bool = False, drift: bool = False
+    logits_TW: Tensor,
+    width: int,
+    chunks: int,
+    temperature: float,
+    *,
+    at_one: bool = False,
+    drift: bool = False,
+    column: bool = False,
 ) -> Chunks:
     """See `rows.summarize`."""
     tokens, shape = len(logits_TW), lane_shape(logits_TW, multiple_of=chunks)
@@ -25,19 +32,20 @@ def summarize(
     max_TC = logits_TW.new_empty((tokens, chunks), dtype=torch.float32)
     sum_TC, broken_TP = torch.empty_like(max_TC), logits_TW.new_empty((tokens, parts), dtype=torch.int32)
     sum_at_one_TC, drift_TC = (torch.empty_like(max_TC) if wanted else None for wanted in (at_one, drift))
+    column_TC = torch.empty_like(max_TC, dtype=torch.int32) if column else None
     if tokens:
         _summarize[tokens * parts,](
-            logits_TW, max_TC, sum_TC, sum_at_one_TC, drift_TC, broken_TP, *logits_TW.stride(), width, chunks, parts,
-            LOG2_E / temperature, AT_ONE=at_one, DRIFT=drift, **shape,
+            logits_TW, max_TC, sum_TC, sum_at_one_TC, drift_TC, column_TC, broken_TP, *logits_TW.stride(), width,
+            chunks, parts, LOG2_E / temperature, AT_ONE=at_one, DRIFT=drift, COLUMN=column, **shape,
         )  # fmt: skip
         _spoil[tokens,](max_TC, broken_TP, chunks, parts, P=triton.next_power_of_2(parts))
-    return Chunks(max_TC, sum_TC, sum_at_one_TC, drift_TC)
+    return Chunks(max_TC, sum_TC, sum_at_one_TC, drift_TC, column_TC)
 
 
 @triton.jit
 def _summarize(
-    logits, maxima, sums, sums_at_one, drifts, broken, row_stride, column_stride, width, chunks, parts, scale,
-    AT_ONE: tl.constexpr, DRIFT: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
+    logits, maxima, sums, sums_at_one, drifts, columns, broken, row_stride, column_stride, width, chunks, parts, scale,
+    AT_ONE: tl.constexpr, DRIFT: tl.constexpr, COLUMN: tl.constexpr, S: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -46,6 +54,7 @@ def _summarize(
     zero_NE = tl.zeros((LANES, E), tl.float32)
     max_NE, sum_NE, at_one_NE, drift_NE = zero_NE - float("inf"), zero_NE, zero_NE, zero_NE
     step_SNE = tl.arange(0, S)[:, None, None]
+    max_step_NE = tl.zeros((LANES, E), tl.int32)
     logits += row * row_stride
     for step in range(0, tl.cdiv(width, chunks), S):
         column_SNE = (step + step_SNE) * chunks + chunk_NE[None, :, :]
@@ -67,8 +76,13 @@ def _summarize(
         sum_NE = sum_NE * moved_NE + tl.sum(e_SNE, 0)
         if AT_ONE:
             at_one_NE = at_one_NE * tl.exp2(gap_NE * IN_LOG2) + tl.sum(tl.exp2(below_SNE * IN_LOG2), 0)
+        if COLUMN:
+            first_NE = tl.min(tl.where(x_SNE == top_NE[None, :, :], step + step_SNE, NONE), 0)
+            max_step_NE = tl.where(top_NE > max_NE, first_NE, max_step_NE)
         max_NE = top_NE
-    here_NE, chunk_NE = chunk_NE < chunks, row * chunks + chunk_NE
+    here_NE, column_NE, chunk_NE = chunk_NE < chunks, max_step_NE * chunks + chunk_NE, row * chunks + chunk_NE
+    if COLUMN:
+        tl.store(columns + chunk_NE, column_NE, mask=here_NE)
     tl.store(maxima + chunk_NE, max_NE, mask=here_NE)
     tl.store(sums + chunk_NE, sum_NE, mask=here_NE)
     if AT_ONE:

@@ -194,7 +194,7 @@ def _evaluate(
         u = kd
     else:
         tl.static_assert(SUMS == "given")
-        kd, u = _sum_over_ranks(sums, ranks, tokens, t, some, B)
+        kd, u = sum_over_ranks(sums, ranks, tokens, t, some, B)
     kd_tail, u_tail = FORM(log_p_tail, log_q_tail, parameter, rest)
     u_total = u + u_tail
     kd += kd_tail
@@ -205,26 +205,26 @@ def _evaluate(
     loss = tl.zeros((B,), tl.float64)  # a part whose weight is 0 has no say, even where it is infinite
     loss += tl.where(kd_weight != 0, kd_weight * temperature * temperature * kd, 0.0)
     loss += tl.where(ce_weight != 0, ce_weight * ce, 0.0)
-    _put(loss_out, 0, tl.where(on, loss, 0.0), t, tokens)
-    _put(kd_out, 0, tl.where(on, kd, 0.0), t, tokens)
-    _put(ce_out, 0, tl.where(on, ce, 0.0), t, tokens)
-    _put(teacher_mass_out, 0, tl.where(on, mass, 0.0), t, tokens)
-    _put(student_mass_out, 0, tl.where(on, tl.exp(entry - lse), 0.0), t, tokens)
+    put(loss_out, 0, tl.where(on, loss, 0.0), t, tokens)
+    put(kd_out, 0, tl.where(on, kd, 0.0), t, tokens)
+    put(ce_out, 0, tl.where(on, ce, 0.0), t, tokens)
+    put(teacher_mass_out, 0, tl.where(on, mass, 0.0), t, tokens)
+    put(student_mass_out, 0, tl.where(on, tl.exp(entry - lse), 0.0), t, tokens)
     outside_some, outside_max, entry_max = outside_sum > 0, finite(outside_max), finite(entry_max)
-    _put(saved, 0, outside_max, t, tokens)
-    _put(saved, 1, entry_max, t, tokens)
-    _put(saved, 2, p_shift, t, tokens)
-    _put(saved, 3, q_shift, t, tokens)
-    _put(saved, 4, u_total, t, tokens)
-    _put(saved, 5, tl.where(outside_some, outside_factor / outside_sum, 0.0), t, tokens)
-    _put(saved, 6, tl.where(outside_some, tl.exp(outside_max - top - lse_at_one), 0.0), t, tokens)
-    _put(saved, 7, entry_max - top - lse_at_one, t, tokens)
+    put(saved, 0, outside_max, t, tokens)
+    put(saved, 1, entry_max, t, tokens)
+    put(saved, 2, p_shift, t, tokens)
+    put(saved, 3, q_shift, t, tokens)
+    put(saved, 4, u_total, t, tokens)
+    put(saved, 5, tl.where(outside_some, outside_factor / outside_sum, 0.0), t, tokens)
+    put(saved, 6, tl.where(outside_some, tl.exp(outside_max - top - lse_at_one), 0.0), t, tokens)
+    put(saved, 7, entry_max - top - lse_at_one, t, tokens)
     whole = tl.abs(mass + mass_tail - 1) <= mass_tolerance  # NaN is not
     tl.store(fine + t, (whole & (label >= 0) & (label < size)) | (on == 0), mask=some)
 
 
 @triton.jit
-def _sum_over_ranks(sums, ranks, tokens, t, some, B: tl.constexpr):
+def sum_over_ranks(sums, ranks, tokens, t, some, B: tl.constexpr):
     """Both columns of [R, T, 2], summed in float64 in rank order."""
     f, u = tl.zeros((B,), tl.float64), tl.zeros((B,), tl.float64)
     for rank in range(ranks):
@@ -235,7 +235,7 @@ def _sum_over_ranks(sums, ranks, tokens, t, some, B: tl.constexpr):
 
 
 @triton.jit
-def _put(out, field, value, t, tokens):
+def put(out, field, value, t, tokens):
     tl.store(out + tl.cast(tokens, tl.int64) * field + t, value.to(out.dtype.element_ty), mask=t < tokens)
 
 

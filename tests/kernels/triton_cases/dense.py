@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from megakd.divergences import DIVERGENCES
-from megakd.kernels import VocabShard, dense_kd_loss, dense_rows
+from megakd.kernels import VocabShard, dense, dense_kd_loss, dense_rows, divergences, paths, terms
 from megakd.kernels.triton import dense_rows as triton_dense
 from tests.kernels.dense import dense_divergence
 from tests.kernels.triton_cases.problems import DEVICE, REMARKS, ROUNDING, SMALLEST, assert_near, case_name
@@ -78,3 +78,52 @@ def test_loss_and_gradient(divergence, temperature, ce_weight, width, padding, d
     got = grads[0][on][far][:, :width]
     assert_near(got[equal], exact.grad[far][equal].nan_to_num(0), 2 * ROUNDING[dtype] + 1e-5, 2e-5 + SMALLEST[dtype])
     assert not grads[0][~on].any() and not grads[0][:, width:].any() and grads[0].isfinite().all()
+
+
+def on_three_ranks(temperatures, divergence):
+    """Labels, the ranks' records (one has no real column), and their sums where the divergence has such."""
+    x, y, labels = logits(101, 3, torch.float32)
+    shares = [((0, 60), labels), ((60, 60), labels - 60), ((60, 101), labels - 60)]
+    records = []
+    for (first, last), column in shares:
+        owned = (column >= 0) & (column < last - first)
+        given = column.where(owned, -1), labels >= 0, last - first, temperatures, divergence
+        records.append(dense_rows.dense_record(x[:, first:last], y[:, first:last], *given))
+    sums = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return labels, torch.stack(records), sums if divergences.mixes(divergence) else None
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.0, 2.0)])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_steps_between_the_passes(divergence, weights, monkeypatch):
+    temperatures, shard = (1.5, 3.0), VocabShard(0, 104, 101)
+    labels, records, sums = on_three_ranks(temperatures, divergence)
+    options, on, results = terms.Options(divergence, "bucket", 0.3, 1.5, *weights, False), labels >= 0, []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(paths, "fused", lambda *_: None)
+        both = dense.merge(records, temperatures, divergence)
+        outputs, u_total = dense.evaluate(both, sums, on, labels, shard, options)
+        assert all(not part[~on].any() for part in outputs) and u_total.dtype == torch.float32
+        assert not fused or not any(part._is_view() for part in outputs)
+        kept = both if divergence != "jsd" else (*both[:5], both.ce_T)  # whose divergence is in the sums
+        results.append([*outputs, *(part[on].float() for part in (u_total, *kept))])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, rtol=2e-6, atol=2e-6)
+
+
+def test_what_is_wrong_is_named_from_the_steps_too():
+    labels, records, _ = on_three_ranks((1.0, 1.0), "forward_kl")
+    options = terms.Options("forward_kl", "bucket", 0.5, 1.0, 1.0, 0.0, False)
+
+    def evaluate(labels):
+        both = dense.merge(records, (1.0, 1.0), "forward_kl")
+        return dense.evaluate(both, None, labels != -100, labels, VocabShard(0, 104, 101), options)
+
+    for label in (101, -1):
+        with pytest.raises(ValueError, match=f"label {label} in row 1"):
+            evaluate(labels.index_fill(0, torch.tensor(1, device=DEVICE), label))
+    evaluate(labels)
+    records[2, 5, 3] = torch.nan  # the teacher's sum of one rank
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 6 rows, first in row 5"):
+        evaluate(labels)

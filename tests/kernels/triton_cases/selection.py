@@ -50,13 +50,13 @@ def test_candidates():
     """A row of many ties is crowded and looked at anew; zeros are equal whatever their sign."""
     x, width = teacher(4099, 8, torch.bfloat16), 4099
     x[0, :width] /= 8
-    x[0, 0:15] = torch.arange(10, 25)  # the first lane's other columns reach beyond all other lanes' largest
-    x[0, 128:2048:128] = torch.linspace(3.1, 9.9, 15)
+    x[0, :8], x[0, 8:18], below = 17.0, 15.0, range(128, 2048, 128)
+    x[0, below] = 15.125  # of the first lane, which is looked up: beyond the largest of the lanes that are not
     x[3, [5, 1000, 4000]] = -6.0  # above those that are equal
     x[5, :width] = -0.0
     x[5, 7:width:2] = 0.0
     x[4, 4098] = torch.nan
-    found = candidates.find_candidates(x, 8, width, 1.0, at_one=False)
+    found = candidates.find_candidates(x, 8, width, 2.0, at_one=True)
     assert found.x_TM.dtype == x.dtype and found.x_TM.shape == (6, 32)
     assert found.x_TM[4].isnan().all()
     for row in (0, 1, 2, 3, 5):
@@ -68,7 +68,10 @@ def test_candidates():
         left = torch.ones(width, dtype=torch.bool, device=DEVICE).index_fill_(0, columns[used].long(), False)
         rest = x[row, :width].double()[left]
         assert found.rest_4T[0, row] == rest.max()
-        assert_close(found.rest_4T[1, row].double(), (rest - rest.max()).exp().sum(), rtol=1e-6, atol=0)
+        for lane, temperature in ((1, 2.0), (2, 1.0)):
+            want = ((rest - rest.max()) / temperature).exp().sum()
+            assert_close(found.rest_4T[lane, row].double(), want, rtol=1e-6, atol=0)
+    assert not set(below) & set(found.columns_TM[0].tolist())
     assert sorted(found.columns_TM[3].tolist())[-9:] == [-1, 0, 1, 2, 3, 4, 5, 1000, 4000]
     assert sorted(found.columns_TM[5].tolist())[-9:] == [-1, *range(8)]
 
