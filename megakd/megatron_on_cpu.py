@@ -10,9 +10,9 @@ What is mended, beside the device (each has a test that fails without it):
        advances once per parameter.
     3. distributed optimizer, torch Adam: an optimizer that has never stepped, or has no parameter (that of experts on a
        pipeline stage without any), cannot describe its state.
-They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them; 0.16.1, 0.17.1, 0.18.2
-and 0.19.2 have them. Where a bug is gone its mend changes nothing: it fills in what is missing and copies what might be
-shared. What is mended of single layers is in megakd.models.moe.
+They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them; 0.16.1, 0.17.1,
+0.18.2 and 0.19.2 have them. Where a bug is gone its mend changes nothing: it fills in what is missing and copies what
+might be shared. What is mended of single layers is in megakd.models.moe.
 """
 
 import collections
