@@ -10,18 +10,14 @@ What is mended, beside the device (each has a test that fails without it):
        advances once per parameter.
     3. distributed optimizer, torch Adam: an optimizer that has never stepped, or has no parameter (that of experts on a
        pipeline stage without any), cannot describe its state.
-<<<<<<< HEAD
 These three occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them.
     4. distributed optimizer, any Adam: in a checkpoint that can be resharded, master weights and moments of all but the
        first bucket of gradients are cut out as many elements too late as buckets before were padded, and zeros take
        the place of the last. Buckets are padded to a multiple of 128 and of the data-parallel size: a run of 24 ranks
        that overlaps its reductions went on from shifted weights. Upstream warns ("can lead to data corruption").
-0.16.1 to 0.19.2 have all four. What is mended of single layers is in megakd.models.moe.
-=======
-They occur on CUDA too when neither Transformer Engine nor Apex is installed, and never with them; 0.16.1, 0.17.1,
-0.18.2 and 0.19.2 have them. Where a bug is gone its mend changes nothing: it fills in what is missing and copies what
-might be shared. What is mended of single layers is in megakd.models.moe.
->>>>>>> s20-nj
+0.16.1, 0.17.1, 0.18.2 and 0.19.2 have all four. Where one of the first three is gone its mend changes nothing: it fills
+in what is missing and copies what might be shared; the fourth looks whether its bug is there. What is mended of single
+layers is in megakd.models.moe.
 """
 
 import collections
