@@ -91,6 +91,7 @@ def test_written_archive_is_read_back_with_its_tokenizer(tmp_path, tokenizer, mo
     assert checkpoint.model.vocab_size == 275
     assert checkpoint.tokenizer_path.name == "small_bpe.model"
     assert checkpoint.tokenizer_path.read_bytes() == tokenizer.read_bytes()
+    assert folder.tokenizer_path(tmp_path / "megatron") == checkpoint.tokenizer_path, "what --tokenizer takes"
     record = convert(tmp_path / "megatron", tmp_path / "out.nemo", "nemo", Options())
     assert "equal to the bit" in record["verified"]
     convert(tmp_path / "out.nemo", tmp_path / "again", "megatron", UNVERIFIED)

@@ -130,6 +130,7 @@ def test_tokenizer_and_generation_config_travel(tmp_path):
     (source / "chat_template.jinja").write_text("{{ messages }}")
     back, _ = there_and_back(source)
     assert folder.read_checkpoint(tmp_path / "megatron").tokenizer_path.name == "tokenizer.json"
+    assert folder.tokenizer_path(tmp_path / "megatron") == tmp_path / "megatron" / "tokenizer.json"
     for name in [*files, "chat_template.jinja", "config.json"]:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
