@@ -6,7 +6,7 @@ import pytest
 
 from megakd.errors import DataError
 from tests.data.byte_tokenizer import byte_tokenizer
-from tests.data.test_token_files import write_either
+from tests.data.test_token_file_writers import write_either
 from tests.ranks import run_ranks
 from tests.training import small
 

@@ -8,7 +8,6 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.training import runs, small
-from tests.training.test_runs import folder  # noqa: F401  token data, made once
 
 STEP = 12
 
@@ -43,7 +42,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_batch_is_kept_and_the_run_stops_or_goes_on(case, folder, tmp_path):  # noqa: F811
+def test_the_batch_is_kept_and_the_run_stops_or_goes_on(case, folder, tmp_path):
     factor, spike, said, layout = CASES[case]
     config = runs.values(folder, tmp_path / "stops", train__steps=14, train__spike_factor=spike, **layout)
     messages = run_ranks(2, train_broken, config, factor)

@@ -16,7 +16,6 @@ from megakd.errors import ConfigError
 from megakd.ranks import Ranks
 from tests.ranks import run_ranks
 from tests.training import runs
-from tests.training.test_runs import folder  # noqa: F401  token data, made once
 
 
 class StopsAtQuestion(runs.OneOfThePool):
@@ -37,7 +36,7 @@ def train_until(rank, ranks, config, question):
         return runs.train(rank, ranks, config)
 
 
-def test_a_validation_given_up_is_made_up_for(folder, tmp_path):  # noqa: F811
+def test_a_validation_given_up_is_made_up_for(folder, tmp_path):
     """Questions: 1 at the start, then after steps 1, 2, before 4 batches of validation, after steps 3, 4, ..."""
     config = runs.values(folder, tmp_path / "whole", train__steps=4, eval__every_steps=2, eval__samples=32)
     config["student"]["model"]["hidden_dropout"] = 0.1
@@ -101,7 +100,7 @@ def wait_for(condition, seconds=120):
     return found
 
 
-def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  # noqa: F811
+def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):
     line = json.dumps({"text": "the same words again and again " * 20}) + "\n"
     (tmp_path / "long.jsonl").write_text(line * (60_000_000 // len(line)))
     config = runs.values(folder, tmp_path / "run", data__train=str(tmp_path / "long.jsonl"), data__workers=2)
@@ -125,7 +124,7 @@ def test_a_stop_while_rank_0_tokenizes_and_the_others_wait(folder, tmp_path):  #
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_time_after_which_a_launch_stops(folder, tmp_path):  # noqa: F811
+def test_a_time_after_which_a_launch_stops(folder, tmp_path):
     config = runs.values(folder, tmp_path / "run", train__steps=10**6, run__stop_after="2s")
     (rank,) = runs.by_hand(tmp_path, 1, "train", config)
     try:
@@ -147,7 +146,7 @@ def test_the_time_of_one_rank_is_over_for_all_of_them():
         assert ranks.stop_requested() and ranks.agree_to_stop()
 
 
-def test_a_time_that_is_none_is_refused(folder, tmp_path):  # noqa: F811
+def test_a_time_that_is_none_is_refused(folder, tmp_path):
     for wrong in ("4 hours", "3m2h", "0s", ""):
         with pytest.raises(ConfigError, match=r"run\.stop_after"):
             Config.from_dict(runs.values(folder, tmp_path, run__stop_after=wrong))

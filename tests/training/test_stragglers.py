@@ -9,7 +9,6 @@ from megakd.training import stragglers
 from megakd.training.stragglers import OwnSeconds, compare_ranks
 from tests.ranks import run_ranks
 from tests.training import runs
-from tests.training.test_runs import folder  # noqa: F401  token data, made once
 
 
 def test_the_time_ends_with_the_last_reduction_of_gradients(monkeypatch):
@@ -59,7 +58,7 @@ def train_slowly(rank, ranks, config):
         return runs.train(rank, ranks, config)
 
 
-def test_a_rank_that_reads_slowly_is_in_the_metrics(folder, tmp_path):  # noqa: F811
+def test_a_rank_that_reads_slowly_is_in_the_metrics(folder, tmp_path):
     config = runs.values(folder, tmp_path, train__steps=3, train__micro_batch_size=4)
     assert run_ranks(2, train_slowly, config) == [None, None]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
