@@ -80,8 +80,11 @@ def check_master_weights(optimizer, state: dict, checkpoint: Checkpoint) -> None
             weight, master = places[number].data, tensors["param"].detach()
             if type(weight) is not torch.Tensor:  # of 8 bits, with scales of its own
                 continue
-            wrong = (master.to(weight.device, weight.dtype).view_as(weight) != weight).sum().item()
-            if wrong:
+            master = master.to(weight.device).view_as(weight)
+            same = master.to(weight.dtype) == weight
+            if weight.dtype == torch.float32:  # of a run that was in bf16 before, the weights were saved in that
+                same |= master.bfloat16() == weight
+            if wrong := (~same).sum().item():
                 failure = failure or CheckpointError(
                     f"{checkpoint.path}: the optimizer's copy of a weight of shape {list(weight.shape)} is another one "
                     f"({wrong:,} of {weight.numel():,} values)",

@@ -53,6 +53,13 @@ def test_it_is_that_of_every_parameter_and_goes_on_at_any_number_of_ranks(tmp_pa
             assert [*written[0], *got] == [pytest.approx(numbers, rel=2e-5) for numbers in whole]
 
 
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_run_may_go_on_in_another_precision(tmp_path, before, after):
+    written = run_ranks(2, train, tmp_path, 3000, 2, before)
+    (loss, _), *_ = run_ranks(2, train, tmp_path, 3000, STEPS, after)[0]
+    assert loss == pytest.approx(written[0][0][0], rel=0.1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_upstream_writes_is_refused(tmp_path, precision):
     """It is still wrong there: its last parameters end with zeros, and the others are shifted."""

@@ -10,13 +10,6 @@ from tests.training import runs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    runs.prepare(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def models(folder, tmp_path_factory):
     """(teacher, student): run folders of two models that have learnt something."""
     made = []

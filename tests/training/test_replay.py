@@ -14,13 +14,6 @@ TOP_K = 50
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    runs.prepare(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("teacher")
     config = runs.values(folder, run_dir, student__model__hidden_size=48, train__steps=40, checkpoint__every_steps=20)
