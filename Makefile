@@ -52,10 +52,11 @@ build/megatron-core-%: | .venv/.installed
 test-slurm: .venv/.installed ## job scripts on a real Slurm of two nodes (root, slurm-wlm, munge; skipped without)
 	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest tests/slurm -m slurm $(ARGS)
 
-check: .venv/.installed ## formatting, lint, import layers
+check: .venv/.installed ## formatting, lint, import layers, every test importable
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests/test_layers.py
+	$(PY) -m pytest --collect-only -qq > .venv/collected || { cat .venv/collected; exit 1; }
 
 format: .venv/.installed ## formatting and what lint can put right
 	$(PY) -m ruff check --fix .

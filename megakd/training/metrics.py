@@ -35,6 +35,8 @@ class MetricsLog:
         self.enabled, self.board, self.wandb = enabled, None, None
         if not enabled:
             return
+        if config.log.wandb_project:  # before anything is opened: it is the one that refuses
+            self.wandb = start_wandb(config)
         run_dir = pathlib.Path(config.run.dir)
         self.path = run_dir / METRICS_FILE
         try:
@@ -47,8 +49,6 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        if config.log.wandb_project:
-            self.wandb = start_wandb(config)
 
     def write(self, kind: str, step: int, metrics: dict) -> None:
         """kind: `train` or `validation`; becomes a field of the line and the prefix elsewhere, where numbers go."""

@@ -11,7 +11,6 @@ import pytest
 from megakd.training.phases import Phases
 from tests.ranks import run_ranks
 from tests.training import runs, small
-from tests.training.test_replay import distil, folder, teacher  # noqa: F401  token data and a teacher, made once
 
 NAMES = {"data_seconds", "teacher_seconds", "student_seconds", "optimizer_seconds", "save_seconds", "other_seconds"}
 
@@ -25,8 +24,8 @@ def train_lines(run_dir):
     return [line for line in lines if line["kind"] == "train"]
 
 
-def test_the_phases_of_every_line_sum_to_its_seconds(folder, teacher, tmp_path):  # noqa: F811
-    config = distil(folder, teacher, tmp_path, checkpoint__every_steps=2, parallel__tp=2, train__steps=5)
+def test_the_phases_of_every_line_sum_to_its_seconds(folder, teacher, tmp_path):
+    config = runs.distil(folder, teacher, tmp_path, checkpoint__every_steps=2, train__steps=5)
     assert run_ranks(2, runs.train, config) == [None, None]
     lines = train_lines(tmp_path)
     assert len(lines) == 5
@@ -40,7 +39,7 @@ def test_the_phases_of_every_line_sum_to_its_seconds(folder, teacher, tmp_path):
     assert min(saved[2], saved[4]) > 5 * max(saved[0], saved[1], saved[3]), "the line after a save has it"
 
 
-def test_a_run_without_a_teacher_has_no_seconds_of_one(folder, tmp_path):  # noqa: F811
+def test_a_run_without_a_teacher_has_no_seconds_of_one(folder, tmp_path):
     assert run_ranks(1, runs.train, runs.values(folder, tmp_path, train__steps=2)) == [None]
     assert [phases_of(line).keys() for line in train_lines(tmp_path)] == [NAMES - {"teacher_seconds"}] * 2
 
@@ -133,8 +132,8 @@ def said_in_training(rank, ranks, config):
         log.setLevel(level)
 
 
-def test_a_launch_says_once_what_it_is_and_traces_what_was_asked_for(folder, teacher, tmp_path):  # noqa: F811
-    config = distil(folder, teacher, tmp_path, train__steps=5, parallel__tp=2)
+def test_a_launch_says_once_what_it_is_and_traces_what_was_asked_for(folder, teacher, tmp_path):
+    config = runs.distil(folder, teacher, tmp_path, train__steps=5)
     config["log"]["profile"] = {"steps": [2, 3], "ranks": [1]}
     config["log"]["every_steps"] = 3
     answers = run_ranks(2, said_in_training, config)
@@ -148,7 +147,7 @@ def test_a_launch_says_once_what_it_is_and_traces_what_was_asked_for(folder, tea
     assert sum(event.get("name") == "aten::embedding" for event in events) >= 2, "of two steps, student and teacher"
 
 
-def test_a_trace_that_a_run_ends_in_is_written(folder, tmp_path):  # noqa: F811
+def test_a_trace_that_a_run_ends_in_is_written(folder, tmp_path):
     config = runs.values(folder, tmp_path, train__steps=2)
     config["log"]["profile"] = {"steps": [2, 9]}
     assert run_ranks(1, runs.train, config) == [None]
