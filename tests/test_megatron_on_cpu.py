@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megakd.megatron_on_cpu import is_for_users, warn_of_version
+from megakd.megatron_on_cpu.importing import is_for_users, warn_of_version
 from tests.ranks import run_ranks
 from tests.training import small
 

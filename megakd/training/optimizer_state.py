@@ -64,7 +64,7 @@ def parts_of(state: dict) -> list[dict]:
 def check_master_weights(optimizer, state: dict, checkpoint: Checkpoint) -> None:
     """The weights that the optimizer goes on from are those of the model, which are loaded already.
 
-    Megatron without the mend of `megatron_on_cpu.mend_buckets` writes others, and training would go on from them.
+    Megatron without the mend of `megatron_on_cpu.mends` writes others, and training would go on from them.
 
     Args:
         optimizer: of the model; its state is not loaded yet.
