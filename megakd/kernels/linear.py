@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megakd.kernels.checks import expect
-from megakd.kernels.linear_autograd import GradientInForward, Layout, Recompute, whole
+from megakd.kernels.head import whole
+from megakd.kernels.linear_autograd import GradientInForward, Layout, Recompute
 from megakd.kernels.paths import softcap_passes
 from megakd.kernels.selection import select_top_k
 from megakd.kernels.softcap import check_softcap
