@@ -19,7 +19,16 @@ from megakd.kernels import divergences, paths
 from megakd.kernels.checks import expect
 from megakd.kernels.dense_rows import Scale
 from megakd.kernels.rows import finite
-from megakd.kernels.terms import KDLoss, Options, check_inplace, check_labels, explain_stray, find_stray, total
+from megakd.kernels.terms import (
+    KDLoss,
+    Options,
+    check_inplace,
+    check_labels,
+    explain_stray,
+    find_stray,
+    row_number,
+    total,
+)
 from megakd.kernels.vocab import MASKED, VocabShard
 
 ROWS_MESSAGE = "a label is outside the vocabulary, or the teacher's logits are not finite"
@@ -55,20 +64,36 @@ def dense_kd_loss(
         more; none in the backward.
     Source: as `kd_loss`.
     """
-    parameter = find(divergence).check_parameter(parameters)
     shard.check_logits(student_logits_TW, "student logits")
     shard.check_logits(teacher_logits_TW, "teacher logits")
     check_inplace(student_logits_TW, inplace_backward)
     check_labels(labels_T, len(student_logits_TW), len(teacher_logits_TW))
-    temperatures = float(temperature if student_temperature is None else student_temperature), float(temperature)
-    if not all(0 < each < float("inf") for each in temperatures):
-        raise ValueError(f"temperatures must be positive numbers, not {temperatures[1]} and {temperatures[0]}")
-    options = Options(divergence, "bucket", parameter, temperatures[0], float(kd_weight), float(ce_weight), False)
+    options, temperatures = build_options(
+        divergence, parameters, temperature, student_temperature, kd_weight, ce_weight
+    )
     return KDLoss(
         *_DenseKDLoss.apply(
             student_logits_TW, teacher_logits_TW.detach(), labels_T, shard, options, temperatures, inplace_backward
         )
     )
+
+
+def build_options(
+    divergence: str,
+    parameters: dict[str, float],
+    temperature: float,
+    student_temperature: float | None,
+    kd_weight: float,
+    ce_weight: float,
+) -> tuple[Options, tuple[float, float]]:
+    """The loss's options, and the temperatures of student and teacher. Raises ValueError for what they cannot be."""
+    parameter = find(divergence).check_parameter(parameters)
+    temperatures = float(temperature if student_temperature is None else student_temperature), float(temperature)
+    if not all(0 < each < float("inf") for each in temperatures):
+        raise ValueError(f"temperatures must be positive numbers, not {temperatures[1]} and {temperatures[0]}")
+    return Options(
+        divergence, "bucket", parameter, temperatures[0], float(kd_weight), float(ce_weight), False
+    ), temperatures
 
 
 class Both(NamedTuple):
@@ -81,6 +106,10 @@ class Both(NamedTuple):
     log_sum_at_one_T: Tensor
     kd_T: Tensor  # of forward and reverse KL
     ce_T: Tensor
+
+    def rows(self, rows: slice | Tensor) -> "Both":
+        """Of some tokens."""
+        return Both(*(part_T[rows] for part_T in self))
 
     def scales(self, temperatures: tuple[float, float]) -> tuple[Scale, Scale]:
         """The softmax of the student and of the teacher."""
@@ -113,10 +142,19 @@ def merge(records_RT7: Tensor, temperatures: tuple[float, float], divergence: st
 
 
 def evaluate(
-    both: Both, sums_RT2: Tensor | None, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard, options: Options
+    both: Both,
+    sums_RT2: Tensor | None,
+    supervised_T: Tensor,
+    labels_T: Tensor,
+    shard: VocabShard,
+    options: Options,
+    numbers_T: Tensor | None = None,
 ) -> tuple[KDLoss, Tensor]:
-    """The outputs of the loss, and U. `sums_RT2` of all ranks, None unless the divergence mixes P and Q.
+    """The outputs of the loss, and U.
 
+    Args:
+        sums_RT2: of all ranks; None unless the divergence mixes P and Q.
+        numbers_T: the rows' numbers for messages; None: 0, 1, ...
     Raises:
         ValueError: see `check_rows`.
     """
@@ -125,9 +163,9 @@ def evaluate(
             both.kd_T, both.ce_T, both.teacher_log_sum_T, sums_RT2, supervised_T, labels_T, shard.size,
             options.divergence, (options.kd_weight, options.ce_weight), options.temperature,
         )  # fmt: skip
-        expect(fine_T, ROWS_MESSAGE, lambda: check_rows(both, supervised_T, labels_T, shard))
+        expect(fine_T, ROWS_MESSAGE, lambda: check_rows(both, supervised_T, labels_T, shard, numbers_T))
         return KDLoss(*outputs), u_total_T
-    check_rows(both, supervised_T, labels_T, shard)
+    check_rows(both, supervised_T, labels_T, shard, numbers_T)
     kd_T, whole_T = both.kd_T, torch.ones_like(both.kd_T)
     u_total_T = -whole_T if options.divergence == "forward_kl" else kd_T
     if sums_RT2 is not None:
@@ -140,7 +178,41 @@ def steps(x: Tensor) -> ModuleType | None:
     return paths.fused(x, "megakd.kernels.triton.dense_terms")
 
 
-def check_rows(both: Both, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard) -> None:
+def backward(
+    student_TW: Tensor,
+    teacher_TW: Tensor,
+    of_rows: tuple[Tensor, Tensor, int],
+    both: Both,
+    u_total_T: Tensor,
+    grad_T: Tensor,
+    options: Options,
+    temperatures: tuple[float, float],
+    out_TW: Tensor,
+) -> None:
+    """Writes the gradient of the student's logits to `out_TW`, which may be these logits.
+
+    Args:
+        of_rows: label columns, supervised rows, and the real width, as for the passes.
+        both, u_total_T: of the forward. grad_T: that of loss_T.
+    """
+    dense_passes(student_TW).dense_backward(
+        student_TW,
+        teacher_TW,
+        *of_rows,
+        both.scales(temperatures),
+        options.divergence,
+        options.parameter,
+        u_total_T,
+        options.kd_weight * options.temperature * grad_T if options.kd_weight else None,
+        Scale(both.student_max_T.float(), both.log_sum_at_one_T.float(), 1.0),
+        options.ce_weight * grad_T if options.ce_weight else None,
+        out_TW,
+    )
+
+
+def check_rows(
+    both: Both, supervised_T: Tensor, labels_T: Tensor, shard: VocabShard, numbers_T: Tensor | None = None
+) -> None:
     """On every rank alike; see `checks.expect`.
 
     Raises:
@@ -149,10 +221,10 @@ def check_rows(both: Both, supervised_T: Tensor, labels_T: Tensor, shard: VocabS
     stray_T, broken_T = find_stray(labels_T, supervised_T, shard), supervised_T & both.teacher_log_sum_T.isnan()
 
     def explain():
-        explain_stray(stray_T, labels_T, shard)
+        explain_stray(stray_T, labels_T, shard, numbers_T)
         raise ValueError(
             f"the teacher's logits hold NaN or infinity in {int(broken_T.sum())} of {len(broken_T)} rows, first in row "
-            f"{int(broken_T.nonzero()[0])}"
+            f"{row_number(int(broken_T.nonzero()[0]), numbers_T)}"
         )
 
     expect(~(stray_T | broken_T), ROWS_MESSAGE, explain)
@@ -190,19 +262,6 @@ class _DenseKDLoss(torch.autograd.Function):
         student_TW, teacher_TW, supervised_T, label_columns_T, u_total_T, *both = ctx.saved_tensors
         both, options = Both(*both), ctx.options
         out_TW = student_TW.detach() if ctx.inplace else torch.empty_like(student_TW)
-        dense_passes(student_TW).dense_backward(
-            student_TW,
-            teacher_TW,
-            label_columns_T,
-            supervised_T,
-            ctx.shard.real_width,
-            both.scales(ctx.temperatures),
-            options.divergence,
-            options.parameter,
-            u_total_T,
-            options.kd_weight * options.temperature * grad_T if options.kd_weight else None,
-            Scale(both.student_max_T.float(), both.log_sum_at_one_T.float(), 1.0),
-            options.ce_weight * grad_T if options.ce_weight else None,
-            out_TW,
-        )
+        of_rows = label_columns_T, supervised_T, ctx.shard.real_width
+        backward(student_TW, teacher_TW, of_rows, both, u_total_T, grad_T, options, ctx.temperatures, out_TW)
         return out_TW, None, None, None, None, None, None

@@ -135,6 +135,37 @@ def weight_gradient(weight_WH: Tensor, *, single: bool, into_main_grad: bool) ->
     return torch.zeros_like(weight_WH, dtype=weight_WH.dtype if single else torch.float32)
 
 
+def keep_gradients(
+    ctx, gradients: Gradients, weight_WH: Tensor, into_main_grad: bool, supervised_T: Tensor, token_weight_T: Tensor
+) -> None:
+    """Keeps for the backward what a forward has made of the sum of token_weight * loss; see `give_gradients`."""
+    ctx.gradients, ctx.weight = (gradients.finish(), gradients.grad_WH), weight_WH
+    ctx.into_main_grad = into_main_grad and gradients.grad_WH is not None
+    ctx.save_for_backward(supervised_T, token_weight_T)
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
+
+
+def give_gradients(ctx, grad_T: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of hidden states and weight that were kept, times the one number that the backward brings.
+
+    Raises:
+        RuntimeError: see `common_factor`; and the second time, for they are given away.
+    """
+    if ctx.gradients is None:
+        raise RuntimeError("gradient_in_forward gives its gradients away once; there is no second backward")
+    supervised_T, token_weight_T = ctx.saved_tensors
+    grad_T = torch.zeros_like(token_weight_T) if grad_T is None else grad_T
+    factor = common_factor(grad_T, supervised_T, token_weight_T, is_one=ctx.into_main_grad)
+    (grad_TH, grad_WH), ctx.gradients = ctx.gradients, None
+    if ctx.into_main_grad:
+        return grad_TH, hand_over(ctx.weight)
+    if grad_TH is not None:
+        grad_TH *= factor
+    if grad_WH is not None:
+        grad_WH = grad_WH.mul_(factor).to(ctx.weight.dtype)
+    return grad_TH, grad_WH
+
+
 def common_factor(grad_T: Tensor, supervised_T: Tensor, token_weight_T: Tensor, *, is_one: bool) -> Tensor:
     """The number by which the gradient of loss_T exceeds token_weight_T in the supervised rows; float64 [].
 

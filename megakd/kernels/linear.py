@@ -126,14 +126,7 @@ def linear_kd_loss(
     check_labels(labels_T, tokens, targets.tokens)
     if all_supervised:
         check_all_supervised(labels_T)
-    if accumulate_into_main_grad and getattr(weight_WH, "main_grad", None) is None:
-        raise ValueError("accumulate_into_main_grad needs a weight with a main_grad")
-    if token_weight_T is not None and (not gradient_in_forward or token_weight_T.shape != (tokens,)):
-        raise ValueError(f"token_weight_T must be [{tokens}], and goes with gradient_in_forward only")
-    if gradient_in_forward and not torch.is_grad_enabled():
-        raise ValueError(
-            "gradient_in_forward cannot be used where gradients are off, nor under activation recomputation"
-        )
+    check_gradients(weight_WH, tokens, gradient_in_forward, token_weight_T, accumulate_into_main_grad)
     how = sequence_parallel, all_supervised, accumulate_into_main_grad, block_tokens, softcap, on_logits
     layout = Layout(shard, options, *how)
     if token_weight_T is None:
@@ -142,6 +135,24 @@ def linear_kd_loss(
         if not gradient_in_forward:
             return KDLoss(*Recompute.apply(hidden_TH, weight_WH, targets, labels_T, layout))
         return KDLoss(*GradientInForward.apply(hidden_TH, weight_WH, targets, labels_T, token_weight_T, layout))
+
+
+def check_gradients(
+    weight_WH: Tensor,
+    tokens: int,
+    gradient_in_forward: bool,
+    token_weight_T: Tensor | None,
+    accumulate_into_main_grad: bool,
+) -> None:
+    """Raises ValueError for options of `linear_kd_loss` that exclude one another."""
+    if accumulate_into_main_grad and getattr(weight_WH, "main_grad", None) is None:
+        raise ValueError("accumulate_into_main_grad needs a weight with a main_grad")
+    if token_weight_T is not None and (not gradient_in_forward or token_weight_T.shape != (tokens,)):
+        raise ValueError(f"token_weight_T must be [{tokens}], and goes with gradient_in_forward only")
+    if gradient_in_forward and not torch.is_grad_enabled():
+        raise ValueError(
+            "gradient_in_forward cannot be used where gradients are off, nor under activation recomputation"
+        )
 
 
 def check_all_supervised(labels_T: Tensor) -> None:

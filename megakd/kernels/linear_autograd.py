@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megakd.kernels.head import Gradients, Head, Rows, common_factor, hand_over, weight_gradient, whole
+from megakd.kernels.head import (
+    Gradients,
+    Head,
+    Rows,
+    give_gradients,
+    hand_over,
+    keep_gradients,
+    weight_gradient,
+    whole,
+)
 from megakd.kernels.paths import row_passes
 from megakd.kernels.records import build_record
 from megakd.kernels.rows import Statistics, runs
@@ -135,29 +144,14 @@ class GradientInForward(torch.autograd.Function):
                 all_T[rows] = block_B
             factors = gradient_factors(token_weight_T[rows], stats.entry_logits_TK, part, saved, options)
             blocks.backward(rows, logits_BW, factors, gradients)
-        ctx.gradients, ctx.weight = (gradients.finish(), grad_WH), weight_WH
-        ctx.into_main_grad = layout.into_main_grad and grad_WH is not None
-        ctx.save_for_backward(s.supervised_T, token_weight_T)
+        keep_gradients(ctx, gradients, weight_WH, layout.into_main_grad, s.supervised_T, token_weight_T)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T, *_):
-        if ctx.gradients is None:
-            raise RuntimeError("gradient_in_forward gives its gradients away once; there is no second backward")
-        supervised_T, token_weight_T = ctx.saved_tensors
-        grad_T = torch.zeros_like(token_weight_T) if grad_T is None else grad_T
-        factor = common_factor(grad_T, supervised_T, token_weight_T, is_one=ctx.into_main_grad)
-        (grad_TH, grad_WH), ctx.gradients = ctx.gradients, None
-        if ctx.into_main_grad:
-            return grad_TH, hand_over(ctx.weight), None, None, None, None
-        if grad_TH is not None:
-            grad_TH *= factor
-        if grad_WH is not None:
-            grad_WH = grad_WH.mul_(factor).to(ctx.weight.dtype)
-        return grad_TH, grad_WH, None, None, None, None
+        return *give_gradients(ctx, grad_T), None, None, None, None
 
 
 def nothing(s: Supervised, options: Options) -> Statistics:

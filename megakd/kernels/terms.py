@@ -221,7 +221,7 @@ def check_rows(
         explain_stray(stray_T, labels_T, shard, numbers_T)
         row = int(torn_T.nonzero()[0])
         raise ValueError(
-            f"the teacher's entries and tail sum to {total_T[row].item():.6g} in row {_number(row, numbers_T)}; "
+            f"the teacher's entries and tail sum to {total_T[row].item():.6g} in row {row_number(row, numbers_T)}; "
             f"expected 1 ({int(torn_T.sum())} rows of {len(torn_T)} are off by more than {MASS_TOLERANCE})\n"
             f"hint: targets that hold only a rank's own entries fit one split of the vocabulary; select them with "
             f"gather=True where student and teacher differ"
@@ -240,12 +240,13 @@ def explain_stray(stray_T: Tensor, labels_T: Tensor, shard: VocabShard, numbers_
     if stray_T.any():
         row = int(stray_T.nonzero()[0])
         raise ValueError(
-            f"label {int(labels_T[row])} in row {_number(row, numbers_T)} is neither {MASKED} nor an id of the "
+            f"label {int(labels_T[row])} in row {row_number(row, numbers_T)} is neither {MASKED} nor an id of the "
             f"vocabulary [0, {shard.size})"
         )
 
 
-def _number(row: int, numbers_T: Tensor | None) -> int:
+def row_number(row: int, numbers_T: Tensor | None) -> int:
+    """What a message calls a row."""
     return row if numbers_T is None else int(numbers_T[row])
 
 
