@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd.config import Loss
 from megakd.divergences import PARAMETERS
-from megakd.kernels import KDLoss, VocabShard, kd_loss, linear_kd_loss
+from megakd.kernels import KDLoss, VocabShard, kd_loss, linear_dense_kd_loss, linear_kd_loss
 from megakd.targets import TeacherTargets
 
 SUMS = ("tokens", "loss", "kd", "ce", "teacher_mass", "student_mass", "teacher_ce", "agreement", "measured_tokens")
@@ -96,10 +96,58 @@ def fused_objective(
     return summed(losses, labels_T, keep)
 
 
+def whole_objective(
+    hidden_TH: Tensor,
+    weight_WH: Tensor,
+    teacher_hidden_TG: Tensor,
+    teacher_weight_WG: Tensor,
+    labels_T: Tensor,
+    shard: VocabShard,
+    loss: Loss,
+    *,
+    softcaps: tuple[float | None, float | None],
+    block_tokens: int,
+    on_logits: Callable[[slice | Tensor, Tensor, Tensor], None] | None = None,
+    keep: Callable[[KDLoss], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fused_objective` against a teacher's whole distribution, of which its final hidden states are given.
+
+    Args:
+        teacher_hidden_TG, teacher_weight_WG, on_logits: as for `linear_dense_kd_loss`.
+        softcaps: of student and teacher; the rest as for `fused_objective`.
+    Raises:
+        ValueError: a label is -100; the teacher's logits are not finite.
+    """
+    losses = linear_dense_kd_loss(
+        hidden_TH,
+        weight_WH,
+        teacher_hidden_TG,
+        teacher_weight_WG,
+        labels_T,
+        shard,
+        **whole_options(loss),
+        all_supervised=True,
+        gradient_in_forward=True,
+        accumulate_into_main_grad=getattr(weight_WH, "main_grad", None) is not None,
+        softcap=softcaps[0],
+        teacher_softcap=softcaps[1],
+        block_tokens=block_tokens,
+        on_logits=on_logits,
+    )
+    return summed(losses, labels_T, keep)
+
+
 def options(loss: Loss) -> dict:
     """The section as keyword arguments of the kernels."""
     names = ("divergence", "tail", "student_temperature", "kd_weight", "ce_weight", *PARAMETERS)
     return {name: getattr(loss, name) for name in names}
+
+
+def whole_options(loss: Loss) -> dict:
+    """The same of those that compare whole distributions: no tail, and the temperature, which targets carry else."""
+    given = options(loss) | {"temperature": loss.temperature}
+    del given["tail"]
+    return given
 
 
 def summed(losses: KDLoss, labels_T: Tensor, keep: Callable[[KDLoss], None] | None) -> tuple[Tensor, Tensor]:

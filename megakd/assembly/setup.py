@@ -25,7 +25,7 @@ from megakd.models.routing import RoutingLosses
 from megakd.ranks import from_rank_0
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import TeacherSource
-from megakd.teachers.online import OnlineTeacher
+from megakd.teachers.whole import live_teacher
 
 LOG = logging.getLogger("megakd")
 CE_ONLY = Loss(kd_weight=0.0, ce_weight=1.0)
@@ -159,13 +159,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
         gpt = models["teacher"] = build("teacher", teacher_from.model, teacher_from)
-        teacher = OnlineTeacher(
-            gpt,
-            top_k=loss.top_k,
-            temperature=loss.temperature,
-            groups=groups,
-            budget_bytes=loss.logits_memory_budget_bytes,
-        )
+        teacher = live_teacher(gpt, loss, groups)
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
     LOG.info("%s", describe_layout(config.parallel, groups, models))

@@ -133,6 +133,8 @@ class Config(sections.Section):
         yield from self._sequence_problems()
         if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
+        if self.loss.targets == "whole" and self.teacher is not None and self.teacher.cache is not None:
+            yield "loss.targets", "whole, but teacher.cache holds entries of the distribution; expected top_k"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "features", "given with teacher.cache; hidden states are not recorded, expected a live teacher"
         if self.eval.every_steps is not None and self.data.validation is None:

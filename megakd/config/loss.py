@@ -38,8 +38,11 @@ class Loss(Section):
     """Share of the first model in the mixture of the skewed divergences (those only)."""
     alpha: float = Field(PARAMETERS["alpha"], ge=LEAST, lt=1)
     """Weight of the teacher in the divergence alpha (that only): 1/2 treats both models alike."""
+    targets: Literal["top_k", "whole"] = "top_k"
+    """What is compared per token: the teacher's top_k entries and its tail; or its whole distribution, exactly, from
+    its final hidden states, with both models' logits in blocks of tokens that are not kept (a live teacher only)."""
     top_k: Count = 64
-    """Entries of the teacher's distribution kept per token."""
+    """Entries of the teacher's distribution kept per token; with targets whole, what a recorded step keeps of it."""
     temperature: Positive = 1.0
     """Divides both models' logits in the divergence; the divergence is multiplied by its square."""
     student_temperature: Positive | None = None
@@ -59,6 +62,8 @@ class Loss(Section):
         if self.tail not in row.tails:
             reason = row.refused.get(self.tail, f"{self.tail} has no meaning for {self.divergence}")
             yield "tail", f"{reason}; expected {' or '.join(sorted(row.tails))}"
+        if self.targets == "whole" and self.tail != "bucket":
+            yield "tail", f"{self.tail}, but targets whole have no tail"
         for name, usual in PARAMETERS.items():
             if getattr(self, name) != usual and row.parameter != name:
                 meant = "; how much the divergence weighs is kd_weight" if name == "alpha" else ""

@@ -116,7 +116,6 @@ class RecomputePairs(torch.autograd.Function):
         inputs = (hidden_TH, teacher_hidden_TG), (weight_WH, teacher_weight_WG), labels_T
         pairs = Pairs(*inputs, layout, gradients=False)
         record_T7 = torch.zeros((len(labels_T), 7), device=labels_T.device)
-        record_T7[:, [0, 2, 5]] = -torch.inf
         for rows, logits in pairs:
             record_T7[rows] = pairs.record(rows, logits)
         both, sums_RT2 = dense.merge(shard.all_gather(record_T7), layout.temperatures, options.divergence), None

@@ -1,6 +1,7 @@
 """What a teacher says about a micro-batch, and who can say it. Loss and loop cannot tell the sources apart.
 
-Legend: T supervised tokens of a micro-batch, K entries of the teacher's distribution.
+Legend: T supervised tokens of a micro-batch, K entries of the teacher's distribution, W vocabulary columns of this
+rank.
 """
 
 import dataclasses
@@ -9,6 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megakd.config import Loss
+from megakd.kernels import KDLoss, VocabShard, kd_loss
+from megakd.losses import options
 from megakd.models.micro_batch import MicroBatch
 from megakd.targets import TeacherTargets
 
@@ -27,11 +31,22 @@ class Lesson:
     label_logprob_T: Tensor
     id_T: Tensor
 
+    def rows(self, part_T: Tensor) -> "Lesson":
+        """About some of the tokens."""
+        return Lesson(self.targets.rows(part_T), self.label_logprob_T[part_T], self.id_T[part_T])
+
+    def losses(self, logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, loss: Loss) -> KDLoss:
+        """Of the student's logits, as the loss section says; without gradient."""
+        return kd_loss(logits_TW.detach(), self.targets, labels_T, shard, **options(loss))
+
 
 class TeacherSource(Protocol):
-    """Anything that gives lessons for the micro-batches of a step, in order, on the last pipeline stage."""
+    """Anything that gives lessons for the micro-batches of a step, in order, on the last pipeline stage.
 
-    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]: ...
+    They are all `Lesson`, or all `teachers.whole.WholeLesson`.
+    """
+
+    def lessons(self, micro_batches: list[MicroBatch]) -> list: ...
 
 
 def join(lessons: list[Lesson]) -> Lesson:

@@ -1,24 +1,58 @@
-"""A live teacher whose whole distribution is wanted as well: its final hidden rows are kept, 2 * H bytes a token.
+"""A live teacher whose whole distribution is wanted: its final hidden rows are kept, 2 * H bytes a token in 16 bits.
 
 Legend: T supervised tokens of a micro-batch, S sequence, B micro-batch, H hidden, W vocabulary columns of this rank.
 """
 
+import dataclasses
+
 from torch import Tensor
 
+from megakd.config import Loss
+from megakd.kernels import KDLoss, VocabShard, dense_kd_loss
+from megakd.kernels.selection import select_and_predict
+from megakd.losses import whole_options
+from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
 from megakd.teachers.lesson import Lesson
 from megakd.teachers.online import OnlineTeacher
 
 
-class WholeTeacher(OnlineTeacher):
-    """An online teacher that keeps what its head is given.
+@dataclasses.dataclass(frozen=True)
+class WholeLesson:
+    """A teacher's distribution over the whole vocabulary at the supervised tokens of one micro-batch.
 
     Attributes:
-        rows: of each micro-batch of the last call of `lessons`, on the last stage: [T, H], whole on every tensor
-            parallel rank.
+        hidden_TH: what its output layer is given, whole on every tensor-parallel rank.
+        gpt: the teacher.
+        top_k, temperature: of the entries that `selected` chooses.
     """
 
-    rows: list[Tensor]
+    hidden_TH: Tensor
+    gpt: GPT
+    top_k: int
+    temperature: float
+
+    def rows(self, part_T: Tensor) -> "WholeLesson":
+        """About some of the tokens."""
+        return dataclasses.replace(self, hidden_TH=self.hidden_TH[part_T])
+
+    def logits(self) -> Tensor:
+        """[T, W]: this rank's columns."""
+        return self.gpt.logits_of(self.hidden_TH)
+
+    def selected(self, labels_T: Tensor) -> Lesson:
+        """Its most likely entries, and what else a lesson says."""
+        given = self.logits(), labels_T, self.top_k, self.gpt.shard, self.temperature
+        targets, said = select_and_predict(*given)
+        return Lesson(targets, said.label_logprob_T, said.id_T)
+
+    def losses(self, logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, loss: Loss) -> KDLoss:
+        """Of the student's logits, against the whole distribution; without gradient."""
+        return dense_kd_loss(logits_TW.detach(), self.logits(), labels_T, shard, **whole_options(loss))
+
+
+class WholeTeacher(OnlineTeacher):
+    """An online teacher that keeps what its head is given, and no logits at all."""
 
     @classmethod
     def of(cls, teacher: OnlineTeacher) -> "WholeTeacher":
@@ -31,15 +65,13 @@ class WholeTeacher(OnlineTeacher):
             budget_bytes=teacher.budget_bytes,
         )
 
-    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
-        """As of an online teacher; fills `rows`."""
-        self.rows = []
-        return super().lessons(micro_batches)
+    def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> WholeLesson:
+        hidden_TH = self.gpt.head_input(hidden_SBH, micro_batch.rows_T)
+        return WholeLesson(hidden_TH, self.gpt, self.top_k, self.temperature)
 
-    def logits(self, rows_TH: Tensor) -> Tensor:
-        """[T, W]: this rank's columns for some of the kept rows."""
-        return self.gpt.logits_of(rows_TH)
 
-    def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Lesson:
-        self.rows.append(self.gpt.head_input(hidden_SBH, micro_batch.rows_T))
-        return super()._reduce(hidden_SBH, micro_batch)
+def live_teacher(gpt: GPT, loss: Loss, groups) -> OnlineTeacher:
+    """The live teacher that the loss section compares with."""
+    kind = WholeTeacher if loss.targets == "whole" else OnlineTeacher
+    budget = loss.logits_memory_budget_bytes
+    return kind(gpt, top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget)

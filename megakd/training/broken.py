@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import TrainingError
-from megakd.kernels import kd_loss
 from megakd.kernels.vocab import MASKED
-from megakd.losses import options
 from megakd.models.forward_only import forward_only
 from megakd.models.micro_batch import MicroBatch
 from megakd.training.step import StudentStep
@@ -82,7 +80,7 @@ def token_losses(student: StudentStep, micro_batches: list[MicroBatch], step: in
         every = torch.arange(len(labels_T), device=labels_T.device)
         for part_T in every.split(gpt.block_tokens(loss.logits_memory_budget_bytes)):
             logits_TW = gpt.logits(hidden_SBH, micro_batch.rows_T[part_T])
-            parts = kd_loss(logits_TW, lesson.targets.rows(part_T), labels_T[part_T], gpt.shard, **options(loss))
+            parts = lesson.rows(part_T).losses(logits_TW, labels_T[part_T], gpt.shard, loss)
             loss_SB[micro_batch.whole_rows_T[part_T]] = parts.loss_T
         if student.groups.cp.size() > 1:
             dist.all_reduce(loss_SB, group=student.groups.cp)

@@ -15,14 +15,15 @@ from megakd.config import Loss
 from megakd.kernels import select_top_k
 from megakd.kernels.dense import dense_kd_loss
 from megakd.kernels.predictions import Predictions, predict
-from megakd.losses import SUMS, means, objective
+from megakd.losses import SUMS, means, summed
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
-from megakd.teachers.whole import WholeTeacher
-from megakd.training.step import compare, reduce_sums
+from megakd.teachers.whole import WholeLesson
+from megakd.training.head_loss import compare
+from megakd.training.step import reduce_sums
 
 BINS = 15
 MOST_LIKELY = 5  # ids that top5_agreement compares
@@ -58,8 +59,9 @@ class Evaluation:
         Returns:
             Means as in training, with `perplexity` (of CE), `accuracy` (of the next token) and `ece` (expected
             calibration error of the most likely token, 15 equal bins, arXiv:1706.04599), and those bins as
-            `calibration`; equal on all ranks. With a WholeTeacher also `forward_kl` and `reverse_kl` over the whole
-            vocabulary at temperature 1, and `top5_agreement`; with id_bytes_V `bits_per_byte`.
+            `calibration`; equal on all ranks. With a WholeTeacher, whatever the loss compares, also `forward_kl` and
+            `reverse_kl` over the whole vocabulary at temperature 1, and `top5_agreement`; with id_bytes_V
+            `bits_per_byte`.
         Collectives: those of the models; three all-reduces and as many broadcasts at the end.
         """
         totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
@@ -90,39 +92,39 @@ class Evaluation:
         else:
             lessons = self.teacher.lessons(micro_batches)
         order = iter(lessons)
-        rows = iter(self.teacher.rows) if isinstance(self.teacher, WholeTeacher) else None
 
         def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
             lesson, student = next(order), self.student
-            teacher_TH = None if rows is None else next(rows)
             block = student.block_tokens(self.loss.logits_memory_budget_bytes)
             every = torch.arange(len(micro_batch.labels_T), device=micro_batch.labels_T.device)
-            totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part, teacher_TH) for part in every.split(block)]
+            totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part) for part in every.split(block)]
             return tuple(sum(parts) for parts in zip(*totals, strict=True))
 
         return forward_only(self.student, micro_batches, keep, self.groups)
 
+    @torch.no_grad()
     def judge_rows(
-        self, hidden_SBH: Tensor, micro_batch: MicroBatch, lesson: Lesson, part_T: Tensor, teacher_TH: Tensor | None
+        self, hidden_SBH: Tensor, micro_batch: MicroBatch, lesson: Lesson | WholeLesson, part_T: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums, bins and exact sums of some of a micro-batch's supervised tokens."""
-        labels_T, shard = micro_batch.labels_T[part_T], self.student.shard
+        labels_T, shard, here = micro_batch.labels_T[part_T], self.student.shard, lesson.rows(part_T)
         logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T[part_T])
-        targets = lesson.targets.rows(part_T)
-        _, sums = objective(logits_TW, targets, labels_T, shard, self.loss, inplace_backward=False)
+        exact = torch.zeros(len(EXACT), dtype=torch.float64, device=labels_T.device)
+        losses = None
+        if isinstance(here, WholeLesson):
+            exact[:3] = self.compare_whole(logits_TW, here.logits(), labels_T)
+            exact[3] = len(labels_T)
+            if self.loss.targets == "whole":
+                losses = here.losses(logits_TW, labels_T, shard, self.loss)
+            here = here.selected(labels_T)
+        _, sums = summed(losses or here.losses(logits_TW, labels_T, shard, self.loss), labels_T, None)
         said = predict(logits_TW, labels_T, shard)
         if self.teacher is not None:
-            here = Lesson(targets, lesson.label_logprob_T[part_T], lesson.id_T[part_T])
-            compare(sums, said.id_T, here)
-        exact = torch.zeros(len(EXACT), dtype=torch.float64, device=labels_T.device)
-        if teacher_TH is not None:
-            exact[:3] = self.compare_whole(logits_TW, self.teacher.logits(teacher_TH[part_T]), labels_T)
-            exact[3] = len(labels_T)
+            compare(sums, said.id_T, here.id_T, here.label_logprob_T)
         if self.id_bytes_V is not None:
             exact[4] = self.id_bytes_V[labels_T].sum()
         return sums, bin_predictions(said, labels_T), exact
 
-    @torch.no_grad()
     def compare_whole(self, logits_TW: Tensor, teacher_TW: Tensor, labels_T: Tensor) -> Tensor:
         """Sums of KL(teacher, student), KL(student, teacher), and the share of the 5 likeliest ids that both have."""
         shard = self.student.shard

@@ -17,11 +17,12 @@ from megakd.stopped import write_stopped
 from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
 from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file
 from megakd.training.evaluation import Evaluation
+from megakd.training.head_loss import describe_head
 from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.overview import overview
 from megakd.training.run_folder import open_run_folder, write_run_files
-from megakd.training.step import BrokenBatch, StudentStep, check_finite, describe_head
+from megakd.training.step import BrokenBatch, StudentStep, check_finite
 from megakd.training.step_record import StepRecorder, check_recording
 from megakd.training.stragglers import compare_ranks
 from megakd.training.teacher_check import TeacherCheck
@@ -61,7 +62,7 @@ def train(config: Config, ranks: Ranks) -> None:
             optimizer.reload_model_params()
         if is_last_stage(setup.groups):
             tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.cp
-            how = describe_head(setup.student, tokens, setup.loss)
+            how = describe_head(setup.student, getattr(setup.teacher, "gpt", None), tokens, setup.loss)
             LOG.log(logging.INFO if "fused" in how else logging.DEBUG, "%s", how)
         write_run_files(config)
         log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)

@@ -1,7 +1,9 @@
-"""An optimizer's state for another number of optimizers: Megatron has one more for experts that are divided over ranks.
+"""An optimizer's state for other hyperparameters, and for another number of optimizers.
 
 Moments and main weights are saved by the names of parameters, so they find their place anyway. What is saved beside
-them, for each optimizer, are the groups of parameters with their hyperparameters and the count of steps.
+them, for each optimizer, are the groups of parameters with their hyperparameters and the count of steps: of these a run
+goes by its own hyperparameters, which `run.allow_change` may have changed. Megatron has one optimizer more for experts
+that are divided over ranks.
 """
 
 import torch
@@ -24,6 +26,8 @@ def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: 
     """
     ours, theirs = parts_of(described), parts_of(saved)
     if len(ours) == len(theirs):
+        for state, own in side_by_side(loaded, described):
+            keep_own_settings(state, own)
         return loaded
     if not all("param_state" in part for part in ours) or not all("optimizer" in part for part in theirs):
         raise CheckpointError(
@@ -31,16 +35,42 @@ def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: 
             "that are divided over ranks have one of their own; and its state is not by parameter",
             hint="keep parallel.ep as it was, or save and continue with optimizer.distributed=true",
         )
-    groups = [group for part in theirs for group in part["optimizer"]["param_groups"]]
-    either = [group | {"is_expert_parallel": of_experts} for of_experts in (False, True) for group in groups]
     arranged = []  # one without parameters on this rank has read nothing
-    for i in range(len(ours)):
+    for i, own in enumerate(ours):
         state = loaded if len(ours) == 1 else loaded.get(i, {})
         plain = theirs[min(i, len(theirs) - 1)]
         both = {name: value for name, value in plain.items() if name != "param_state"}
-        both["optimizer"] = plain["optimizer"] | {"param_groups": [dict(group) for group in either]}
+        keep_own_settings(both, own)
         arranged.append(both | {"param_state": state.get("param_state", {})})
     return arranged[0] if len(ours) == 1 else dict(enumerate(arranged))
+
+
+def keep_own_settings(state: dict, own: dict) -> None:
+    """Puts this run's own hyperparameters into the loaded state of one optimizer: learning rates, betas, decay.
+
+    Megatron would go on with the saved ones, or (0.19) finds no group for its own.
+    """
+    if "optimizer" in state:  # the distributed one: its groups are settings and the count of steps, the same in all
+        saved = state["optimizer"]["param_groups"]
+        steps = {"step": max(group["step"] for group in saved)} if any("step" in group for group in saved) else {}
+        groups = [group | steps for group in own["optimizer"]["param_groups"]]
+        state["optimizer"] = state["optimizer"] | {"param_groups": groups}
+    elif "param_groups" in state:  # torch's own, whose groups name their parameters too
+        mine = {kind_of(group): group for group in own["param_groups"]}
+        for group in state["param_groups"]:
+            settings = mine.get(kind_of(group), {})
+            group.update({name: value for name, value in settings.items() if name not in ("params", "step")})
+
+
+def side_by_side(loaded: dict, described: dict) -> list[tuple[dict, dict]]:
+    """The states of single optimizers that have been read, each with our own description of it."""
+    numbers = sorted(name for name in loaded if isinstance(name, int))
+    return [(loaded[number], described[number]) for number in numbers] or [(loaded, described)]
+
+
+def kind_of(group: dict) -> tuple:
+    """What tells the groups of parameters of one optimizer apart, whatever the hyperparameters."""
+    return tuple(group.get(name) for name in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr"))
 
 
 def share_steps(described: dict) -> dict:

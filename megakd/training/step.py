@@ -16,14 +16,14 @@ from torch import Tensor
 from megakd.config import Loss
 from megakd.errors import TrainingError
 from megakd.kernels import KDLoss
-from megakd.kernels.predictions import predict
-from megakd.losses import SUMS, fused_objective, means, objective
+from megakd.losses import SUMS, means
 from megakd.models.features import FeatureLoss
 from megakd.models.forward_only import pipeline, schedule, streams
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch, forward
 from megakd.models.routing import RoutingLosses
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
+from megakd.training.head_loss import HeadLoss
 from megakd.training.phases import Phases
 from megakd.training.stragglers import OwnSeconds
 
@@ -199,77 +199,8 @@ class StudentStep:
     def forward_step(self, loss: Loss, measure: bool, witness: Witness | None, iterator, model):
         micro_batch, lesson = next(iterator)
         keep = functools.partial(witness.losses, micro_batch, lesson) if witness else None
-        how = (micro_batch, lesson, loss, measure, keep)
-        return forward(model, micro_batch), functools.partial(self.loss_function, *how)
-
-    def loss_function(
-        self,
-        micro_batch: MicroBatch,
-        lesson: Lesson,
-        loss: Loss,
-        measure: bool,
-        keep: Callable[[KDLoss], None] | None,
-        hidden_SBH: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Megatron's three-value loss function: summed loss, number of tokens, sums to report."""
-        gpt, labels_T, rows_T = self.gpt, micro_batch.labels_T, micro_batch.rows_T
-        ids: list[Tensor] = []
-
-        def predict_rows(rows: slice | Tensor, logits_BW: Tensor) -> None:
-            ids.append(predict(logits_BW, labels_T[rows], gpt.shard).id_T)
-
-        compared = measure and self.teacher is not None
-        if is_fused(gpt, micro_batch.labels_BS.numel() // self.groups.cp.size(), loss):
-            loss_sum, sums = fused_objective(
-                gpt.head_input(hidden_SBH, rows_T, whole_gradient=True),
-                gpt.head_weight,
-                lesson.targets,
-                labels_T,
-                gpt.shard,
-                loss,
-                softcap=gpt.softcap,
-                block_tokens=gpt.block_tokens(loss.logits_memory_budget_bytes),
-                on_logits=predict_rows if compared else None,
-                keep=keep,
-            )
-        else:
-            logits_TW = gpt.logits(hidden_SBH, rows_T)
-            loss_sum, sums = objective(
-                logits_TW, lesson.targets, labels_T, gpt.shard, loss, inplace_backward=True, keep=keep
-            )
-            if compared:
-                predict_rows(slice(None), logits_TW.detach())
-        if ids:
-            compare(sums, torch.cat(ids), lesson)
-        return loss_sum, torch.tensor(len(labels_T), dtype=torch.int), sums
-
-
-def is_fused(gpt: GPT, tokens: int, loss: Loss) -> bool:
-    """Whether output layer and loss of a micro-batch are run together, in blocks of tokens.
-
-    Args:
-        tokens: of the whole micro-batch, supervised or not. All micro-batches of a step must be answered alike: where
-            one has added its weight gradient to main_grad, Megatron no longer looks at what another returns.
-    """
-    return tokens > gpt.block_tokens(loss.logits_memory_budget_bytes) or gpt.softcap is not None
-
-
-def describe_head(gpt: GPT, tokens: int, loss: Loss) -> str:
-    """How output layer and loss of a micro-batch will be run, and why."""
-    width, size = gpt.shard.stop - gpt.shard.start, gpt.head_weight.element_size()
-    need, budget = tokens * width * size, loss.logits_memory_budget_bytes
-    seen = f"logits of up to {tokens:,} tokens take {need:,} bytes, loss.logits_memory_budget_bytes is {budget:,}"
-    if not is_fused(gpt, tokens, loss):
-        return f"output layer and loss apart: {seen}"
-    why = "" if need > budget else " for the soft cap's sake"
-    return f"output layer and loss fused{why}, {min(tokens, gpt.block_tokens(budget)):,} tokens at a time: {seen}"
-
-
-def compare(sums: Tensor, id_T: Tensor, lesson: Lesson) -> None:
-    """Fill in what needs both models' predictions: teacher CE and top-1 agreement."""
-    sums[SUMS.index("teacher_ce")] = -lesson.label_logprob_T.double().sum()
-    sums[SUMS.index("agreement")] = (id_T == lesson.id_T).sum()
-    sums[SUMS.index("measured_tokens")] = len(id_T)
+        tokens, compared = micro_batch.labels_BS.numel() // self.groups.cp.size(), measure and self.teacher is not None
+        return forward(model, micro_batch), HeadLoss(self.gpt, micro_batch, lesson, loss, tokens, compared, keep)
 
 
 def reduce_sums(sums: list[Tensor], groups, device) -> Tensor:

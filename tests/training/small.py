@@ -96,7 +96,7 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
     from megakd.models.routing import RoutingLosses
-    from megakd.teachers.online import OnlineTeacher
+    from megakd.teachers.whole import live_teacher
     from megakd.training.optimizer import build_optimizer, wrap_data_parallel
     from megakd.training.step import StudentStep
 
@@ -105,13 +105,7 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     if teacher:
         loss = config.loss
         gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2, teacher=True)
-        source = OnlineTeacher(
-            gpt_teacher,
-            top_k=loss.top_k,
-            temperature=loss.temperature,
-            groups=groups,
-            budget_bytes=loss.logits_memory_budget_bytes,
-        )
+        source = live_teacher(gpt_teacher, loss, groups)
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
     routing = RoutingLosses(gpt, config.routing) if gpt.config.model.moe else None

@@ -11,7 +11,7 @@ BUDGET = 7 * 1024 * 4  # bytes: 7 tokens' logits at tp = 1, of at most 59 superv
 
 def gradients(rank, ranks, tp, pp, fused, changes, student_changes):
     """What the optimizer is given of every parameter of this rank, and the step's metrics."""
-    from megakd.training import step
+    from megakd.training import head_loss
 
     found = {}
     with small.layout(tp, pp) as groups, pytest.MonkeyPatch.context() as patch:
@@ -24,7 +24,7 @@ def gradients(rank, ranks, tp, pp, fused, changes, student_changes):
 
         patch.setattr(run.optimizer, "step", keep)
         if not fused:
-            patch.setattr(step, "is_fused", lambda *_: False)
+            patch.setattr(head_loss, "is_fused", lambda *_: False)
         metrics = run(small.batch(0, groups, 2)[::-1], step=1, measure=True)  # the emptiest come last
     return found, metrics
 
@@ -95,7 +95,7 @@ def what_is_logged(rank, ranks):
 
     from megakd.config import Loss
     from megakd.models.gpt import GPT
-    from megakd.training.step import describe_head
+    from megakd.training.head_loss import describe_head
 
     def head(softcap=None):
         gpt = SimpleNamespace(shard=SimpleNamespace(start=0, stop=1024), head_weight=torch.zeros(1, 1), softcap=softcap)
@@ -104,7 +104,7 @@ def what_is_logged(rank, ranks):
 
     small_budget, large_budget = (Loss(logits_memory_budget_bytes=b) for b in (BUDGET, 1 << 30))
     cases = (None, small_budget), (None, large_budget), (2.0, large_budget)
-    return [describe_head(head(softcap), 9, loss).split(":")[0] for softcap, loss in cases]
+    return [describe_head(head(softcap), None, 9, loss).split(":")[0] for softcap, loss in cases]
 
 
 def test_what_is_logged_of_the_head():

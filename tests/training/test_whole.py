@@ -1,0 +1,85 @@
+"""`loss.targets: whole`: the same training as with all entries kept, at any layout, and all that goes with a run."""
+
+import json
+
+import pytest
+
+from megakd.errors import ConfigError, TrainingError
+from tests.ranks import run_ranks
+from tests.training import runs, small
+from tests.training.test_step import STEPS, assert_same_curve
+
+BLOCKS = 2 * 7 * 1024 * 4  # bytes of logits: 7 tokens of each model at a time, at tp = 1
+
+
+def loss(targets, **changes):
+    """Changes of small's config; all entries of the vocabulary are kept where entries are."""
+    return {f"loss__{name}": value for name, value in ({"targets": targets, "top_k": small.VOCAB} | changes).items()}
+
+
+def curve(ranks, tp, pp, size, section, **changes):
+    curves = run_ranks(ranks, small.curve, tp, pp, size, STEPS, section | changes)
+    assert all(each == curves[0] for each in curves)
+    return curves[0]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_whole_is_top_k_of_all_of_them_at_any_layout(divergence):
+    want = curve(1, 1, 1, 8, loss("top_k", divergence=divergence))
+    for metrics in want:
+        assert metrics["teacher_mass"] == pytest.approx(1)
+    section = loss("whole", divergence=divergence, logits_memory_budget_bytes=BLOCKS)
+    layouts = [(1, 1, 1, 8, {}), (2, 2, 1, 4, {"parallel__sp": True}), (2, 1, 2, 2, {}), (4, 2, 1, 1, {})]
+    for ranks, tp, pp, size, changes in layouts:
+        assert_same_curve(curve(ranks, tp, pp, size, section, **changes), want)
+
+
+def test_ramps_and_another_students_temperature():
+    ramp = {"temperature": {"to": 1.0, "steps": 3}}
+    for changes in ({"ramps": ramp}, {"student_temperature": 1.5}, {"kd_weight": 0.0}):
+        assert_same_curve(curve(1, 1, 1, 8, loss("whole", **changes)), curve(1, 1, 1, 8, loss("top_k", **changes)))
+
+
+def broken_teacher(rank, ranks):
+    with small.layout(2, 1) as groups:
+        run = small.student_step(small.config(2, 1, **loss("whole")), groups)
+        run.teacher.gpt.decoder.final_layernorm.weight.fill_(float("inf"))
+        with pytest.raises(TrainingError, match="the online teacher: the teacher's logits hold NaN or infinity in"):
+            run(small.batch(0, groups, 8), step=1, measure=False)
+
+
+def test_a_teacher_that_is_not_finite_is_named_on_every_rank():
+    run_ranks(2, broken_teacher)
+
+
+def test_what_it_excludes():
+    for changes, message in [
+        (loss("whole", tail="drop"), "loss.tail: drop, but targets whole have no tail"),
+        (loss("whole") | {"teacher__cache": "unused"}, "loss.targets: whole, but teacher.cache holds"),
+        (loss("most"), "loss.targets"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            small.config(**changes)
+
+
+def test_a_whole_run_validates_exactly_records_a_step_and_goes_on(folder, teacher, tmp_path):
+    section = {"targets": "whole", "top_k": 5, "temperature": 2.0, "divergence": "reverse_kl"}
+    changes = dict(loss=section, eval__every_steps=4, train__steps=4)
+    config = runs.distil(folder, teacher, tmp_path, **changes, run__record_steps=[2], checkpoint__every_steps=2)
+    assert run_ranks(2, runs.train, config) == [None, None]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "validation"][-1]
+    assert last["teacher_mass"] == pytest.approx(1) and last["kd"] != pytest.approx(last["reverse_kl"])
+    assert last["reverse_kl"] > 0 and 0 < last["agreement"] < 1
+    trained = [line["kd"] for line in lines if line["kind"] == "train"]
+    assert len(trained) == 4 and trained[-1] < trained[0]
+    assert replayed(config, tmp_path) == "no difference"
+
+
+def replayed(config, tmp_path):
+    """What replaying the recorded step on one rank, without the cut of the vocabulary, finds."""
+    from tests.training.test_replay import at, record_of, replay
+
+    other = at(config, tmp_path / "again", micro_batch_size=4, tp=1)
+    text, differs = run_ranks(1, replay, str(record_of(config, 2)), other)[0]
+    return text if differs else "no difference"
