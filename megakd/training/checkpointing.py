@@ -17,7 +17,12 @@ from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
-from megakd.training.optimizer_state import check_master_weights, fit_optimizer_state, share_steps
+from megakd.training.optimizer_state import (
+    check_master_weights,
+    fit_optimizer_state,
+    own_hyperparameters,
+    share_steps,
+)
 from megakd.training.run_folder import check_owner
 from megakd.training.step import StudentStep
 
@@ -226,7 +231,8 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
     torch_dist.set_weights(student.gpt, loaded["model"])
     optimizer = fit_optimizer_state(loaded["optimizer"], described, saved.get("optimizer", {}), checkpoint)
     check_master_weights(student.optimizer, optimizer, checkpoint)
-    student.optimizer.load_state_dict(optimizer)
+    with own_hyperparameters(student.optimizer):
+        student.optimizer.load_state_dict(optimizer)
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=progress.step)
     if same_layout:

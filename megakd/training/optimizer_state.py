@@ -4,11 +4,26 @@ Moments and main weights are saved by the names of parameters, so they find thei
 them, for each optimizer, are the groups of parameters with their hyperparameters and the count of steps.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.loading import fail_together
 from megakd.errors import CheckpointError
+
+HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")  # of a group; the scheduler sets lr and weight_decay by them
+
+
+@contextlib.contextmanager
+def own_hyperparameters(optimizer) -> Iterator[None]:
+    """What the block loads into an optimizer brings its state, and not the learning rates that it was saved with:
+    they are the config's, which may have been changed on purpose."""
+    own = [{name: group[name] for name in HYPERPARAMETERS if name in group} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: Checkpoint) -> dict:
