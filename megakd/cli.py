@@ -78,7 +78,7 @@ VERBS = {
     "cache": Verb("megakd.runs.cache:main", "record a teacher's logits; look into, check and join caches", False),
     "generate": Verb("megakd.runs.generate:main", "a model writes: one answer, or a file of completions", False),
     "convert": Verb("megakd.runs.convert:main", "Hugging Face checkpoints to megakd and back, verified", False),
-    "check": Verb("megakd.runs.check:main", "read all of a checkpoint and say what of it is whole", False),
+    "check": Verb("megakd.runs.check:main", "what of a checkpoint is whole; what is installed here (--env)", False),
     "prepare": Verb(
         "megakd.runs.prepare:main", "train a tokenizer; records or text into token files; look at samples", False
     ),

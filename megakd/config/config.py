@@ -42,6 +42,7 @@ class Config(sections.Section):
     schedule: sections.Schedule = sections.Schedule()
     eval: sections.Eval = sections.Eval()
     checkpoint: sections.Checkpoint = sections.Checkpoint()
+    export: sections.Export = sections.Export()
     log: Log = Log()
 
     @classmethod
@@ -139,6 +140,9 @@ class Config(sections.Section):
             yield "features", "given with teacher.cache; hidden states are not recorded, expected a live teacher"
         if self.eval.every_steps is not None and self.data.validation is None:
             yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
+        if self.export.checkpoint == "best" and (self.data.validation is None or not self.checkpoint.keep_best):
+            lacks = "data.validation is null" if self.data.validation is None else "checkpoint.keep_best is false"
+            yield "export.checkpoint", f"best, but {lacks}; expected last"
         yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
 

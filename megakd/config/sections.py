@@ -285,3 +285,16 @@ class Checkpoint(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.keep_every is not None and self.keep_every % (self.every_steps or self.keep_every + 1):
             yield "keep_every", f"{self.keep_every} is no multiple of every_steps ({self.every_steps or 'null'})"
+
+
+class Export(Section):
+    """The student in another format, once the run is finished"""
+
+    format: Literal["hf", "nemo"] | None = None
+    """`hf`: a Hugging Face folder, `huggingface` in the run folder; `nemo`: an archive, `student.nemo` there; null:
+    neither. It is written by a process of its own on rank 0's machine, without its GPU; the other ranks wait."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints: the last one, or that with the best validation."""
+    verify: bool = True
+    """Compare the logits of what was written (of `nemo`: its tensors) with the checkpoint's, and keep nothing if they
+    differ."""

@@ -69,10 +69,15 @@ def is_for_users(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(ADVICE)
 
 
+def was_tested(version: str) -> bool:
+    """Whether a Megatron-Core is of a minor version within TESTED."""
+    oldest, newest, here = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (*TESTED, version))
+    return oldest <= here <= newest
+
+
 def warn_of_version(version: str) -> None:
     """One line for a Megatron-Core that nobody has tried megakd with."""
-    oldest, newest, here = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (*TESTED, version))
-    if not oldest <= here <= newest:
+    if not was_tested(version):
         LOG.warning(
             "megatron-core %s: megakd was tested with %s to %s; docs/is-my-run-right.md says what to look at",
             version, *TESTED,

@@ -1,4 +1,8 @@
-"""`megakd check CHECKPOINT ...`: read all of a checkpoint, or of all of a run, and say what of it is whole."""
+"""`megakd check`: before a launch, or when something looks wrong.
+
+megakd check CHECKPOINT ...   read all of a checkpoint, or of a whole run: what of it is whole
+megakd check --env            what is installed here, its use, and what a missing part costs
+"""
 
 import argparse
 import pathlib
@@ -12,17 +16,28 @@ from megakd.progress import progress_bar
 
 def main(argv: list[str]) -> int:
     """Run `megakd check ARGV...`; returns 0 if everything is whole, 1 if something is damaged or cannot be told."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.env == bool(arguments.checkpoints):
+        parser.error("give CHECKPOINT ..., or --env")
+    if arguments.env:
+        from megakd.runs.environment import report
+
+        return report(arguments.json)
+    if arguments.json:
+        parser.error("--json belongs to --env")
     return max(check(path) for given in arguments.checkpoints for path in checkpoints_of(given))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="megakd check", description="read all of a checkpoint and say what of it is whole"
+        prog="megakd check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "checkpoints", nargs="+", type=path_argument, metavar="CHECKPOINT", help="checkpoint, or run folder for all"
+        "checkpoints", nargs="*", type=path_argument, metavar="CHECKPOINT", help="checkpoint, or run folder for all"
     )
+    parser.add_argument("--env", action="store_true", help="report on this machine and what is installed")
+    parser.add_argument("--json", action="store_true", help="that report as one line of JSON")
     return parser
 
 

@@ -17,6 +17,7 @@ from megakd.stopped import write_stopped
 from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
 from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file
 from megakd.training.evaluation import Evaluation
+from megakd.training.export import check_export, export, forget_export
 from megakd.training.head_loss import describe_head
 from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
@@ -44,6 +45,7 @@ def train(config: Config, ranks: Ranks) -> None:
     with contextlib.ExitStack() as held:
         checkpoint = open_run_folder(config, held)
         from_rank_0(lambda: check_sinks(config))
+        from_rank_0(lambda: check_export(config))
         saved_step = checkpoint.step if checkpoint else None
         ranks.on_early_stop(lambda: write_stopped(config.run.dir, step=saved_step or 0, finished=False))
         setup = build_setup(config, ranks.device)
@@ -68,6 +70,7 @@ def train(config: Config, ranks: Ranks) -> None:
         log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
         held.callback(log.close)
         if progress.step < setup.steps:
+            from_rank_0(lambda: forget_export(config))
             log.write("data", progress.step, setup.train_data.counts)
         else:
             LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
@@ -76,10 +79,16 @@ def train(config: Config, ranks: Ranks) -> None:
         finished = loop.run()
         loop.tracer.close()
         saver.finish()
+        if finished and config.export.format:
+            finished = export(config, step_to_export(config, progress), ranks)
         write_stop_file(config.run.dir, progress.step, finished=finished)
         LOG.info(
             "at step %d of %d; checkpoints and metrics.jsonl are in %s", progress.step, setup.steps, config.run.dir
         )
+
+
+def step_to_export(config: Config, progress: Progress) -> int:
+    return progress.best_step or progress.step if config.export.checkpoint == "best" else progress.step
 
 
 class Loop:

@@ -36,6 +36,7 @@ FREE = (
     "eval",
     "cache",
     "checkpoint",
+    "export",
     "log",
     "teacher.allow_weak",
     "teacher.cache_checks",

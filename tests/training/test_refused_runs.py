@@ -138,10 +138,11 @@ def test_a_run_folder_belongs_to_one_run(folder, tmp_path):
     assert "optimizer.lr: was 0.01, is 0.02" in message
     config["run"]["resume"] = "never"
     assert "run.resume is never" in run_ranks(1, runs.train, config)[0]
-    config["run"] |= {"resume": "auto", "allow_change": ["optimizer.lr", "train.steps"]}
-    config["train"]["steps"] = 3
+    config["run"] |= {"resume": "auto", "allow_change": ["optimizer", "schedule", "train.steps"]}
+    config["train"]["steps"], config["schedule"] = 3, {"kind": "constant"}
     assert run_ranks(1, runs.train, config) == [None]
     assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3]
+    assert runs.lines(tmp_path)[-1]["lr"] == 0.02, "what the optimizer was saved with is not what it goes on with"
     config["run"] |= {"dir": str(tmp_path / "empty"), "resume": "required"}
     assert "holds no whole checkpoint" in run_ranks(1, runs.train, config)[0]
 

@@ -17,6 +17,7 @@ from megakd.checkpoints.folder import KEPT, Checkpoint
 from megakd.checkpoints.inside import plain_name
 from megakd.checkpoints.layout import OPT_UNUSED_POSITIONS, Place, expected_shape, place
 from megakd.checkpoints.torch_dist_reader import TorchDistReader
+from megakd.config import Model
 from megakd.converters.families import Family, config_of, family_of, model_section
 from megakd.converters.huggingface.folder import CONFIG, INDEX, OTHER_FILES, TOKENIZER_FILES, read_json
 from megakd.converters.huggingface.importing import EXTRA, WEIGHT_FILES, bytes_bar, head_name, listed
@@ -99,7 +100,7 @@ def export_hf(
         CheckpointError: no family expresses the model, or tensors are missing or left over.
     """
     weights = MegatronWeights(checkpoint)
-    family, config, kept = origin(checkpoint, family_name)
+    family, config, kept = origin(checkpoint.model, checkpoint.path, family_name)
     rules = list(dict.fromkeys(by_their_name(family.rules(checkpoint.model)).values()))
     weights.check(rules)
     specs = {n: (t.shape, t.dtype) for r in rules for n, t in their_shapes(r, {o: weights.spec(o) for o in r.ours})}
@@ -139,17 +140,24 @@ def export_hf(
     return family
 
 
-def origin(checkpoint: Checkpoint, family_name: str | None) -> tuple[Family, dict, dict | None]:
-    """Family, config.json and kept file list; the latter None when the checkpoint did not come from Hugging Face."""
-    folder = checkpoint.path / KEPT
-    if family_name is None and (folder / CONFIG).is_file():
+def origin(model: Model, checkpoint: pathlib.Path | None, family_name: str | None) -> tuple[Family, dict, dict | None]:
+    """Family, config.json and kept file list; the latter None when the checkpoint did not come from Hugging Face.
+
+    Args:
+        model: of the checkpoint, or of the run that is to write one.
+        checkpoint: its folder, or that of the checkpoint that the run started from; None where there was none.
+    Raises:
+        CheckpointError: no family computes exactly this model.
+    """
+    folder = None if checkpoint is None else checkpoint / KEPT
+    if family_name is None and folder is not None and (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)
         family = family_of(config, folder)
         theirs = model_section(family, folder)
-        ours = checkpoint.model.model_copy(update={key: getattr(theirs, key) for key in TRAINING_ONLY})
+        ours = model.model_copy(update={key: getattr(theirs, key) for key in TRAINING_ONLY})
         if theirs == ours:
             return family, config, read_kept(folder / WEIGHT_FILES)
-    family, config = config_of(checkpoint.model, family_name)
+    family, config = config_of(model, family_name)
     return family, config, None
 
 

@@ -158,8 +158,7 @@ def export_nemo(checkpoint: Checkpoint, target: pathlib.Path, *, progress: bool 
         CheckpointError: NeMo's GPT cannot express the model.
     """
     model = checkpoint.model
-    if model.moe is not None or model.mla is not None:
-        raise cannot_express("experts and latent attention are not written to .nemo")
+    check_expressible(model)
     tokenizer = checkpoint.tokenizer_path
     if tokenizer is not None and tokenizer.suffix != ".model":
         tokenizer = None
@@ -187,6 +186,13 @@ def export_nemo(checkpoint: Checkpoint, target: pathlib.Path, *, progress: bool 
         pack(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_expressible(model: Model) -> None:
+    """Raises CheckpointError where NeMo's GPT cannot express a model."""
+    if model.moe is not None or model.mla is not None:
+        raise cannot_express("experts and latent attention are not written to .nemo")
+    config_of(model, None)
 
 
 def check_equal(opened: NemoModel, checkpoint: Checkpoint) -> int:
