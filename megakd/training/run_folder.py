@@ -37,6 +37,7 @@ FREE = (
     "cache",
     "checkpoint",
     "log",
+    "rollouts.concurrency",
     "teacher.allow_weak",
     "teacher.cache_checks",
 )
