@@ -1,22 +1,60 @@
 """The rollouts section: what the student writes itself, for the teacher to score and the student to learn from."""
 
+import urllib.parse
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from megakd.config.paths import LocalPath
-from megakd.config.section import Count, NotNegative, Section, Share, Text
+from megakd.config.section import Count, NotNegative, Positive, Section, Share, Text
 
 FORMATS = Literal["auto", "text", "prompt_response", "alpaca", "nemo_chat", "messages", "ids"]
 CUT = ("vpp", "cp", "ep")  # axes that a model which generates is not cut over
 
 
+class Server(Section):
+    """OpenAI-compatible completion servers (vLLM, SGLang) that write in the student's place, with its weights"""
+
+    urls: list[Text]
+    """Addresses, without /v1: `[http://node7:8000, http://node8:8000]`. They share the prompts."""
+    reload: list[dict[Text, Any]]
+    """Requests that make a server take new weights, in order: `{path: /update, json: {model_path: "{folder}"}}` each,
+    where {folder} is the exported folder. docs/on-policy.md has those of vLLM and SGLang."""
+    folder: LocalPath | None = None
+    """Where the student is exported to as a Hugging Face folder, a new one each time, under a path that the servers see
+    too; null: `rollouts/weights` in the run folder."""
+    model: Text | None = None
+    """Name of the model in requests; null: the first that a server lists."""
+    timeout_seconds: Positive = 600.0
+    """Seconds that a completion, or taking new weights, may take."""
+    dead_seconds: Positive = 60.0
+    """Seconds after which a server that does not answer, or answers with errors of its own (5xx), counts as dead. Its
+    prompts go to the others; a launch without any ends."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.urls:
+            yield "urls", "[]; expected at least one address"
+        for url in self.urls:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.rstrip("/") not in ("", "/"):
+                yield "urls", f"{url}; expected an address such as http://node7:8000"
+        if len(set(self.urls)) < len(self.urls):
+            yield "urls", f"{self.urls} names one twice"
+        if not self.reload:
+            yield "reload", "[]; a server that is never given the student's weights writes with others"
+        for call in self.reload:
+            path = call.get("path")
+            if not isinstance(path, str) or not path.startswith("/") or set(call) - {"path", "json"}:
+                yield "reload", f"{call}; expected {{path: /PATH, json: ANYTHING}}"
+
+
 class Rollouts(Section):
     """On-policy distillation: the student completes prompts, the teacher scores those very ids"""
 
-    engine: Literal["megakd"] = "megakd"
-    """Who generates: `megakd`, the student itself where it is trained."""
+    engine: Literal["megakd", "server"] = "megakd"
+    """Who generates: `megakd`, the student itself where it is trained; `server`, a server that is given its weights."""
+    server: Server | None = None
     prompts: LocalPath
     """Prompts: a file, folder or pattern in any form that data.train takes; answers that are there are left out."""
     format: FORMATS = "auto"
@@ -40,12 +78,12 @@ class Rollouts(Section):
     fraction: Share = 1.0
     """Share of a global batch that the student writes; the rest is data.train's. At 1 data.train is not read."""
     sync_every: Count = 1
-    """Optimizer steps that learn from what one state of the weights has written."""
+    """Optimizer steps that learn from what one state of the weights has written; a server is given them so often."""
     max_staleness: Count | None = None
     """Steps, at most, from the weights that wrote a completion to those that come of learning from it: 1 is strictly
     on-policy; null: sync_every."""
     concurrency: Count = 32
-    """Completions under way at once in one model."""
+    """Completions under way at once in one model, or in one server."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.max_staleness is not None and self.sync_every > self.max_staleness:
@@ -54,6 +92,8 @@ class Rollouts(Section):
         for name, value in drawing.items():
             if self.temperature == 0 and value is not None:
                 yield name, f"{value} has no effect at temperature 0, which takes the most likely token"
+        if (self.server is not None) != (self.engine == "server"):
+            yield "server", f"{'missing' if self.server is None else 'given'} with engine {self.engine}"
         if self.temperature == 0 and self.n > 1:
             yield "n", f"{self.n} completions of a prompt would be equal at temperature 0"
 

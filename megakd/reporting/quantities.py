@@ -47,6 +47,7 @@ KNOWN = {
     "completion_tokens": Quantity("tokens of a completion"),
     "completions_ended": Quantity("completions that ended by themselves", "%", 100),
     "completions_staleness": Quantity("steps from the writer to what learns from it", from_zero=True),
+    "writer_ce": Quantity("cross-entropy of the writer with what it wrote", "nats"),
     "grad_norm": Quantity("gradient norm", log_from=30),
     "lr": Quantity("learning rate", from_zero=True),
     "kd_weight": Quantity("weight of the divergence", from_zero=True),

@@ -30,6 +30,7 @@ class Rollout(NamedTuple):
         prompt_ids, ids: of the prompt, and written.
         ended: by a stop, not by its length.
         weights_step: optimizer steps that the writer had taken.
+        logprob: summed, as the writer itself gave it to its ids (nats); None where that is not known.
     """
 
     prompt: int
@@ -38,6 +39,7 @@ class Rollout(NamedTuple):
     ids: tuple[int, ...]
     ended: bool
     weights_step: int
+    logprob: float | None
 
 
 class Kept:
@@ -100,4 +102,6 @@ def read_rollout(line: dict) -> Rollout:
     if not prompt_ids or not ids:
         raise TypeError("a completion without ids")
     numbers = (int(line[name]) for name in ("prompt_number", "completion_number"))
-    return Rollout(*numbers, prompt_ids, ids, line["finish_reason"] == "stop", int(line["weights_step"]))
+    logprobs = line.get("logprobs", ())
+    logprob = sum(logprobs) if len(logprobs) == len(ids) and None not in logprobs else None
+    return Rollout(*numbers, prompt_ids, ids, line["finish_reason"] == "stop", int(line["weights_step"]), logprob)

@@ -10,9 +10,10 @@ from megakd.generation.results import describe
 from megakd.generation.stops import build_stops
 from megakd.models.micro_batch import MicroBatch
 from megakd.ranks import from_rank_0
-from megakd.rollouts.kept import Kept, Rollout
+from megakd.rollouts.kept import Kept, Rollout, read_rollout
 from megakd.rollouts.plan import Plan
 from megakd.rollouts.rows import MixedRows, global_rows
+from megakd.rollouts.server_writer import ServerWriter
 from megakd.rollouts.writer import StudentWriter, Writer
 
 LOG = logging.getLogger("megakd")
@@ -47,7 +48,7 @@ class Rollouts:
             setup.tokenizer, self.section.stop_tokens, self.section.stop,
             names=("rollouts.stop_tokens", "rollouts.stop"),
         )  # fmt: skip
-        self.writer: Writer = StudentWriter(setup, stops)
+        self.writer: Writer = (ServerWriter if self.section.engine == "server" else StudentWriter)(setup, stops)
         from_rank_0(lambda: self.kept.drop_after(saved_step))
 
     def prepare(self, step: int, stopping: Callable[[], bool]) -> bool:
@@ -103,17 +104,11 @@ class Rollouts:
     ) -> dict[int, list[Rollout]]:
         """Publish what was written, in the order in which it is learnt from."""
         of = {(s.request.prompt, s.request.completion): s for s in sequences}
-        ordered = [(due, of[request.prompt, request.completion]) for due, request in asked]
-        fingerprint, prompts, by_step = self.setup.tokenizer.fingerprint, self.setup.prompts, {}
-        for due, s in ordered:
-            rollout = Rollout(
-                s.request.prompt, s.request.completion, s.request.ids, tuple(s.ids), s.reason == "stop", weights_step
-            )
-            by_step.setdefault(due, []).append(rollout)
-        lines = (
-            {"step": due + 1, "weights_step": weights_step} | describe(s, prompts[s.request.prompt].text, fingerprint)
-            for due, s in ordered
-        )
+        fingerprint, prompts, lines, by_step = self.setup.tokenizer.fingerprint, self.setup.prompts, [], {}
+        for due, request in asked:
+            said = describe(of[request.prompt, request.completion], prompts[request.prompt].text, fingerprint)
+            lines.append({"step": due + 1, "weights_step": weights_step, **said})
+            by_step.setdefault(due, []).append(read_rollout(lines[-1]))
         from_rank_0(lambda: self.kept.write(weights_step, lines))
         return by_step
 
@@ -137,10 +132,15 @@ class Rollouts:
         return self.rows[1:]
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Of a step's completions: mean tokens, the share that a stop ended, and how many steps old their writer is."""
+        """Of a step's completions: mean tokens, the share that a stop ended, how many steps old their writer is, and
+        its own cross-entropy with them (nats a token), where it is known."""
         mine = self.ready[step]
-        return {
+        known = [rollout for rollout in mine if rollout.logprob is not None]
+        found = {
             "completion_tokens": statistics.fmean(len(rollout.ids) for rollout in mine),
             "completions_ended": statistics.fmean(rollout.ended for rollout in mine),
             "completions_staleness": step + 1 - statistics.fmean(rollout.weights_step for rollout in mine),
         }
+        if known:
+            found["writer_ce"] = -sum(r.logprob for r in known) / sum(len(r.ids) for r in known)
+        return found

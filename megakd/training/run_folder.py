@@ -38,6 +38,7 @@ FREE = (
     "checkpoint",
     "log",
     "rollouts.concurrency",
+    "rollouts.server",
     "teacher.allow_weak",
     "teacher.cache_checks",
 )

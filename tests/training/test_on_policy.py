@@ -13,6 +13,7 @@ from megakd.rollouts.kept import Kept
 from megakd.rollouts.plan import Plan
 from tests import forked
 from tests.ranks import run_ranks
+from tests.rollouts.endpoint import Endpoint
 from tests.training import runs
 
 PROMPTS = ["def main(", "import", "class Verb:", '    """The ', "raise ConfigError", "return", "for name in"]
@@ -233,6 +234,39 @@ def test_a_stop_while_it_writes_ends_in_a_checkpoint_and_nothing_half_kept(folde
     assert run_ranks(1, runs.train, config) == [None]
     assert runs.lines(tmp_path / "run") == runs.lines(tmp_path / "whole")
     assert_equal_to_the_bit(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
+def served(*endpoints, **changes):
+    reload = [{"path": "/reload", "json": {"model_path": "{folder}"}}]
+    server = {"urls": [endpoint.url for endpoint in endpoints], "reload": reload, "dead_seconds": 2.0}
+    return {"engine": "server", "server": server, "top_p": None, "max_new_tokens": 6, **changes}
+
+
+def test_a_server_writes_with_the_weights_of_the_moment(folder, prompts, teacher, tmp_path):
+    """What it says of its tokens is what the student says of them, at every step whose weights it was given."""
+    with Endpoint() as one, Endpoint() as other:
+        config = on_policy(folder, prompts, teacher, tmp_path, 2, rollouts=served(one, other, sync_every=2),
+                           optimizer__lr=3e-2)  # fmt: skip
+        assert run_ranks(2, runs.train, config) == [None, None]
+        weights = tmp_path / "rollouts" / "weights"
+        assert one.folders == other.folders == [str(weights / name) for name in ("step_00000000", "step_00000002")]
+        assert [path.name for path in weights.iterdir()] == ["step_00000002"]
+        lines = runs.lines(tmp_path)
+        assert [line["completions_staleness"] for line in lines] == [1, 2, 1]
+        for line, fresh in zip(lines, (True, False, True), strict=True):
+            assert (line["ce"] == pytest.approx(line["writer_ce"], rel=2e-4)) == fresh, line
+        entries = kept(tmp_path) + kept(tmp_path, 2)
+        asked = one.asked + other.asked
+        assert sorted(body["prompt"] for body in asked) == sorted(entry["prompt_ids"] for entry in entries)
+        assert len({body["seed"] for body in asked}) == len(asked) == 24
+        assert all(len(entry["completion_ids"]) <= 6 for entry in entries)
+        other.__exit__()
+        config["train"]["steps"], config["run"]["allow_change"] = 5, ["train.steps"]
+        assert run_ranks(2, runs.train, config)[0].startswith("TrainingError: rollouts.server.urls: " + other.url)
+        config["rollouts"]["server"]["urls"] = [one.url]
+        assert run_ranks(2, runs.train, config) == [None, None]
+    assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"step": 5, "finished": True}
 
 
 REFUSED = {
