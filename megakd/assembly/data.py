@@ -19,7 +19,9 @@ LOG = logging.getLogger("megakd")
 
 
 def open_both(config: Config, tokenizer) -> tuple:
-    """Training and validation data (None without); what is not tokenized yet is, by rank 0 while the others wait.
+    """Training data (None where the student writes it) and validation data (None without).
+
+    What is not tokenized yet is, by rank 0 while the others wait.
 
     Raises:
         DataError: see `open_data`; or a file is not what was written.
@@ -27,7 +29,8 @@ def open_both(config: Config, tokenizer) -> tuple:
     """
 
     def open_all(build: bool) -> tuple:
-        sources = ((config.data.train, config.run.seed), (config.data.validation, None))
+        train = None if config.reads_no_data else config.data.train
+        sources = ((train, config.run.seed), (config.data.validation, None))
         return tuple(
             None if source is None else open_data(config.data, source, tokenizer, seed, build=build, progress=shown)
             for source, seed in sources

@@ -29,7 +29,7 @@ def build_model(
         model: its section.
         vocab_size, padded_size: real ids that count in the loss; columns that are there, over all ranks.
         name: what the log calls it.
-        local: as of `build_gpt`: for a model that generates.
+        local: as of `build_gpt`: for a model that generates, or is trained beside doing so.
         pipeline: the split of its layers over stages.
     Raises:
         CheckpointError: the weights cannot be read.

@@ -12,11 +12,13 @@ from megakd.assembly.cached import open_cache
 from megakd.assembly.data import describe_data, open_both, run_steps
 from megakd.assembly.layout import describe_layout
 from megakd.assembly.models import build_model
+from megakd.assembly.prompts import open_rollout_prompts
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Loss, Model, check_experts, check_features, check_model, check_vocab
 from megakd.data.blend import indices_of_step
 from megakd.data.dataset import batch_length, load_batch
 from megakd.data.order import split_batch, validation_indices
+from megakd.data.prompts import Prompt
 from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
@@ -46,9 +48,11 @@ class Setup:
         teacher: None for plain training.
         features: distances between hidden states, attached to the student; None without a features section.
         loss: the loss section that applies: CE alone without a teacher.
-        train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None.
+        train_data, validation_data: data sets as `megakd.data.sources.open_data` returns; validation may be None, and
+            training data where the student writes them all.
         origin: the checkpoint that the student started from; None where its weights were drawn.
         routing: terms of the student's routers; None without experts.
+        prompts: that the student completes, by their numbers; None without rollouts.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -66,6 +70,7 @@ class Setup:
     validation_data: object | None
     origin: pathlib.Path | None = None
     routing: RoutingLosses | None = None
+    prompts: dict[int, Prompt] | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -73,13 +78,18 @@ class Setup:
         """Optimizer steps of the whole run."""
         return run_steps(self.config, self.train_data)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of the training data, and of prompts."""
+        data = {} if self.train_data is None else self.train_data.counts
+        return data if self.prompts is None else data | {"prompts": len(self.prompts)}
+
     def batch(self, step: int) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of a step; the first step is 0."""
-        train, seed = self.config.train, self.config.run.seed
 
         def load(step: int) -> list[MicroBatch]:
-            indices = indices_of_step(self.train_data, seed, step, train.global_batch_size)
-            return self._load(self.train_data, indices, packed=self.config.data.packing)
+            indices = self.indices(step, self.config.train.global_batch_size)
+            return self.load(self.train_data, indices, packed=self.config.data.packing)
 
         micro_batches = self.ahead.pop(step, None) or load(step)
         if isinstance(self.teacher, CachedTeacher) and step + 1 < self.steps:
@@ -89,9 +99,16 @@ class Setup:
 
     def samples(self, step: int) -> list[list]:
         """(epoch, index) of the samples of each of those micro-batches."""
-        train, dp = self.config.train, self.groups.dp
-        indices = indices_of_step(self.train_data, self.config.run.seed, step, train.global_batch_size)
-        return split_batch(indices, dp.rank(), dp.size(), train.micro_batch_size)
+        return self.split(self.indices(step, self.config.train.global_batch_size))
+
+    def indices(self, step: int, samples: int) -> list[tuple[int, int]]:
+        """(epoch, index) of the training data's samples in a step that takes so many of them."""
+        return indices_of_step(self.train_data, self.config.run.seed, step, samples) if samples else []
+
+    def split(self, indices: list) -> list[list]:
+        """This data-parallel rank's micro-batches of a global batch."""
+        dp = self.groups.dp
+        return split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
 
     @property
     def validation_samples(self) -> int:
@@ -102,14 +119,18 @@ class Setup:
         """This rank's micro-batches of the validation set, batch by batch."""
         size, data, samples = self.config.train.global_batch_size, self.validation_data, self.validation_samples
         for step in range(math.ceil(samples / size)):
-            yield self._load(data, validation_indices(step, size, samples), packed=False)
+            yield self.load(data, validation_indices(step, size, samples), packed=False)
 
-    def _load(self, data, indices: list, *, packed: bool) -> list[MicroBatch]:
-        dp, parallel = self.groups.dp, self.config.parallel
-        length = batch_length(data, indices, parallel.sequence_multiple)
-        parts = split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
+    def load(self, data, indices: list, *, packed: bool) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches of a global batch of a data set's samples.
+
+        Args:
+            data: anything with `length(*index)` and `sample(*index)`.
+            packed: rows may hold several samples.
+        """
+        length = batch_length(data, indices, self.config.parallel.sequence_multiple)
         cut = (self.groups.cp.rank(), self.groups.cp.size())
-        loaded = (load_batch(data, part, length) for part in parts)
+        loaded = (load_batch(data, part, length) for part in self.split(indices))
         return [build_micro_batch(batch, packed=packed, cut=cut).to(self.device) for batch in loaded]
 
 
@@ -136,6 +157,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
     check_experts(config, model, teacher_from.model if teacher_from else None)
     check_padding(padded_size, config.parallel.tp)
+    prompts = open_rollout_prompts(config, tokenizer) if config.rollouts else None
     train_data, validation_data = open_both(config, tokenizer)
     config.check_schedule(run_steps(config, train_data))
     groups = build_groups(
@@ -150,7 +172,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         return build_model(
             section, checkpoint, parallel, train, groups,
             vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
-            name=name, pipeline=pipeline,
+            name=name, pipeline=pipeline, local=name == "student" and config.student_writes,
         )  # fmt: skip
 
     student = build("student", model, student_from)
@@ -167,7 +189,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
-        routing,
+        routing, prompts,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
 from megakd.config.parallel import Parallel, Pipeline
 from megakd.config.reference import format_reference, section_summaries
+from megakd.config.rollouts import Rollouts
 from megakd.config.routing import Routing
 from megakd.config.section import Section
 from megakd.config.sections import (
@@ -46,6 +47,7 @@ __all__ = [
     "Parallel",
     "Pipeline",
     "Profile",
+    "Rollouts",
     "RopeScaling",
     "Routing",
     "Run",

@@ -17,6 +17,7 @@ from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
 from megakd.config.parallel import Parallel
 from megakd.config.problems import explain, nearest_key, problems_error
+from megakd.config.rollouts import Rollouts
 from megakd.config.routing import Routing
 from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
@@ -36,6 +37,7 @@ class Config(sections.Section):
     features: Features | None = None
     routing: Routing = Routing()
     data: sections.Data
+    rollouts: Rollouts | None = None
     cache: Cache = Cache()
     train: sections.Train
     optimizer: sections.Optimizer
@@ -105,6 +107,16 @@ class Config(sections.Section):
         precision = self.teacher.precision or self.train.precision
         return self.train.model_copy(update={"precision": precision})
 
+    @property
+    def reads_no_data(self) -> bool:
+        """Whether the student writes all that it learns from."""
+        return self.rollouts is not None and self.rollouts.fraction == 1
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether the student is to generate where it is trained."""
+        return self.rollouts is not None and self.rollouts.engine == "megakd"
+
     def idle_keys(self) -> list[str]:
         """The keys that say something about a teacher, where there is none: a run on the data alone ignores them."""
         if self.teacher is not None:
@@ -143,6 +155,10 @@ class Config(sections.Section):
         if self.export.checkpoint == "best" and (self.data.validation is None or not self.checkpoint.keep_best):
             lacks = "data.validation is null" if self.data.validation is None else "checkpoint.keep_best is false"
             yield "export.checkpoint", f"best, but {lacks}; expected last"
+        if self.rollouts is not None:
+            yield from self.rollouts.problems_in(self)
+        if self.data.train is None and not self.reads_no_data:
+            yield "data.train", "missing; only a run whose rollouts.fraction is 1 does without"
         yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
 

@@ -113,10 +113,10 @@ class NemoChatTokens(Section):
 class Data(Section):
     """What is read. A raw file is tokenized once, into a folder beside it"""
 
-    train: LocalPath | list[LocalPath | Positive]
+    train: LocalPath | list[LocalPath | Positive] | None = None
     """Training data: a JSONL, JSON, CSV, Parquet, Arrow or text file, a folder or pattern (`a/*.jsonl`) of them, a
     folder saved by Hugging Face datasets, or the prefix of a token file (`megakd prepare`, or Megatron's .bin/.idx).
-    Several: `[path, path]`, or a blend `[0.7, path, 0.3, path]`."""
+    Several: `[path, path]`, or a blend `[0.7, path, 0.3, path]`. Only where rollouts.fraction is 1 it may be null."""
     validation: LocalPath | list[LocalPath | Positive] | None = None
     """Held-out data, in the same forms (each part is read once, whatever its weight); null: no validation."""
     tokenizer: LocalPath | None = None
@@ -174,7 +174,7 @@ class Data(Section):
                 kinds = [isinstance(item, str) for item in source]
                 if not kinds or not (all(kinds) or kinds == [False, True] * (len(kinds) // 2)):
                     yield key, f"{source}; expected [path, path, ...] or [weight, path, weight, path, ...]"
-        if self.weights_of == "tokens" and all(isinstance(item, str) for item in self.train):
+        if self.weights_of == "tokens" and all(isinstance(item, str) for item in self.train or ()):
             yield "weights_of", f"tokens, but data.train = {self.train} has no weights"
 
 

@@ -8,7 +8,9 @@ messages          the conversation up to the last answer, and the header of the 
 ids               prompt_ids
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +46,80 @@ class Prompt(NamedTuple):
 
     text: str
     ids: list[int]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of an input; a prompt's number counts all records of the input, from 0.
+
+    Attributes:
+        files: in the order of their records.
+        sample_format: of the records.
+        tokenizer: of the model.
+        limit: records that are used, from the first on; None: all.
+    """
+
+    files: tuple[Path, ...]
+    sample_format: SampleFormat
+    tokenizer: Tokenizer
+    limit: int | None = None
+
+    def check(self, on_error: str) -> tuple[int, Problems]:
+        """How many records there are, usable or not, and what is wrong with those that are not.
+
+        Raises:
+            DataError: there is none, or some cannot be used and `on_error` is `raise`.
+        """
+        problems, count, make = Problems(on_error), 0, build_prompter(self.sample_format, self.tokenizer)
+        for where, record in self._records(problems):
+            count += 1
+            try:
+                make(record)
+            except (BadRecord, DataError) as error:
+                problems.add(where, str(error).replace("\nhint: ", "; "))
+        problems.check()
+        if not count:
+            raise DataError(f"{self.files[0]} holds no record", hint="the input is empty")
+        return count, problems
+
+    def read(self, on_error: str, most_tokens: int) -> tuple[dict[int, Prompt], Problems]:
+        """The usable prompts by their numbers, and what is wrong with the others.
+
+        Args:
+            most_tokens: of a prompt.
+        Raises:
+            DataError: there is none, or some cannot be used and `on_error` is `raise`.
+        """
+        problems, found, make = Problems(on_error), {}, build_prompter(self.sample_format, self.tokenizer)
+        for number, (where, record) in enumerate(self._records(problems)):
+            try:
+                found[number] = make(record)
+            except (BadRecord, DataError) as error:
+                problems.add(where, str(error).replace("\nhint: ", "; "))
+                continue
+            tokens = len(found[number].ids)
+            if not 0 < tokens <= most_tokens:
+                del found[number]
+                problems.add(where, f"a prompt of {tokens:,} tokens; expected 1 to {most_tokens:,}")
+        problems.check()
+        if not found:
+            seen = f"no prompt that can be used:\n{problems}" if problems.count else "no record"
+            raise DataError(f"{self.files[0]} holds {seen}", hint="the input is empty" if not problems.count else None)
+        return found, problems
+
+    def of(self, wanted: Set[int] | range) -> Iterator[tuple[int, Prompt]]:
+        """The prompts with some numbers, ascending; those of records that cannot be used are left out."""
+        make = build_prompter(self.sample_format, self.tokenizer)
+        for number, (_, record) in enumerate(self._records(Problems("skip"))):
+            if number in wanted:
+                try:
+                    yield number, make(record)
+                except (BadRecord, DataError):
+                    continue  # `check` has named it
+
+    def _records(self, problems: Problems) -> Iterator[tuple[str, dict]]:
+        found = (item for block in read_blocks(self.files) for item in records_of(block, problems))
+        return itertools.islice(found, self.limit)
 
 
 def detect_prompts(files: list[Path], columns: Mapping[str, str]) -> str:

@@ -69,7 +69,9 @@ def open_data(data: Data, source, tokenizer: Tokenizer, seed: int | None, *, bui
 
 
 def parse_source(source) -> tuple[list[str], list[float] | None]:
-    """(paths, weights) of a path, a list of paths, or a list of weights and paths by turns."""
+    """(paths, weights) of a path, a list of paths, a list of weights and paths by turns, or None."""
+    if source is None:
+        return [], None
     if isinstance(source, str):
         return [source], None
     if all(isinstance(item, str) for item in source):

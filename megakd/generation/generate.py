@@ -18,7 +18,7 @@ from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Data, Parallel, Train
 from megakd.converters.direct import open_checkpoint
 from megakd.data.formats import SampleFormat
-from megakd.data.prompts import Prompt, build_prompter, detect_prompts
+from megakd.data.prompts import Prompt, Prompts, build_prompter, detect_prompts
 from megakd.data.records import Problems
 from megakd.data.sources import choose_format, data_files, file_digest
 from megakd.data.tokenizers.load import load_tokenizer
@@ -27,7 +27,7 @@ from megakd.errors import ConfigError
 from megakd.generation.engine import Engine, Request
 from megakd.generation.results import PartWriter, Results
 from megakd.generation.stops import Stops, build_stops
-from megakd.generation.work import Prompts, Work, share
+from megakd.generation.work import Work, share
 from megakd.kernels.next_tokens import Choice
 from megakd.models.gpt import padded_vocab_size
 from megakd.models.groups import build_groups

@@ -47,13 +47,17 @@ class Stops:
         return min(found, key=places.__getitem__, default=None)
 
 
-def build_stops(tokenizer: Tokenizer, tokens: Listed[str], texts: Listed[str], *, ignore_eos: bool = False) -> Stops:
+def build_stops(
+    tokenizer: Tokenizer, tokens: Listed[str], texts: Listed[str], *, ignore_eos: bool = False,
+    names: tuple[str, str] = ("--stop-token", "--stop"),
+) -> Stops:  # fmt: skip
     """The stops that a user names, and the tokenizer's eos.
 
     Args:
         tokens: ids, or texts that are one token each.
         texts: not empty.
         ignore_eos: leave the eos out.
+        names: what the user has given tokens and texts by.
     Raises:
         ConfigError: a token is unknown, or a text is empty.
     """
@@ -62,12 +66,12 @@ def build_stops(tokenizer: Tokenizer, tokens: Listed[str], texts: Listed[str], *
         found = [int(name)] if name.isdecimal() else tokenizer.encode(name, special=True, continues=True)
         if len(found) != 1 or not 0 <= found[0] < tokenizer.vocab_size:
             raise ConfigError(
-                f"--stop-token {name} is no token of {tokenizer.files[0]}: {len(found)} tokens make it up"
+                f"{names[0]} {name} is no token of {tokenizer.files[0]}: {len(found)} tokens make it up"
                 if not name.isdecimal()
-                else f"--stop-token {name} is no id of {tokenizer.files[0]}, which has {tokenizer.vocab_size}",
-                hint="name one token, such as <|im_end|>, or its id; --stop takes any text",
+                else f"{names[0]} {name} is no id of {tokenizer.files[0]}, which has {tokenizer.vocab_size}",
+                hint=f"name one token, such as <|im_end|>, or its id; {names[1]} takes any text",
             )
         ids |= set(found)
     if "" in texts:
-        raise ConfigError("--stop is empty, which every text contains", hint="leave it out")
+        raise ConfigError(f"{names[1]} is empty, which every text contains", hint="leave it out")
     return Stops(tokenizer, frozenset(ids), tuple(texts))

@@ -53,3 +53,9 @@ def destroy_groups() -> None:
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
     return groups.pp.rank() == groups.pp.size() - 1
+
+
+def layout(groups: ProcessGroupCollection) -> dict[str, int]:
+    """Sizes of the axes, as checkpoints record them."""
+    sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+    return sizes | ({"cp": groups.cp.size()} if groups.cp.size() > 1 else {})

@@ -5,7 +5,8 @@ import os
 import pathlib
 import time
 
-STEADY = frozenset({"data", "step", "validation", "record"})  # they repeat: the longest seen says how long one takes
+# They repeat: the longest seen says how long one takes.
+STEADY = frozenset({"data", "rollouts", "step", "validation", "record"})
 LEAST_SECONDS = 120.0
 TIMES_THE_LONGEST = 5.0
 

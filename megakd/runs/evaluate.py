@@ -105,7 +105,7 @@ def evaluate(config: Config, path: str, ranks) -> dict:
     from megakd.training.evaluation import Evaluation, id_bytes
 
     student = config.student.model_copy(update={"checkpoint": path, "model": None})
-    config = config.model_copy(update={"student": student})
+    config = config.model_copy(update={"student": student, "rollouts": None})
     setup = build_setup(config, ranks.device)
     teacher = WholeTeacher.of(setup.teacher) if isinstance(setup.teacher, OnlineTeacher) else setup.teacher
     id_bytes_V = id_bytes(setup.tokenizer, ranks.device)

@@ -15,6 +15,7 @@ from megakd.config import Config, Model
 from megakd.data.sources import order_version
 from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
+from megakd.models.groups import layout
 from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
 from megakd.training.optimizer_state import check_master_weights, fit_optimizer_state, share_steps
@@ -155,11 +156,6 @@ def training_state(student: StudentStep, *, loading: bool, with_random: bool = T
     if with_random:
         state["random"] = random_state(student.groups)
     return state
-
-
-def layout(groups) -> dict[str, int]:
-    sizes = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
-    return sizes | ({"cp": groups.cp.size()} if groups.cp.size() > 1 else {})
 
 
 def random_state(groups) -> ShardedObject:

@@ -13,6 +13,7 @@ from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.ranks import Ranks, from_rank_0
+from megakd.rollouts.rollouts import Rollouts
 from megakd.stopped import write_stopped
 from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
 from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file
@@ -71,11 +72,12 @@ def train(config: Config, ranks: Ranks) -> None:
         held.callback(log.close)
         if progress.step < setup.steps:
             from_rank_0(lambda: forget_export(config))
-            log.write("data", progress.step, setup.train_data.counts)
+            log.write("data", progress.step, setup.counts)
         else:
             LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
         saver = Saver(config, student, setup.model, setup.tokenizer, setup.origin, saved_step)
-        loop = Loop(setup, student, saver, log, progress, ranks)
+        rollouts = Rollouts(setup, progress.step if checkpoint else None) if config.rollouts else None
+        loop = Loop(setup, student, saver, log, progress, ranks, rollouts)
         finished = loop.run()
         loop.tracer.close()
         saver.finish()
@@ -95,14 +97,23 @@ class Loop:
     """The steps of one launch; `progress` is kept up to date."""
 
     def __init__(
-        self, setup: Setup, student: StudentStep, saver: Saver, log: MetricsLog, progress: Progress, ranks: Ranks
+        self,
+        setup: Setup,
+        student: StudentStep,
+        saver: Saver,
+        log: MetricsLog,
+        progress: Progress,
+        ranks: Ranks,
+        rollouts: Rollouts | None = None,
     ):
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
+        self.rollouts, self.source = rollouts, rollouts or setup  # of batches
         self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
         self.recorder, self.tracer = StepRecorder(setup, student), Tracer(setup.config, dist.get_rank(), setup.device)
         self.is_introduced = False
-        self.teacher_is_known = setup.teacher is None or setup.config.teacher.allow_weak
+        # What the student has written itself is likelier to it than to any teacher.
+        self.teacher_is_known = setup.teacher is None or rollouts is not None or setup.config.teacher.allow_weak
 
     def run(self) -> bool:
         """All steps of this launch, each followed by what is due after it; True when the whole run is finished."""
@@ -116,6 +127,9 @@ class Loop:
         if not stop and self.owes_validation():
             stop = not self.validate()
         while progress.step < last and not stop:
+            if self.rollouts and not self.has_rollouts():
+                stop = True
+                break
             self.one_step()
             if self.tracer.ends_with(progress.step):
                 self.ranks.pulse.mark("save", progress.step)
@@ -134,6 +148,18 @@ class Loop:
             self.save()
             LOG.info("asked to stop, or run.stop_after has passed: the checkpoint of step %d is written", progress.step)
         return progress.step >= self.setup.steps and not self.owes_validation()
+
+    def has_rollouts(self) -> bool:
+        """Have the student write what the next step learns from; False when asked to stop meanwhile."""
+        step = self.progress.step
+
+        def stopping() -> bool:
+            self.ranks.pulse.mark("rollouts", step + 1)
+            return self.ranks.agree_to_stop()
+
+        self.ranks.pulse.mark("rollouts", step + 1)
+        with self.student.phases.aside("rollouts"):
+            return self.rollouts.prepare(step, stopping)
 
     def save(self) -> None:
         if self.progress.step > 0:
@@ -159,7 +185,7 @@ class Loop:
         phases.start()
         self.ranks.pulse.mark("data", progress.step + 1)
         phases.begin("data")
-        micro_batches = self.setup.batch(progress.step)
+        micro_batches = self.source.batch(progress.step)
         phases.begin("other")
         witness = self.witness(micro_batches)
         self.ranks.pulse.mark("step", progress.step + 1)
@@ -217,6 +243,8 @@ class Loop:
         progress.recent = [*progress.recent, metrics["loss"]][-REMEMBERED:]
         metrics |= self.student.phases.read(last=logged)
         metrics |= self.speed(metrics["seconds"], tokens, positions)
+        if self.rollouts:
+            metrics |= self.rollouts.metrics(progress.step - 1)
         if not self.is_introduced:
             self.is_introduced = True
             said = overview(self.setup, self.setup.steps - progress.step, tokens, metrics["seconds"])
@@ -245,7 +273,7 @@ class Loop:
         """
         self.student.leave_out()
         progress, why = self.progress, str(error).partition("\nhint:")[0]
-        samples = self.setup.samples(progress.step)
+        samples = self.source.samples(progress.step)
         folder = keep_evidence(self.config.run.dir, progress.step + 1, why, self.student, micro_batches, samples)
         if progress.broken >= self.config.train.max_skipped_steps:
             kept = f"{why}; its samples and the loss of each token are in {folder}"

@@ -38,6 +38,8 @@ FREE = (
     "checkpoint",
     "export",
     "log",
+    "rollouts.concurrency",
+    "rollouts.server",
     "teacher.allow_weak",
     "teacher.cache_checks",
 )

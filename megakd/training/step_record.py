@@ -8,17 +8,18 @@ import torch
 import torch.distributed as dist
 
 from megakd.assembly.data import describe_data
+from megakd.assembly.saving import save_weights
 from megakd.assembly.setup import Setup
 from megakd.cache.fingerprint import folder_fingerprint
-from megakd.checkpoints import folder, torch_dist
+from megakd.checkpoints import folder
 from megakd.config import Config
 from megakd.errors import ConfigError, StepError
+from megakd.models.groups import layout
 from megakd.models.micro_batch import MicroBatch
 from megakd.publish import make_folder, publish_written, remove
 from megakd.ranks import from_rank_0
 from megakd.steps.folder import WEIGHTS, step_name, write_rank, write_record
 from megakd.teachers.online import OnlineTeacher
-from megakd.training.checkpointing import layout
 from megakd.training.run_folder import versions
 from megakd.training.step import StudentStep
 from megakd.training.witness import StepWitness, unseen_axes
@@ -65,7 +66,7 @@ class StepRecorder:
         """
         begin_folder(self.path(step))
         if step > 1:
-            save_weights(folder.incomplete(self.path(step)) / WEIGHTS, self.setup, self.student, step - 1)
+            save_weights(folder.incomplete(self.path(step)) / WEIGHTS, self.setup, step - 1)
         return StepWitness(self.student.gpt, self.student.groups, micro_batches, self.setup.samples(step - 1))
 
     def finish(self, step: int, witness: StepWitness, metrics: dict[str, float] | None) -> None:
@@ -152,18 +153,6 @@ def begin_folder(path: pathlib.Path) -> None:
             raise unwritable(path, error) from error
 
     from_rank_0(begin)
-
-
-def save_weights(path: pathlib.Path, setup: Setup, student: StudentStep, step: int) -> None:
-    """The student as a checkpoint without optimizer: what it knows after `step` steps."""
-    groups = setup.groups
-    state = {"model": student.gpt.sharded_state_dict(metadata=torch_dist.sharding_metadata(groups))}
-    parts = {"model": setup.model, "step": step, "training": False, "metrics": {}, "layout": layout(groups)}
-
-    def publish(written) -> None:
-        folder.publish(path, tokenizer=setup.tokenizer, written=written, **parts)
-
-    torch_dist.save(path, state, groups, publish)
 
 
 def write_step(path: pathlib.Path, witness: StepWitness, values: dict) -> None:

@@ -1,0 +1,43 @@
+"""JSON over HTTP, as servers of completions speak it."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+
+LONGEST_ANSWER = 400  # characters of one that are quoted
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are neighbours: no proxy knows them
+
+
+class Unreachable(Exception):
+    """A server did not answer, or with an error of its own (5xx): it may be asked again."""
+
+
+class Refused(Exception):
+    """A server answered that a request is wrong, or something that is no answer to it."""
+
+
+def call(url: str, body=None, *, seconds: float):
+    """The JSON that a server answers; None for an answer without content or of another kind.
+
+    Args:
+        body: what is posted as JSON; None: get.
+        seconds: that the answer may take, from the last byte to the next.
+    Raises:
+        Unreachable, Refused: with what was seen.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with OPENER.open(request, timeout=seconds) as answer:
+            content = answer.read()
+    except urllib.error.HTTPError as error:
+        text = error.read()[: 4 * LONGEST_ANSWER].decode(errors="replace")[:LONGEST_ANSWER]
+        kind = Unreachable if error.code >= 500 or error.code == 429 else Refused
+        raise kind(f"{url} answered {error.code} {error.reason}: {text}") from error
+    except (OSError, http.client.HTTPException) as error:  # a refused connection, a reset one, a time that has passed
+        raise Unreachable(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}") from error
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
