@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megakd.cli import main
-from megakd.megatron_on_cpu import TESTED
+from megakd.megatron_on_cpu.importing import TESTED
 from megakd.runs import environment
 from tests.test_project import EXTRAS, PROJECT, package
 
