@@ -9,7 +9,7 @@ from loss_problem import Problem, Spec
 from torch import Tensor
 
 from megakd.divergences import DIVERGENCES
-from megakd.kernels import dense_kd_loss, kd_loss, sample_targets, select_top_k
+from megakd.kernels import dense_kd_loss, kd_loss, linear_dense_kd_loss, sample_targets, select_top_k
 from megakd.kernels.linear import BLOCK_TOKENS, linear_kd_loss, linear_select_top_k
 from megakd.targets import TeacherTargets
 
@@ -133,12 +133,53 @@ def linear_form(name: str, **arguments) -> Form:
     return Form(name, "megakd", "head", Spec(ce_weight=1.0), loss, select)
 
 
+def materialised_dense_form(name: str) -> Form:
+    """Both output layers as matrix products, then dense_kd_loss on the logits."""
+
+    def loss(problem: Problem, top_k: int, _) -> Tensor:
+        student_TW = _Replicated.apply(problem.hidden_TH, problem.shard) @ problem.weight_WH.T
+        teacher_TW = problem.teacher_hidden_TH @ problem.teacher_weight_WH.T
+        arguments = problem.labels_T, problem.shard
+        return dense_kd_loss(student_TW, teacher_TW, *arguments, ce_weight=1.0, inplace_backward=True).loss_T
+
+    return Form(name, "megakd", "head", Spec(teacher="whole", ce_weight=1.0), loss)
+
+
+def linear_dense_form(name: str, **arguments) -> Form:
+    """linear_dense_kd_loss; the weight's gradient goes to main_grad, as in Megatron."""
+
+    def loss(problem: Problem, top_k: int, _) -> Tensor:
+        return linear_dense_kd_loss(
+            problem.hidden_TH,
+            problem.weight_WH,
+            problem.teacher_hidden_TH,
+            problem.teacher_weight_WH,
+            problem.labels_T,
+            problem.shard,
+            ce_weight=1.0,
+            accumulate_into_main_grad=True,
+            block_tokens=max(1, min(BLOCK_TOKENS, problem.tokens // 16)),
+            **arguments,
+        ).loss_T
+
+    return Form(name, "megakd", "head", Spec(teacher="whole", ce_weight=1.0), loss)
+
+
 HEADLINE = "kd_loss bucket + CE, in place"
 HEADLINE_DENSE = "dense_kd_loss forward_kl, in place"
 BASELINE = "output layer, then kd_loss bucket + CE, in place"
 LINEAR = "linear_kd_loss bucket + CE"
 LINEAR_FORWARD = "linear_kd_loss bucket + CE, gradient in forward"
-HEADLINES = {HEADLINE, HEADLINE_DENSE, LINEAR, LINEAR_FORWARD}
+BASELINE_DENSE = "output layers, then dense_kd_loss forward_kl + CE, in place"
+LINEAR_DENSE = "linear_dense_kd_loss forward_kl + CE"
+LINEAR_DENSE_FORWARD = "linear_dense_kd_loss forward_kl + CE, gradient in forward"
+HEADLINES = {HEADLINE, HEADLINE_DENSE, LINEAR, LINEAR_FORWARD, LINEAR_DENSE, LINEAR_DENSE_FORWARD}
+BASELINES = {  # of the forms with an output layer, what does the same with whole logits
+    LINEAR: BASELINE,
+    LINEAR_FORWARD: BASELINE,
+    LINEAR_DENSE: BASELINE_DENSE,
+    LINEAR_DENSE_FORWARD: BASELINE_DENSE,
+}
 
 FORMS = [
     top_k_form(HEADLINE, ce_weight=1.0),
@@ -152,4 +193,7 @@ FORMS = [
     materialised_form(BASELINE),
     linear_form(LINEAR),
     linear_form(LINEAR_FORWARD, gradient_in_forward=True),
+    materialised_dense_form(BASELINE_DENSE),
+    linear_dense_form(LINEAR_DENSE),
+    linear_dense_form(LINEAR_DENSE_FORWARD, gradient_in_forward=True),
 ]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from loss_forms import BASELINE, HEADLINES
+from loss_forms import BASELINES, HEADLINES
 
 from megakd.publish import publish_text
 
@@ -60,7 +60,7 @@ def compare(rows: list[dict]) -> list[dict]:
         for other in measured:
             same = all(ours[name] == other[name] for name in ("ranks", "vocab", "kind"))
             same = same and (None in (ours["top_k"], other["top_k"]) or ours["top_k"] == other["top_k"])
-            if same and ours["form"] != other["form"] and (other["family"] != "megakd" or other["form"] == BASELINE):
+            if same and (other["family"] != "megakd" or other["form"] == BASELINES.get(ours["form"])):
                 each, each_cpu = (
                     [theirs / our for theirs, our in zip(other[name], ours[name], strict=True)]
                     for name in ("seconds_of_repeats", "cpu_seconds_of_repeats")
