@@ -181,7 +181,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
         gpt = models["teacher"] = build("teacher", teacher_from.model, teacher_from)
-        teacher = live_teacher(gpt, loss, groups)
+        teacher = live_teacher(gpt, loss, groups, config.run.seed)
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
     LOG.info("%s", describe_layout(config.parallel, groups, models))

@@ -146,8 +146,10 @@ class Config(sections.Section):
         yield from self._sequence_problems()
         if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
-        if self.loss.targets == "whole" and self.teacher is not None and self.teacher.cache is not None:
-            yield "loss.targets", "whole, but teacher.cache holds entries of the distribution; expected top_k"
+        if self.loss.targets != "top_k" and self.teacher is not None and self.teacher.cache is not None:
+            yield "loss.targets", f"{self.loss.targets}, but teacher.cache says what is compared; expected top_k"
+        if self.loss.targets == "sampled" and self.parallel.cp > 1:
+            yield "loss.targets", f"sampled, but parallel.cp = {self.parallel.cp} cuts the samples that draws are of"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "features", "given with teacher.cache; hidden states are not recorded, expected a live teacher"
         if self.eval.every_steps is not None and self.data.validation is None:

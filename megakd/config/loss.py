@@ -38,9 +38,13 @@ class Loss(Section):
     """Share of the first model in the mixture of the skewed divergences (those only)."""
     alpha: float = Field(PARAMETERS["alpha"], ge=LEAST, lt=1)
     """Weight of the teacher in the divergence alpha (that only): 1/2 treats both models alike."""
-    targets: Literal["top_k", "whole"] = "top_k"
-    """What is compared per token: the teacher's top_k entries and its tail; or its whole distribution, exactly, from
-    its final hidden states, with both models' logits in blocks of tokens that are not kept (a live teacher only)."""
+    targets: Literal["top_k", "whole", "sampled"] = "top_k"
+    """What is compared per token: the teacher's top_k entries and its tail; its whole distribution, exactly, from its
+    final hidden states, with both models' logits in blocks of tokens that are not kept; or draws from it, new ones in
+    every step, whose loss and gradient are unbiased (forward_kl only; another parallel.tp makes others). The last two
+    want a live teacher."""
+    draws: Count | None = None
+    """Draws per token (targets sampled only, and needed there)."""
     top_k: Count = 64
     """Entries of the teacher's distribution kept per token; with targets whole, what a recorded step keeps of it."""
     temperature: Positive = 1.0
@@ -62,8 +66,13 @@ class Loss(Section):
         if self.tail not in row.tails:
             reason = row.refused.get(self.tail, f"{self.tail} has no meaning for {self.divergence}")
             yield "tail", f"{reason}; expected {' or '.join(sorted(row.tails))}"
-        if self.targets == "whole" and self.tail != "bucket":
-            yield "tail", f"{self.tail}, but targets whole have no tail"
+        if self.targets != "top_k" and self.tail != "bucket":
+            yield "tail", f"{self.tail}, but targets {self.targets} have no tail"
+        if (self.draws is not None) != (self.targets == "sampled"):
+            seen = "missing" if self.draws is None else self.draws
+            yield "draws", f"{seen}, but targets is {self.targets}; sampled alone has it, and needs it"
+        if self.targets == "sampled" and self.divergence != "forward_kl":
+            yield "divergence", f"{self.divergence}, but draws give forward_kl only"
         for name, usual in PARAMETERS.items():
             if getattr(self, name) != usual and row.parameter != name:
                 meant = "; how much the divergence weighs is kd_weight" if name == "alpha" else ""

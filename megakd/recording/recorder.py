@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from megakd.cache import Row
-from megakd.cache.samples import Sample, read_sample
+from megakd.cache.samples import Sample
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.teachers.entries import Entries, Recipe, choose_entries, draw_entries
+from megakd.teachers.sampled import find_samples, seed_of
 
 
 class Recorder:
@@ -44,26 +45,11 @@ class Recorder:
         logits_TW, samples = self.gpt.logits(hidden_SBH, micro_batch.rows_T), find_samples(micro_batch)
         if self.recipe.drawn:
             device = logits_TW.device
-            groups = [
-                (torch.from_numpy(mine_T).to(device), int.from_bytes(sample.key[:7]) ^ self.seed)
-                for sample, mine_T in samples
-            ]
+            groups = [(torch.from_numpy(mine_T).to(device), seed_of(sample, self.seed)) for sample, mine_T in samples]
             entries = draw_entries(logits_TW, micro_batch.labels_T, self.gpt.shard, self.recipe, groups)
         else:
             entries = choose_entries(logits_TW, micro_batch.labels_T, self.gpt.shard, self.recipe)
         return build_rows(entries, samples) if self.writes else []
-
-
-def find_samples(micro_batch: MicroBatch) -> list[tuple[Sample, np.ndarray]]:
-    """The samples with supervised positions, and which of the T rows are theirs."""
-    ids_BS, labels_BS = micro_batch.ids_BS.cpu().numpy(), micro_batch.labels_BS.cpu().numpy()
-    place_T, row_T = np.divmod(micro_batch.rows_T.cpu().numpy(), len(ids_BS))
-    samples = []
-    for b, start, stop in micro_batch.parts():
-        mine_T = np.flatnonzero((row_T == b) & (place_T >= start) & (place_T < stop))
-        if len(mine_T):
-            samples.append((read_sample(ids_BS[b, start:stop], labels_BS[b, start:stop]), mine_T))
-    return samples
 
 
 def build_rows(entries: Entries, samples: list[tuple[Sample, np.ndarray]]) -> list[Row]:

@@ -43,7 +43,7 @@ class CachedTeacher:
             while len(self.ahead) > STEPS_AHEAD:
                 del self.ahead[next(iter(self.ahead))]  # of a step that was left out
 
-    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
+    def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[Lesson]:
         """As `TeacherSource`; every rank of the last stage has all entries of its rows.
 
         Raises:

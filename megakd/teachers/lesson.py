@@ -43,10 +43,11 @@ class Lesson:
 class TeacherSource(Protocol):
     """Anything that gives lessons for the micro-batches of a step, in order, on the last pipeline stage.
 
-    They are all `Lesson`, or all `teachers.whole.WholeLesson`.
+    They are all `Lesson`, or all `teachers.whole.WholeLesson`. `step` is the optimizer step that learns from them (the
+    first is 1), 0 where none does.
     """
 
-    def lessons(self, micro_batches: list[MicroBatch]) -> list: ...
+    def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list: ...
 
 
 def join(lessons: list[Lesson]) -> Lesson:
@@ -54,7 +55,9 @@ def join(lessons: list[Lesson]) -> Lesson:
     if len(lessons) == 1:
         return lessons[0]
     parts = [lesson.targets for lesson in lessons]
-    names = ("ids_TK", "logprobs_TK", "log_tail_T")
+    names = ["ids_TK", "logprobs_TK", "log_tail_T"]
+    if parts[0].entropy_T is not None:
+        names.append("entropy_T")
     whole = {name: torch.cat([getattr(targets, name) for targets in parts]) for name in names}
     return Lesson(
         dataclasses.replace(parts[0], **whole),

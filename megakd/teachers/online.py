@@ -28,10 +28,15 @@ class OnlineTeacher:
 
     def __init__(self, gpt: GPT, *, top_k: int, temperature: float, groups, budget_bytes: int = 4 << 30):
         self.gpt, self.budget_bytes = gpt.requires_grad_(False).eval(), budget_bytes
-        self.top_k, self.temperature, self.groups = top_k, temperature, groups
+        self.top_k, self.temperature, self.groups, self.step = top_k, temperature, groups, 0
 
-    def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
-        """Raises TrainingError, on all ranks of this model alike, where its logits are not finite."""
+    def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[Lesson]:
+        """As of a TeacherSource.
+
+        Raises:
+            TrainingError: its logits are not finite; on all ranks of this model alike.
+        """
+        self.step = step
         try:
             return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
         except ValueError as error:

@@ -13,8 +13,9 @@ from megakd.kernels.selection import select_and_predict
 from megakd.losses import whole_options
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
-from megakd.teachers.lesson import Lesson
+from megakd.teachers.lesson import Lesson, TeacherSource
 from megakd.teachers.online import OnlineTeacher
+from megakd.teachers.sampled import SampledTeacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,15 @@ class WholeTeacher(OnlineTeacher):
         return WholeLesson(hidden_TH, self.gpt, self.top_k, self.temperature)
 
 
-def live_teacher(gpt: GPT, loss: Loss, groups) -> OnlineTeacher:
-    """The live teacher that the loss section compares with."""
-    kind = WholeTeacher if loss.targets == "whole" else OnlineTeacher
+def live_teacher(gpt: GPT, loss: Loss, groups, seed: int) -> OnlineTeacher:
+    """The live teacher that the loss section compares with; `seed` of the run, for draws."""
     budget = loss.logits_memory_budget_bytes
-    return kind(gpt, top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget)
+    common = dict(top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget)
+    if loss.targets == "sampled":
+        return SampledTeacher(gpt, draws=loss.draws, seed=seed, **common)
+    return (WholeTeacher if loss.targets == "whole" else OnlineTeacher)(gpt, **common)
+
+
+def judging(teacher: TeacherSource | None) -> TeacherSource | None:
+    """The teacher as validation compares with it: draws stand for the whole distribution, which is taken instead."""
+    return WholeTeacher.of(teacher) if isinstance(teacher, SampledTeacher) else teacher

@@ -72,7 +72,7 @@ def keep_evidence(
 def token_losses(student: StudentStep, micro_batches: list[MicroBatch], step: int) -> list[Tensor]:
     """Loss [B, S] of each micro-batch, without dropout; empty on earlier pipeline stages."""
     loss = student.loss.at(step)
-    lessons = iter(student.lessons(micro_batches, loss))
+    lessons = iter(student.lessons(micro_batches, loss, step))
 
     def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> Tensor:
         gpt, lesson, labels_T = student.gpt, next(lessons), micro_batch.labels_T

@@ -114,7 +114,7 @@ class Evaluation:
         if isinstance(here, WholeLesson):
             exact[:3] = self.compare_whole(logits_TW, here.logits(), labels_T)
             exact[3] = len(labels_T)
-            if self.loss.targets == "whole":
+            if self.loss.targets != "top_k":
                 losses = here.losses(logits_TW, labels_T, shard, self.loss)
             here = here.selected(labels_T)
         _, sums = summed(losses or here.losses(logits_TW, labels_T, shard, self.loss), labels_T, None)

@@ -15,6 +15,7 @@ from megakd.models.micro_batch import MicroBatch
 from megakd.ranks import Ranks, from_rank_0
 from megakd.rollouts.rollouts import Rollouts
 from megakd.stopped import write_stopped
+from megakd.teachers.whole import judging
 from megakd.training.broken import REMEMBERED, keep_evidence, loss_limit
 from megakd.training.checkpointing import Progress, Saver, resume_newest, write_stop_file
 from megakd.training.evaluation import Evaluation
@@ -109,7 +110,7 @@ class Loop:
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
         self.rollouts, self.source = rollouts, rollouts or setup  # of batches
-        self.evaluation = Evaluation(setup.student, setup.teacher, setup.loss, setup.groups)
+        self.evaluation = Evaluation(setup.student, judging(setup.teacher), setup.loss, setup.groups)
         self.recorder, self.tracer = StepRecorder(setup, student), Tracer(setup.config, dist.get_rank(), setup.device)
         self.is_introduced = False
         # What the student has written itself is likelier to it than to any teacher.

@@ -134,7 +134,7 @@ class StudentStep:
             self.phases.begin("teacher")
         if self.features:
             self.features.begin(micro_batches)
-        lessons = self.lessons(micro_batches, loss)
+        lessons = self.lessons(micro_batches, loss, step)
         if self.features:
             self.features.end_teacher()
         self.phases.begin("student")
@@ -189,12 +189,13 @@ class StudentStep:
         dist.all_reduce(count, group=self.groups.dp_cp)
         return int(count)
 
-    def lessons(self, micro_batches: list[MicroBatch], loss: Loss) -> list[Lesson | None]:
+    def lessons(self, micro_batches: list[MicroBatch], loss: Loss, step: int) -> list[Lesson | None]:
         if self.teacher is None:
             return [no_lesson(len(m.labels_T), m.ids_BS.device) for m in micro_batches]
         if self.loss.ramps.temperature is not None:
             self.teacher.temperature = loss.temperature  # only a live teacher may have a ramp
-        return self.teacher.lessons(micro_batches) or [None] * len(micro_batches)  # none on earlier pipeline stages
+        lessons = self.teacher.lessons(micro_batches, step)
+        return lessons or [None] * len(micro_batches)  # there are none on earlier pipeline stages
 
     def forward_step(self, loss: Loss, measure: bool, witness: Witness | None, iterator, model):
         micro_batch, lesson = next(iterator)

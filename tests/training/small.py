@@ -105,7 +105,7 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     if teacher:
         loss = config.loss
         gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2, teacher=True)
-        source = live_teacher(gpt_teacher, loss, groups)
+        source = live_teacher(gpt_teacher, loss, groups, seed=4)
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
     routing = RoutingLosses(gpt, config.routing) if gpt.config.model.moe else None

@@ -40,6 +40,35 @@ def test_ramps_and_another_students_temperature():
         assert_same_curve(curve(1, 1, 1, 8, loss("whole", **changes)), curve(1, 1, 1, 8, loss("top_k", **changes)))
 
 
+def test_draws_are_a_samples_own_in_any_batch_at_one_tp():
+    section = loss("sampled", draws=30)
+    blocks = section | {"loss__logits_memory_budget_bytes": 7 * 1024 * 4}
+    one = curve(1, 1, 1, 8, section)
+    for ranks, pp, size, how in [(2, 1, 2, section), (2, 2, 1, section), (1, 1, 8, blocks)]:
+        assert_same_curve(curve(ranks, 1, pp, size, how), one)
+    two = curve(2, 2, 1, 8, section)
+    assert_same_curve(curve(4, 2, 1, 2, blocks, parallel__sp=True), two)
+
+
+def drawn(rank, ranks, draws):
+    """kd of one batch in three steps whose updates are thrown away, and that of the whole distribution."""
+    with small.layout() as groups:
+        found = []
+        for section in (loss("sampled", draws=draws), loss("whole")):
+            run = small.student_step(small.config(**section), groups)
+            run.optimizer.step = lambda: (True, 1.0, None)
+            found.append([run(small.batch(0, groups, 8), step=n, measure=True) for n in (1, 2, 1)])
+        return [[metrics[name] for metrics in found[0]] + [found[1][0][name]] for name in ("kd", "teacher_ce")]
+
+
+def test_draws_are_unbiased_and_a_step_draws_the_same_again():
+    kd, teacher_ce = run_ranks(1, drawn, 5000)[0]
+    first, second, again, whole = kd
+    assert first == again != second
+    assert abs(first - whole) < 0.02 * whole and abs(second - whole) < 0.02 * whole
+    assert teacher_ce == pytest.approx([teacher_ce[-1]] * 4)
+
+
 def broken_teacher(rank, ranks):
     with small.layout(2, 1) as groups:
         run = small.student_step(small.config(2, 1, **loss("whole")), groups)
@@ -55,8 +84,13 @@ def test_a_teacher_that_is_not_finite_is_named_on_every_rank():
 def test_what_it_excludes():
     for changes, message in [
         (loss("whole", tail="drop"), "loss.tail: drop, but targets whole have no tail"),
-        (loss("whole") | {"teacher__cache": "unused"}, "loss.targets: whole, but teacher.cache holds"),
+        (loss("whole") | {"teacher__cache": "unused"}, "loss.targets: whole, but teacher.cache says"),
         (loss("most"), "loss.targets"),
+        (loss("sampled"), "loss.draws: missing, but targets is sampled"),
+        (loss("top_k", draws=5), "loss.draws: 5, but targets is top_k"),
+        (loss("sampled", draws=5, divergence="jsd"), "loss.divergence: jsd, but draws give forward_kl only"),
+        (loss("sampled", draws=5) | {"teacher__cache": "unused"}, "loss.targets: sampled, but teacher.cache says"),
+        (loss("sampled", draws=5) | {"parallel__cp": 2}, "loss.targets: sampled, but parallel.cp = 2"),
     ]:
         with pytest.raises(ConfigError, match=message):
             small.config(**changes)
