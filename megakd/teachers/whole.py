@@ -6,6 +6,7 @@ Legend: T supervised tokens of a micro-batch, S sequence, B micro-batch, H hidde
 from torch import Tensor
 
 from megakd.models.micro_batch import MicroBatch
+from megakd.models.sharding import gather_head
 from megakd.teachers.lesson import Lesson
 from megakd.teachers.online import OnlineTeacher
 
@@ -34,7 +35,9 @@ class WholeTeacher(OnlineTeacher):
     def lessons(self, micro_batches: list[MicroBatch]) -> list[Lesson]:
         """As of an online teacher; fills `rows`."""
         self.rows = []
-        return super().lessons(micro_batches)
+        lessons = super().lessons(micro_batches)
+        gather_head(self.gpt)
+        return lessons
 
     def logits(self, rows_TH: Tensor) -> Tensor:
         """[T, W]: this rank's columns for some of the kept rows."""

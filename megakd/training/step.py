@@ -256,7 +256,7 @@ def is_fused(gpt: GPT, tokens: int, loss: Loss) -> bool:
 
 def describe_head(gpt: GPT, tokens: int, loss: Loss) -> str:
     """How output layer and loss of a micro-batch will be run, and why."""
-    width, size = gpt.shard.stop - gpt.shard.start, gpt.head_weight.element_size()
+    width, size = gpt.shard.stop - gpt.shard.start, gpt.config.params_dtype.itemsize
     need, budget = tokens * width * size, loss.logits_memory_budget_bytes
     seen = f"logits of up to {tokens:,} tokens take {need:,} bytes, loss.logits_memory_budget_bytes is {budget:,}"
     if not is_fused(gpt, tokens, loss):
