@@ -15,7 +15,9 @@ def describe_layout(parallel: Parallel, groups, models: dict[str, GPT]) -> str:
         models: this rank's parts by name.
     Collectives: one all-gather of a short text over pp.
     """
-    mine, stages = {name: describe_part(gpt) for name, gpt in models.items()}, [None] * groups.pp.size()
+    ways = {name: groups.dp_cp.size() if parallel.shards(name) else 1 for name in models}
+    mine = {name: describe_part(gpt, ways[name]) for name, gpt in models.items()}
+    stages = [None] * groups.pp.size()
     dist.all_gather_object(stages, mine, group=groups.pp)
     ranks_of_stage = dist.get_world_size() // len(stages)
     columns = [max(len(stage[name]) for stage in [{name: name for name in mine}, *stages]) + 2 for name in mine]
@@ -42,11 +44,18 @@ def axes(parallel: Parallel, groups) -> str:
     words.append(f"dp {groups.dp.size()}")
     if parallel.ep > 1:
         words.append(f"experts over ep {parallel.ep}")
+    if parallel.fsdp != "off":
+        cut = "both models" if parallel.fsdp == "both" else "the teacher"
+        words.append(f"FSDP of {cut} over {groups.dp_cp.size()}")
     return ", ".join(words)
 
 
-def describe_part(gpt: GPT) -> str:
-    """What one rank has of a model: layers, ends, and how many parameters that is."""
+def describe_part(gpt: GPT, ways: int) -> str:
+    """What one rank has of a model: layers, ends, and how many parameters that is.
+
+    Args:
+        ways: ranks that FSDP cuts their rows over, or will.
+    """
     runs = []
     for chunk in gpt.chunks:
         numbers = [layer.layer_number for layer in chunk.decoder.layers]
@@ -56,5 +65,6 @@ def describe_part(gpt: GPT) -> str:
         parts.insert(0, "embedding")
     if gpt.post_process:
         parts.append("head")
-    count = sum(parameter.numel() for chunk in gpt.chunks for parameter in chunk.parameters())
+    shapes = [parameter.shape for chunk in gpt.chunks for parameter in chunk.parameters()]
+    count = sum(-(-shape[0] // ways) * shape[1:].numel() for shape in shapes)
     return f"{', '.join(parts)}: {count / 1e6:,.3f} M a rank"

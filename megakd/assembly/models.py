@@ -6,6 +6,7 @@ from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.torch_dist import load_weights
 from megakd.config import Model, Parallel, Pipeline, Train
 from megakd.models.gpt import GPT, build_gpt
+from megakd.models.sharding import shard
 
 
 def build_model(
@@ -22,6 +23,7 @@ def build_model(
     name: str = "model",
     local: bool = False,
     pipeline: Pipeline = Pipeline(),  # noqa: B008  frozen
+    sharded: bool = False,
 ) -> GPT:
     """This rank's part of a model, with the weights of a checkpoint, or random ones drawn from `seed`.
 
@@ -31,6 +33,7 @@ def build_model(
         name: what the log calls it.
         local: as of `build_gpt`: for a model that generates, or is trained beside doing so.
         pipeline: the split of its layers over stages.
+        sharded: cut over the ranks that see other tokens, for a model that only runs forward.
     Raises:
         CheckpointError: the weights cannot be read.
     Collectives: those of loading.
@@ -42,4 +45,4 @@ def build_model(
     )  # fmt: skip
     if checkpoint:
         load_weights(gpt, checkpoint, groups)
-    return gpt
+    return shard(gpt, groups.dp_cp, trained=False) if sharded else gpt

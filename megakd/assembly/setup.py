@@ -173,6 +173,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
             section, checkpoint, parallel, train, groups,
             vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
             name=name, pipeline=pipeline, local=name == "student" and config.student_writes,
+            sharded=name == "teacher" and config.parallel.shards(name),
         )  # fmt: skip
 
     student = build("student", model, student_from)

@@ -14,9 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megakd.checkpoints import folder
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.loading import COMMON_FILE, check_format, load_common, load_sharded
+from megakd.checkpoints.pieces import describe_pieces, is_piece
 from megakd.checkpoints.writer import plan_save
 from megakd.digests import DigestingFile, FileDigests
 from megakd.errors import CheckpointError
+from megakd.models.sharding import is_sharded
 
 # Megatron, torch and the operating system each report a failed save or load in their own way; torch's is a
 # BaseException, which `except Exception` misses.
@@ -43,15 +45,28 @@ def sharding_metadata(groups) -> dict:
     }
 
 
-def describe_weights(gpt, groups) -> dict:
-    """The sharded weights of a model; of several virtual stages, each one's under its number."""
+def describe_weights(gpt, groups, *, in_place: bool = False) -> dict:
+    """The sharded weights of a model; of several virtual stages, each one's under its number.
+
+    Args:
+        in_place: what FSDP shards is described as it is kept, in float32, and not in the type that is saved.
+    """
     metadata = sharding_metadata(groups)
+    if is_sharded(gpt):
+        return describe_pieces(gpt, metadata, None if in_place else gpt.config.params_dtype)
     parts = {str(i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(gpt.chunks)}
     return parts if len(parts) > 1 else parts["0"]
 
 
-def set_weights(gpt, weights: dict) -> None:
-    """Give a model what `describe_weights` described, once it is read."""
+@torch.no_grad()
+def set_weights(gpt, weights: dict, described: dict) -> None:
+    """Give a model what `describe_weights` described (in place), once it is read."""
+    if is_sharded(gpt):
+        own = {name: part.data for name, part in described.items() if is_piece(part)}
+        for name, part in own.items():
+            part.copy_(weights[name])
+        gpt.load_state_dict({name: value for name, value in weights.items() if name not in own}, strict=False)
+        return
     for i, chunk in enumerate(gpt.chunks):
         chunk.load_state_dict(weights if len(gpt.chunks) == 1 else weights[str(i)])
 
@@ -260,5 +275,5 @@ def load_weights(gpt, checkpoint: Checkpoint, groups) -> None:
 
     Vocabulary rows that the checkpoint does not have (another padding) load as zeros; the kernels leave them out.
     """
-    state = describe_weights(gpt, groups)
-    set_weights(gpt, load(checkpoint, {"model": state}, groups)["model"])
+    state = describe_weights(gpt, groups, in_place=True)
+    set_weights(gpt, load(checkpoint, {"model": state}, groups)["model"], state)

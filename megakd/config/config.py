@@ -133,6 +133,7 @@ class Config(sections.Section):
             yield "parallel.vpp", f"{self.parallel.vpp}, but parallel.pp is 1; layers go round the ranks of a pipeline"
         if self.parallel.vpp > 1 and self.features is not None:
             yield "features", "given with parallel.vpp; the pair of a layer is then on another rank, expected vpp = 1"
+        yield from self._fsdp_problems()
         if self.student.model is not None:
             length, pipeline = self.data.sequence_length, self.student.pipeline
             for key, text in model_problems(self.student.model, self.parallel, length, pipeline, trained=True):
@@ -163,6 +164,25 @@ class Config(sections.Section):
             yield "data.train", "missing; only a run whose rollouts.fraction is 1 does without"
         yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
+
+    def _fsdp_problems(self) -> Iterator[tuple[str, str]]:
+        parallel = self.parallel
+        if parallel.fsdp == "both" and parallel.pp > 1:
+            yield (
+                "parallel.fsdp",
+                f"both, but parallel.pp = {parallel.pp} interleaves the forward and backward passes of micro-batches, "
+                "between which FSDP keeps weights gathered; expected teacher, or pp = 1",
+            )
+        if parallel.fsdp != "off" and parallel.ep > 1:
+            yield (
+                "parallel.fsdp",
+                f"{parallel.fsdp}, but parallel.ep = {parallel.ep} gives those ranks experts of their own; expected "
+                "off, or ep = 1",
+            )
+        if parallel.fsdp == "teacher" and self.teacher is None:
+            yield "parallel.fsdp", "teacher, but there is no teacher; expected off or both"
+        if parallel.fsdp == "both" and not self.optimizer.distributed:
+            yield "optimizer.distributed", "false, but parallel.fsdp = both cuts its state; expected true"
 
     def _sequence_problems(self) -> Iterator[tuple[str, str]]:
         length, parallel = self.data.sequence_length, self.parallel

@@ -1,5 +1,7 @@
 """The parallel section, and how a model's layers are split over pipeline stages."""
 
+from typing import Literal
+
 from megakd.config.section import Count, Section
 
 
@@ -18,6 +20,9 @@ class Parallel(Section):
     ep: Count = 1
     """Expert parallel size, in ranks: the experts of a layer are divided among so many of a pipeline stage's tp x cp x
     dp ranks. Above 1 an expert is whole on its rank; at 1 experts are cut over tp like everything else."""
+    fsdp: Literal["off", "teacher", "both"] = "off"
+    """Weights are cut over the dp x cp ranks as well, by torch's FSDP2: a layer's are gathered where it runs.
+    `teacher`: of a teacher that runs; `both`: of the student too, with gradients and optimizer state, where pp is 1."""
     sp: bool = False
     """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
 
@@ -25,6 +30,10 @@ class Parallel(Section):
     def of_teacher(self) -> "Parallel":
         """The teacher's layout: stages are interleaved for the sake of the backward pass, which it does not have."""
         return self.model_copy(update={"vpp": 1})
+
+    def shards(self, whose: str) -> bool:
+        """Whether FSDP cuts the weights of `student` or `teacher`."""
+        return self.fsdp == "both" or self.fsdp == whose
 
     @property
     def sequence_multiple(self) -> int:

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megakd.models.micro_batch import MicroBatch, forward
+from megakd.models.sharding import let_go
 
 
 def schedule(gpt, groups) -> Callable:
@@ -64,6 +65,7 @@ def forward_only(gpt, micro_batches: list[MicroBatch], keep: Callable[[Tensor, M
             **pipeline(gpt, groups),
         )
     finally:
+        let_go(gpt)
         if training:
             for chunk in gpt.chunks:
                 chunk.train()

@@ -84,7 +84,7 @@ class GPT(GPTModel):
 
     def block_tokens(self, budget_bytes: int) -> int:
         """Tokens whose logits on this rank fit into a number of bytes; at least 1."""
-        width, size = self.shard.stop - self.shard.start, self.head_weight.element_size()
+        width, size = self.shard.stop - self.shard.start, self.config.params_dtype.itemsize
         return max(budget_bytes // (width * size), 1)
 
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:

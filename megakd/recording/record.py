@@ -28,6 +28,7 @@ from megakd.errors import CacheError, ConfigError, MegakdError
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import build_micro_batch
+from megakd.models.sharding import is_sharded
 from megakd.progress import progress_bar
 from megakd.ranks import Ranks, from_rank_0
 from megakd.recording.part_writer import PartWriter
@@ -134,7 +135,7 @@ class RecordingSetup:
         return build_model(
             self.teacher_from.model, self.teacher_from, config.parallel.of_teacher, config.teacher_train, self.groups,
             vocab_size=self.vocab_size, padded_size=self.padded_size, device=self.device,
-            name="teacher", pipeline=config.teacher.pipeline,
+            name="teacher", pipeline=config.teacher.pipeline, sharded=config.parallel.shards("teacher"),
         )  # fmt: skip
 
     @property
@@ -235,7 +236,8 @@ class Recording:
         train = setup.config.train
         in_flight = 1 if setup.groups.pp.size() == 1 else 4 * setup.groups.pp.size()
         self.group_samples = in_flight * train.micro_batch_size
-        self.in_step = setup.groups.ep.size() > 1  # ranks that share experts run them together
+        # Ranks that share experts or weights run them together.
+        self.in_step = setup.groups.ep.size() > 1 or is_sharded(self.recorder.gpt)
         self.tokens, self.started = 0, time.perf_counter()
 
     def run(self, missing: list[int]) -> bool:
@@ -270,7 +272,7 @@ class Recording:
     def record_group(self, numbers: range, writer: PartWriter, bar) -> None:
         """Some samples through the teacher and on to the writer; the last micro-batch is filled up with empty rows.
 
-        Collectives: those of the model; where ranks share experts, one all-reduce of 8 bytes.
+        Collectives: those of the model; where ranks share experts or weights, one all-reduce of 8 bytes.
         """
         parallel, size = self.setup.config.parallel, self.setup.config.train.micro_batch_size
         samples, micro_batches = self.setup.samples, []

@@ -13,6 +13,7 @@ from megakd.kernels.selection import select_and_predict
 from megakd.losses import whole_options
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
+from megakd.models.sharding import gather_head
 from megakd.teachers.lesson import Lesson, TeacherSource
 from megakd.teachers.online import OnlineTeacher
 from megakd.teachers.sampled import SampledTeacher
@@ -65,6 +66,12 @@ class WholeTeacher(OnlineTeacher):
             groups=teacher.groups,
             budget_bytes=teacher.budget_bytes,
         )
+
+    def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[WholeLesson]:
+        """As of an online teacher, whose head stays whole where its weights are sharded."""
+        lessons = super().lessons(micro_batches, step)
+        gather_head(self.gpt)
+        return lessons
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> WholeLesson:
         hidden_TH = self.gpt.head_input(hidden_SBH, micro_batch.rows_T)

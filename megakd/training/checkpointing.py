@@ -16,8 +16,10 @@ from megakd.data.sources import order_version
 from megakd.digests import FileDigests
 from megakd.errors import CheckpointError, DamagedCheckpointError
 from megakd.models.groups import layout
+from megakd.models.sharding import is_sharded
 from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
+from megakd.training.fully_sharded import describe_state, take_state
 from megakd.training.optimizer_state import check_master_weights, fit_optimizer_state, share_steps
 from megakd.training.run_folder import check_owner
 from megakd.training.step import StudentStep
@@ -147,12 +149,14 @@ class Saver:
 
 
 def training_state(student: StudentStep, *, loading: bool, with_random: bool = True) -> dict:
-    metadata = torch_dist.sharding_metadata(student.groups)
-    weights = torch_dist.describe_weights(student.gpt, student.groups)
-    state = {
-        "model": weights,
-        "optimizer": share_steps(student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)),
-    }
+    gpt, groups = student.gpt, student.groups
+    weights = torch_dist.describe_weights(gpt, groups, in_place=loading)
+    if is_sharded(gpt):
+        optimizer = describe_state(student.ddp[0], student.optimizer, groups, loading=loading)
+    else:
+        metadata = torch_dist.sharding_metadata(groups)
+        optimizer = student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    state = {"model": weights, "optimizer": share_steps(optimizer)}
     if with_random:
         state["random"] = random_state(student.groups)
     return state
@@ -219,10 +223,13 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
     wanted = training_state(student, loading=True, with_random=same_layout)
     described = wanted["optimizer"]
     loaded = torch_dist.load(checkpoint, wanted, student.groups)
-    torch_dist.set_weights(student.gpt, loaded["model"])
+    torch_dist.set_weights(student.gpt, loaded["model"], wanted["model"])
     optimizer = fit_optimizer_state(loaded["optimizer"], described, saved.get("optimizer", {}), checkpoint)
-    check_master_weights(student.optimizer, optimizer, checkpoint)
-    student.optimizer.load_state_dict(optimizer)
+    if is_sharded(student.gpt):
+        take_state(student.ddp[0], student.optimizer, student.groups, described, optimizer, checkpoint)
+    else:
+        check_master_weights(student.optimizer, optimizer, checkpoint)
+        student.optimizer.load_state_dict(optimizer)
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=progress.step)
     if same_layout:

@@ -141,12 +141,12 @@ def block_tokens_of(loss: Loss, *models: GPT) -> int:
 def describe_head(gpt: GPT, teacher: GPT | None, tokens: int, loss: Loss) -> str:
     """How output layer and loss of a micro-batch will be run, and why. `teacher`: None without a live one."""
     if loss.targets == "whole":
-        kept = teacher.config.hidden_size * teacher.head_weight.element_size()
+        kept = teacher.config.hidden_size * teacher.config.params_dtype.itemsize
         return (
             f"both output layers and the loss fused, {min(tokens, block_tokens_of(loss, gpt, teacher)):,} tokens at a "
             f"time, since loss.targets is whole: the teacher's phase keeps {kept:,} bytes a token"
         )
-    width, size = gpt.shard.stop - gpt.shard.start, gpt.head_weight.element_size()
+    width, size = gpt.shard.stop - gpt.shard.start, gpt.config.params_dtype.itemsize
     need, budget = tokens * width * size, loss.logits_memory_budget_bytes
     seen = f"logits of up to {tokens:,} tokens take {need:,} bytes, loss.logits_memory_budget_bytes is {budget:,}"
     if not is_fused(gpt, tokens, loss):

@@ -7,13 +7,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megakd.config import Config
 from megakd.models.gpt import DTYPES, GPT
+from megakd.training.fully_sharded import FullySharded
 
 STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
 
-def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedDataParallel]:
-    """Megatron DDP of each stage on this rank: gradients in fp32, summed (not averaged) over dp; the loss divides by
-    tokens at the end."""
+def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedDataParallel | FullySharded]:
+    """Megatron DDP of each stage on this rank, or FSDP: gradients in fp32, summed (not averaged) over dp; the loss
+    divides by tokens at the end."""
+    gpt.config.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.shards("student"):
+        return [FullySharded(gpt, groups)]
     overlap = overlaps_reduction(gpt, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -29,7 +33,6 @@ def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedData
         chunk.broadcast_params()
     no_sync = [chunk.no_sync for chunk in ddp]
     gpt.config.no_sync_func = (no_sync if len(ddp) > 1 else no_sync[0]) if overlap else None
-    gpt.config.finalize_model_grads_func = finalize_model_grads
     return ddp
 
 
@@ -41,6 +44,7 @@ def overlaps_reduction(gpt: GPT, groups) -> bool:
 def build_optimizer(ddp: list[DistributedDataParallel], config: Config, steps: int, groups):
     """Returns Megatron's optimizer (AdamW on fp32 master weights) and its parameter scheduler, whose unit is steps."""
     section, schedule = config.optimizer, config.schedule
+    sharded = isinstance(ddp[0], FullySharded)  # its weights are the main weights, and cut already
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -51,14 +55,17 @@ def build_optimizer(ddp: list[DistributedDataParallel], config: Config, steps: i
             adam_beta2=section.beta2,
             adam_eps=section.eps,
             clip_grad=section.clip_grad,
-            params_dtype=DTYPES[config.train.precision],
-            bf16=config.train.precision == "bf16",
-            use_distributed_optimizer=section.distributed,
+            params_dtype=torch.float32 if sharded else DTYPES[config.train.precision],
+            bf16=config.train.precision == "bf16" and not sharded,
+            use_distributed_optimizer=section.distributed and not sharded,
         ),
         ddp,
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+    if sharded:  # as with the distributed optimizer, norms are sums over all ranks' rows
+        for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+            one.grad_stats_parallel_group = groups.intra_dist_opt
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

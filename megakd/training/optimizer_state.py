@@ -7,6 +7,7 @@ that are divided over ranks.
 """
 
 import torch
+from torch import Tensor
 
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.loading import fail_together
@@ -110,15 +111,21 @@ def check_master_weights(optimizer, state: dict, checkpoint: Checkpoint) -> None
             weight, master = places[number].data, tensors["param"].detach()
             if type(weight) is not torch.Tensor:  # of 8 bits, with scales of its own
                 continue
-            master = master.to(weight.device).view_as(weight)
-            same = master.to(weight.dtype) == weight
-            if weight.dtype == torch.float32:  # of a run that was in bf16 before, the weights were saved in that
-                same |= master.bfloat16() == weight
-            if wrong := (~same).sum().item():
-                failure = failure or CheckpointError(
-                    f"{checkpoint.path}: the optimizer's copy of a weight of shape {list(weight.shape)} is another one "
-                    f"({wrong:,} of {weight.numel():,} values)",
-                    hint="a fault of Megatron-Core that megakd has mended has written it; go on from an older "
-                    "checkpoint, or start anew from its weights, which are whole, as student.checkpoint",
-                )
+            failure = failure or different_weight(weight, master.to(weight.device).view_as(weight), checkpoint)
     fail_together(failure)
+
+
+def different_weight(weight: Tensor, master: Tensor, checkpoint: Checkpoint) -> CheckpointError | None:
+    """The error where an optimizer's copy is not, rounded to the weight's type, the weight."""
+    same = master.to(weight.dtype) == weight
+    if weight.dtype == torch.float32:  # of a run that was in bf16 before, the weights were saved in that
+        same |= master.bfloat16() == weight
+    wrong = (~same).sum().item()
+    if not wrong:
+        return None
+    return CheckpointError(
+        f"{checkpoint.path}: the optimizer's copy of a weight of shape {list(weight.shape)} is another one "
+        f"({wrong:,} of {weight.numel():,} values)",
+        hint="a fault of Megatron-Core that megakd has mended has written it; go on from an older "
+        "checkpoint, or start anew from its weights, which are whole, as student.checkpoint",
+    )

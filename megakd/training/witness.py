@@ -16,6 +16,7 @@ from megakd.models.micro_batch import MicroBatch
 from megakd.steps.folder import IDS, SAMPLES, TARGETS, TOKENS, RankPart
 from megakd.teachers.lesson import Lesson
 from megakd.teachers.whole import WholeLesson
+from megakd.training.fully_sharded import FullySharded, sharded_squares
 
 
 class StepWitness:
@@ -107,8 +108,12 @@ def gradient_squares(ddp: torch.nn.Module, groups) -> dict[tuple[str, bool], flo
 
     With the distributed optimizer a data-parallel rank has the sums of its own range of Megatron's buffers alone.
 
-    Collectives: one all-reduce of 8 bytes a parameter over the ranks that share a buffer, with that optimizer.
+    Collectives: one all-reduce of 8 bytes a parameter over the ranks that share it, with that optimizer or FSDP.
     """
+    if isinstance(ddp, FullySharded):
+        squares = sharded_squares(ddp)
+        keys = {name: (shared_name(ddp.module, name), is_split(part)) for name, part in ddp.parts.items()}
+        return dict(sorted((keys[name], square) for name, square in squares.items()))
     names = {parameter: shared_name(ddp.module, name) for name, parameter in ddp.module.named_parameters()}
     found = {}
     for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):

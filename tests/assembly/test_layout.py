@@ -30,6 +30,13 @@ def test_stages_layers_and_sizes():
     assert f"{held[0][0][0] / 1e6:.3f} M a rank" in first and f"{held[2][1][0] / 1e6:.3f} M a rank" in last
 
 
+def test_what_fsdp_leaves_of_both():
+    ((text, held), _) = run_ranks(2, table, {"fsdp": "both"}, {}, {})
+    assert text.startswith("2 ranks: dp 2, FSDP of both models over 2\n")
+    whole = [sum(one) for one in held]
+    assert f": {whole[0] / 2e6:.3f} M a rank" in text and f": {whole[1] / 2e6:.3f} M a rank" in text
+
+
 def test_one_rank_holds_everything():
     ((text, _),) = run_ranks(1, table, {}, {}, {})
     assert text.startswith("1 ranks: dp 1\n") and text.count("embedding, layers 1-2, head: ") == 2

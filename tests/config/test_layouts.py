@@ -48,6 +48,12 @@ def test_nearest_divisors():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        (
+            {"pp": 2, "parallel__fsdp": "both"},
+            r"parallel\.fsdp: both, but parallel\.pp = 2 .* expected teacher, or pp = 1",
+        ),
+        ({"parallel__ep": 2, "parallel__fsdp": "teacher"}, r"parallel\.fsdp: teacher, but parallel\.ep = 2 "),
+        ({"optimizer__distributed": False, "parallel__fsdp": "both"}, r"optimizer\.distributed: false, but"),
         ({"parallel__vpp": 2}, r"parallel\.vpp: 2, but parallel\.pp is 1"),
         ({"parallel__cp": 3}, r"sequence_length: 16 is not divisible by 2 x parallel\.cp = 6; expected 18"),
         (

@@ -77,8 +77,9 @@ def teacher_section(**changes):
 def build(section, config, groups, seed, teacher=False):
     from megakd.config import Model
     from megakd.models.gpt import build_gpt
+    from megakd.models.sharding import shard
 
-    return build_gpt(
+    gpt = build_gpt(
         Model.model_validate(section),
         config.parallel.of_teacher if teacher else config.parallel,
         config.teacher_train if teacher else config.train,
@@ -89,6 +90,7 @@ def build(section, config, groups, seed, teacher=False):
         seed=seed,
         pipeline=(config.teacher if teacher else config.student).pipeline,
     )
+    return shard(gpt, groups.dp_cp, trained=False) if teacher and config.parallel.shards("teacher") else gpt
 
 
 def student_step(config, groups, teacher=True, teacher_changes=None, **student_changes):

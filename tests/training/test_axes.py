@@ -30,12 +30,14 @@ LATENT = {
     "num_query_groups": 4,
     "mla": {"kv_lora_rank": 12, "q_lora_rank": 20, "qk_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
 }
+ODD = {"hidden_size": 22, "ffn_hidden_size": 25, "kv_channels": 6}  # rows that neither 2 nor 4 ranks share evenly
 MODELS = {
     "dense": (STUDENT, TEACHER),
     "dense, not tied": (STUDENT | {"tie_embeddings": False}, TEACHER | {"tie_embeddings": True}),
     "deep": (STUDENT | {"num_layers": 8}, TEACHER | {"num_layers": 12}),
     "windows": (STUDENT | WINDOWS, TEACHER | {"position_embedding": "learned_absolute"}),
     "latent": (STUDENT | LATENT, TEACHER | LATENT),
+    "odd": (STUDENT | ODD, TEACHER | ODD | {"hidden_size": 27}),
     "experts": (STUDENT | {"moe": STUDENT_EXPERTS}, TEACHER | {"moe": TEACHER_EXPERTS}),
     "experts, biases": (STUDENT | {"moe": TEACHER_EXPERTS}, TEACHER),
     "expert teacher": (STUDENT, TEACHER | {"moe": TEACHER_EXPERTS}),
@@ -80,6 +82,13 @@ LAYOUTS = [
     ("dense", 4, {"cp": 2, "dp": 2}, False),
     ("experts", 4, {"cp": 2, "dp": 2, "ep": 4}, False),
     ("experts", 4, {"tp": 2, "dp": 2, "sp": True, "ep": 4}, False),
+    ("dense", 2, {"dp": 2, "fsdp": "teacher"}, False),
+    ("dense, not tied", 2, {"dp": 2, "fsdp": "both", "micro": 1, "recompute": "full"}, True),
+    ("dense", 2, {"dp": 2, "fsdp": "both", "recompute": "selective", "budget": 40_000}, False),
+    ("odd", 4, {"dp": 4, "fsdp": "both", "micro": 1}, False),
+    ("dense", 4, {"tp": 2, "dp": 2, "sp": True, "fsdp": "both", "micro": 1}, False),
+    ("experts", 4, {"cp": 2, "dp": 2, "fsdp": "both"}, False),
+    ("dense", 4, {"pp": 2, "dp": 2, "fsdp": "teacher"}, False),
     # Gradients reduced in buckets during the backward, as on GPUs.
     ("dense", 4, {"pp": 2, "dp": 2, "bucket": 2000}, False),
     ("dense, not tied", 2, {"dp": 2, "bucket": 2000}, False),
@@ -106,7 +115,8 @@ def train(rank, ranks, models, axes, cache=None, record=False, run_dir=None, ste
     bucket, budget = axes.pop("bucket", None), axes.pop("budget", None)
     size, heads, dp = axes.pop("micro", 2), axes.pop("heads", 2), axes.pop("dp", 1)
     splits = {name: axes.pop(name) for name in list(axes) if name.startswith(("student_", "teacher_"))}
-    changes = {f"parallel__{name}": value for name, value in axes.items()}
+    recompute = axes.pop("recompute", "none")
+    changes = {f"parallel__{name}": value for name, value in axes.items()} | {"train__recompute": recompute}
     for name, layers in splits.items():
         whose, _, end = name.partition("_")
         changes.setdefault(f"{whose}__pipeline", {})[f"{end}_stage_layers"] = layers
@@ -193,6 +203,9 @@ CONTINUED = [
     ("experts", (2, {"pp": 2, "vpp": 2}), [(1, {}), (4, {"pp": 2, "ep": 2, "dp": 2}), (2, {"pp": 2, "vpp": 2})]),
     ("experts", (4, {"pp": 2, "dp": 2, "ep": 2, "student_first": 1}), [(1, {})]),
     ("dense", (2, {"pp": 2, "student_first": 1}), [(2, {"tp": 2}), (2, {"pp": 2, "student_last": 1})]),
+    ("odd", (4, {"dp": 4, "fsdp": "both", "micro": 1}), [(1, {}), (2, {"dp": 2, "fsdp": "both"})]),
+    ("dense", (2, {"dp": 2, "fsdp": "both"}), [(2, {"pp": 2}), (4, {"tp": 2, "dp": 2, "sp": True, "fsdp": "both"})]),
+    ("experts", (2, {"pp": 2}), [(2, {"dp": 2, "fsdp": "both"})]),
     ("experts, biases", (1, {}), [(2, {"ep": 2, "dp": 2}), (2, {"tp": 2, "sp": True, "ep": 2})]),
 ]
 

@@ -98,7 +98,8 @@ def what_is_logged(rank, ranks):
     from megakd.training.head_loss import describe_head
 
     def head(softcap=None):
-        gpt = SimpleNamespace(shard=SimpleNamespace(start=0, stop=1024), head_weight=torch.zeros(1, 1), softcap=softcap)
+        kind = SimpleNamespace(params_dtype=torch.float32)
+        gpt = SimpleNamespace(shard=SimpleNamespace(start=0, stop=1024), config=kind, softcap=softcap)
         gpt.block_tokens = lambda budget: GPT.block_tokens(gpt, budget)
         return gpt
 
