@@ -7,19 +7,35 @@ from megakd.config import Config, Model
 from megakd.errors import CacheError, ConfigError
 
 
-def open_cache(config: Config, tokenizer, student: Model, teacher_from: Checkpoint | None) -> CacheReader:
-    """Open teacher.cache for loss.temperature and loss.top_k.
+def open_caches(config: Config, tokenizer, student: Model, teacher_from: Checkpoint | None) -> list[CacheReader]:
+    """Open every folder of teacher.cache for loss.temperature and loss.top_k; none without a recorded teacher.
 
     Args:
         tokenizer: of the data.
         student: its section with the real vocabulary.
         teacher_from: teacher.checkpoint where it is given too.
     Raises:
-        CacheError: it is missing, damaged or unfinished, or was recorded for another tokenizer, vocabulary, teacher,
-            sequence length, temperature or number of entries.
+        CacheError: one is missing, damaged or unfinished, or was recorded for another tokenizer, vocabulary, teacher,
+            sequence length, temperature or number of entries; they do not go together.
         ConfigError: the loss cannot be taken of what it holds.
     """
-    folder, loss = config.teacher.cache, config.loss
+    if config.teacher is None:
+        return []
+    readers = [open_cache(config, folder, tokenizer, student, teacher_from) for folder in config.teacher.caches]
+    for other in readers[1:]:
+        for name, what in (("vocab_size", "a vocabulary of"), ("sampled", "draws:")):
+            seen = [getattr(reader.header.contents, name) for reader in (readers[0], other)]
+            if seen[0] != seen[1]:
+                raise CacheError(
+                    f"{readers[0].folder} holds {what} {seen[0]}, {other.folder} {what} {seen[1]}",
+                    hint="caches of one run hold the same kind of entries, of one vocabulary; record one of them again",
+                )
+    return readers
+
+
+def open_cache(config: Config, folder: str, tokenizer, student: Model, teacher_from: Checkpoint | None) -> CacheReader:
+    """One of them; as `open_caches`."""
+    loss = config.loss
     reader = CacheReader(
         folder, temperature=loss.temperature, top_k=loss.top_k, check_all=config.teacher.cache_checks == "always"
     )

@@ -8,7 +8,7 @@ import pathlib
 import torch
 
 from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
-from megakd.assembly.cached import open_cache
+from megakd.assembly.cached import open_caches
 from megakd.assembly.data import describe_data, open_both, run_steps
 from megakd.assembly.layout import describe_layout
 from megakd.assembly.models import build_model
@@ -147,9 +147,9 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     check_model(config, model, "the student", trained=True)
     check_vocab(config, tokenizer.vocab_size)
     vocab_size, padded_size = model.vocab_size, padded_vocab_size(model.vocab_size)
-    cache = open_cache(config, tokenizer, model, teacher_from) if config.teacher and config.teacher.cache else None
-    if cache:
-        vocab_size, teacher_from = cache.header.contents.vocab_size, None  # it need not run
+    caches = open_caches(config, tokenizer, model, teacher_from)
+    if caches:
+        vocab_size, teacher_from = caches[0].header.contents.vocab_size, None  # it need not run
     if teacher_from:
         check_teacher(config, teacher_from, tokenizer)
         check_features(config, model, teacher_from.model)
@@ -178,8 +178,8 @@ def build_setup(config: Config, device: torch.device) -> Setup:
 
     student = build("student", model, student_from)
     teacher, features, loss, models = None, None, loss_of(config), {"student": student}
-    if cache:
-        teacher = CachedTeacher(cache, groups, describe_data(config, train_data, validation_data))
+    if caches:
+        teacher = CachedTeacher(caches, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
         gpt = models["teacher"] = build("teacher", teacher_from.model, teacher_from)
         teacher = live_teacher(gpt, loss, groups, config.run.seed)

@@ -120,6 +120,7 @@ def nearest_key(key: str, root: type[Section]) -> str | None:
     if close:
         return f"{parent}.{close[0]}" if parent else close[0]
     namesakes = [name for name in [*names, *sections] if name.rpartition(".")[2] == last]
+    namesakes.sort(key=lambda name: name.count("."))  # the section that everybody has before one of a section
     return next(iter([*namesakes, *difflib.get_close_matches(key, names, n=1)]), None)
 
 

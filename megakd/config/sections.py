@@ -78,9 +78,10 @@ class Teacher(Section):
     checkpoint: LocalPath | None = None
     """Folder of a megakd checkpoint, a run folder (its last checkpoint), or a Hugging Face model's folder, which is
     converted once. Without a cache the teacher runs live beside the student."""
-    cache: LocalPath | None = None
+    cache: LocalPath | list[LocalPath] | None = None
     """Folder of a logit cache: `megakd cache` records the checkpoint into it; training reads it, and the teacher does
-    not run. With a checkpoint as well, training checks that the cache was recorded from it."""
+    not run. With a checkpoint as well, training checks that the cache was recorded from it. Several: `[path, path]`,
+    such as one for each domain's teacher; every sample is taken from the one cache that holds it."""
     cache_checks: Literal["always", "sampled"] = "always"
     """Which rows of the cache have their checksum compared when they are read: every one, or one in 16."""
     allow_weak: bool = False
@@ -93,6 +94,15 @@ class Teacher(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint is None and self.cache is None:
             yield "checkpoint", "neither checkpoint nor cache is given; expected one of them or both"
+        if self.cache == []:
+            yield "cache", "[]; expected at least one folder, or null"
+        if len(set(self.caches)) < len(self.caches):
+            yield "cache", f"{self.cache} names one twice"
+
+    @property
+    def caches(self) -> list[str]:
+        """The folders of `cache`."""
+        return self.cache if isinstance(self.cache, list) else [self.cache] if self.cache else []
 
 
 class NemoChatTokens(Section):

@@ -56,6 +56,11 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
             "teacher.checkpoint and teacher.cache are both needed to record: who speaks, and where it is kept",
             hint="megakd cache CONFIG.yaml teacher.checkpoint=RUN_FOLDER teacher.cache=CACHE_FOLDER",
         )
+    if isinstance(config.teacher.cache, list):
+        raise ConfigError(
+            f"teacher.cache is {config.teacher.cache}, but a teacher is recorded into one folder",
+            hint="record each of them with a run of its own: `teacher.checkpoint=TEACHER teacher.cache=FOLDER`",
+        )
     if config.parallel.cp > 1:
         raise ConfigError(
             f"parallel.cp is {config.parallel.cp}, but the rows of a recording are whole sequences",

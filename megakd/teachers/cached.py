@@ -25,13 +25,13 @@ class CachedTeacher:
     """Gives lessons from a cache; loss and loop cannot tell it from a live teacher.
 
     Args:
-        reader: opened for the run's temperature and top_k.
+        readers: opened for the run's temperature and top_k, at least one; a sample is taken from the one that has it.
         groups: the run's process groups; stages before the last read nothing.
         data: what this run reads, in the terms of the header's `data`; a miss names what differs.
     """
 
-    def __init__(self, reader: CacheReader, groups, data: dict):
-        self.reader, self.groups, self.data = reader, groups, data
+    def __init__(self, readers: list[CacheReader], groups, data: dict):
+        self.readers, self.groups, self.data = readers, groups, data
         self.pool = ThreadPoolExecutor(THREADS, "megakd-cache")
         self.ahead: dict[int, tuple[list[MicroBatch], list[Future]]] = {}
 
@@ -47,7 +47,7 @@ class CachedTeacher:
         """As `TeacherSource`; every rank of the last stage has all entries of its rows.
 
         Raises:
-            CacheError: a sample was not recorded, or its row is damaged.
+            CacheError: a sample was not recorded, or in two caches; or its row is damaged.
         """
         if not is_last_stage(self.groups):
             return []
@@ -69,24 +69,33 @@ class CachedTeacher:
             tables.append(self.table(sample, ids_S))
             places.append((start + np.flatnonzero(sample.mask_S)) * batch + b)
         if not tables:
-            tables, places = [empty_table(self.reader.header.contents.sampled)], [np.empty(0, np.int64)]
+            tables, places = [empty_table(self.readers[0].header.contents.sampled)], [np.empty(0, np.int64)]
         place_T = np.concatenate(places)
         order_T = np.argsort(place_T)
         if micro_batch.own_S is not None:
             order_T = order_T[np.isin(place_T[order_T], micro_batch.whole_rows_T.cpu().numpy())]
-        return build_lesson(tables, order_T, self.reader.temperature)
+        return build_lesson(tables, order_T, self.readers[0].temperature)
 
     def table(self, sample: Sample, ids_S: np.ndarray) -> Table:
         """The sample's row, or an error that says why it may be missing."""
-        table = self.reader.table(*sample)
-        if table is None:
+        found = [(reader, table) for reader in self.readers if (table := reader.table(*sample)) is not None]
+        if len(found) == 1:
+            return found[0][1]
+        asked = f"the sample that begins with ids {ids_S[:6].tolist()}"
+        if found:
             raise CacheError(
-                f"{self.reader.folder} does not hold the sample that begins with ids {ids_S[:6].tolist()} "
-                f"({len(self.reader):,} samples are there): {why_missing(self.reader.header, self.data)}",
-                hint="record what this run reads: `megakd cache` with this config, then `megakd cache merge` if you "
-                "want to keep the old samples too",
+                f"{' and '.join(str(reader.folder) for reader, _ in found)} both hold {asked}: which teacher is right?",
+                hint="leave one of them out of teacher.cache, or record them of data that do not overlap",
             )
-        return table
+        raise CacheError(
+            "\n".join(
+                f"{reader.folder} does not hold {asked} ({len(reader):,} samples are there): "
+                f"{why_missing(reader.header, self.data)}"
+                for reader in self.readers
+            ),
+            hint="record what this run reads: `megakd cache` with this config, then `megakd cache merge` if you "
+            "want to keep the old samples too",
+        )
 
 
 def why_missing(header: Header, data: dict) -> str:

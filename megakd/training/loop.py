@@ -261,7 +261,7 @@ class Loop:
         return TeacherCheck(
             micro_batches,
             vocab_size=self.setup.tokenizer.vocab_size,
-            source=teacher.cache or teacher.checkpoint,
+            source=" and ".join(teacher.caches) or teacher.checkpoint,
             fresh=progress.step == progress.skipped + progress.broken,
             group=self.setup.groups.dp_cp,
         )

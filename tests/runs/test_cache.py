@@ -170,8 +170,15 @@ def test_ranges_recorded_by_two_jobs_and_merged_are_the_whole(folder, teacher, c
     assert want.keys() == got.keys() and read_header(tmp_path / "ab").rows == 48
     for key in want:
         np.testing.assert_allclose(got[key].logprobs_N, want[key].logprobs_N, atol=1e-4)
-    config = distil(folder, teacher, tmp_path / "run", tmp_path / "ab", train__steps=2)
-    assert run_ranks(1, runs.train, config) == [None]
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for name, caches in (("run", str(tmp_path / "ab")), ("list", both)):
+        config = distil(folder, teacher, tmp_path / name, None, train__steps=2, teacher__cache=caches)
+        assert run_ranks(1, runs.train, config) == [None]
+    assert runs.lines(tmp_path / "list") == runs.lines(tmp_path / "run")
+    (message,) = run_ranks(1, record, config)
+    assert "a teacher is recorded into one folder" in message
+    (message,) = run_ranks(1, runs.train, config | {"teacher": config["teacher"] | {"cache": [*both, both[0]]}})
+    assert "names one twice" in message
 
 
 def same_training(folder, teacher, cache, tmp_path, ranks, tp, changes):

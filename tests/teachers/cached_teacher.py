@@ -21,8 +21,8 @@ class Axis:
         self.rank, self.size = (lambda: rank), (lambda: size)
 
 
-def teacher(folder, pp=(0, 1), **options):
-    return CachedTeacher(CacheReader(folder, **options), types.SimpleNamespace(pp=Axis(*pp)), DATA)
+def teacher(*folders, pp=(0, 1), **options):
+    return CachedTeacher([CacheReader(one, **options) for one in folders], types.SimpleNamespace(pp=Axis(*pp)), DATA)
 
 
 def micro_batch(*numbers, padding=0) -> MicroBatch:
@@ -91,6 +91,20 @@ def what_fails_while_it_is_read_ahead_is_raised_where_it_is_needed(folder):
     with pytest.raises(CacheError, match="does not hold the sample that begins with ids"):
         source.lessons(missing)
     assert source.lessons([micro_batch(3)])[0].targets.tokens == make_sample(3)[1].sum()
+
+
+def several_caches_are_one_that_holds_all_of_them(folder):
+    for name, numbers in (("a", range(3)), ("b", range(3, 6)), ("c", range(2, 4)), ("ab", range(6))):
+        make_cache(folder / name, numbers)
+    batches = [micro_batch(4, 1), micro_batch(0), micro_batch("masked", None)]
+    for got, want in zip(*(source.lessons(batches) for source in (teacher(folder / "a", folder / "b"),
+                                                                  teacher(folder / "ab"))), strict=True):  # fmt: skip
+        assert torch.equal(got.targets.ids_TK, want.targets.ids_TK) and torch.equal(got.id_T, want.id_T)
+        assert torch.equal(got.targets.logprobs_TK, want.targets.logprobs_TK)
+    with pytest.raises(CacheError, match=r"a does not hold the sample .*\n.*b does not hold the sample"):
+        teacher(folder / "a", folder / "b").lessons([micro_batch(9)])
+    with pytest.raises(CacheError, match=r"/a and .*/c both hold the sample that begins with ids .*: which teacher"):
+        teacher(folder / "a", folder / "c").lessons([micro_batch(2)])
 
 
 def steps_that_were_left_out_do_not_pile_up(folder):

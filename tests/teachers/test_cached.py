@@ -28,6 +28,7 @@ def test_lessons_are_the_rows_of_the_samples_in_the_order_of_the_loss(tmp_path, 
         "only_the_last_pipeline_stage_reads",
         "what_fails_while_it_is_read_ahead_is_raised_where_it_is_needed",
         "steps_that_were_left_out_do_not_pile_up",
+        "several_caches_are_one_that_holds_all_of_them",
     ],
 )
 def test_reading(tmp_path, name):

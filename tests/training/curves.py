@@ -101,7 +101,7 @@ def read(folder: pathlib.Path, teacher):
     from megakd.cache import CacheReader
     from megakd.teachers.cached import CachedTeacher
 
-    return CachedTeacher(CacheReader(folder, temperature=teacher.temperature), teacher.groups, {})
+    return CachedTeacher([CacheReader(folder, temperature=teacher.temperature)], teacher.groups, {})
 
 
 def record(teacher, batches: list, folder: pathlib.Path) -> None:

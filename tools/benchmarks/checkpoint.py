@@ -2,7 +2,8 @@
 
 One rank writes a torch_dist folder of float32 tensors of the size of a large layer's and reads it back, from the page
 cache (where the share of the digests is the largest there can be) and, "cold", after the kernel was told to forget the
-files. Every round does all kinds, in turns; the figures are medians, and the ratios are of the same round.
+files. Megatron's own save, by processes that it forks, is timed beside. Every round does all kinds, in turns; the
+figures are medians, and the ratios are of the same round.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from megakd.megatron_on_cpu import install
 
 install("cpu")
 
+from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
 from megakd.checkpoints import folder, torch_dist  # noqa: E402
@@ -52,6 +54,14 @@ def save(path: pathlib.Path, tensors: list[torch.Tensor], groups) -> tuple[float
     started = time.perf_counter()
     torch_dist.save(path, describe(tensors), groups, publish)
     return time.perf_counter() - started, made
+
+
+def save_upstream(path: pathlib.Path, tensors: list[torch.Tensor]) -> float:
+    """Seconds of Megatron's own save, whose writers are processes that it forks."""
+    path.mkdir()
+    started = time.perf_counter()
+    dist_checkpointing.save(describe(tensors), str(path))
+    return time.perf_counter() - started
 
 
 def load(path: pathlib.Path, files: Files, tensors: list[torch.Tensor], groups) -> float:
@@ -96,6 +106,8 @@ def measure(where: pathlib.Path, tensors: list[torch.Tensor], groups, rounds: in
                 seconds[name], made = save(where / name, tensors, groups)
             if name == "save":
                 kept = {file: FileDigests(entry["bytes"], entry["digests"]) for file, entry in made.items()}
+        shutil.rmtree(where / "upstream", ignore_errors=True)
+        seconds["save by Megatron"] = save_upstream(where / "upstream", tensors)
         files = dataclasses.replace(unrecorded(where / "save"), digests=kept)
         for verify in ("always", "sampled", "never"):
             checked = dataclasses.replace(files, verify=verify)
@@ -122,10 +134,12 @@ def main() -> None:
         dist.destroy_process_group()
     median = {name: statistics.median(round_[name] for round_ in found) for name in found[0]}
     share = {"save": statistics.median(r["save"] / r["save without digests"] for r in found)}
+    over_upstream = statistics.median(r["save"] / r["save by Megatron"] for r in found)
     for kind in ("load", "cold load"):
         for verify in ("always", "sampled"):
             share[f"{kind} {verify}"] = statistics.median(r[f"{kind} {verify}"] / r[f"{kind} never"] for r in found)
-    print(json.dumps({"bytes": count * WIDTH**2 * 4, "seconds": median, "over_without_digests": share}, indent=1))
+    result = {"bytes": count * WIDTH**2 * 4, "seconds": median, "over_without_digests": share}
+    print(json.dumps(result | {"save_over_megatron": over_upstream}, indent=1))
 
 
 if __name__ == "__main__":
