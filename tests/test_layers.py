@@ -13,7 +13,7 @@ LAYERS = [
     "errors",
     "digests divergences file limits ownership paths processes progress publish",
     "config ranks stopped targets megatron_on_cpu",
-    "kernels",
+    "kernels planning",
     "cache steps",
     "losses data",
     "models",

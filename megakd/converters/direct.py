@@ -9,8 +9,10 @@ import logging
 import pathlib
 
 from megakd.checkpoints import folder
+from megakd.config import Model
 from megakd.converters.convert import Options, convert
-from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, is_hf_folder
+from megakd.converters.families import family_of, model_section
+from megakd.converters.huggingface.folder import CONFIG, HuggingFaceFolder, is_hf_folder, read_json
 from megakd.converters.huggingface.safetensors_files import SafetensorsReader
 from megakd.digests import Verify
 from megakd.errors import CheckpointError
@@ -32,6 +34,24 @@ def open_checkpoint(path, verify: Verify = "always", *, progress: bool = False) 
     return folder.read_checkpoint(find_checkpoint(path, progress=progress), verify)
 
 
+def section_of(path) -> Model:
+    """The model section of what a path stands for, without converting or reading any weights: of a Hugging Face folder
+    its config.json alone is needed.
+
+    Raises:
+        CheckpointError: there is none, or Megatron cannot express it.
+    """
+    path = pathlib.Path(path)
+    if is_hf_folder(path) and not is_known(path):
+        return model_section(family_of(read_json(path / CONFIG), path), path)
+    return folder.read_checkpoint(folder.last_checkpoint(path), "never").model
+
+
+def is_known(path: pathlib.Path) -> bool:
+    """Whether it is a checkpoint or a run of megakd, whatever else lies in it."""
+    return (path / folder.RECORD).is_file() or (path / "checkpoints").is_dir()
+
+
 def find_checkpoint(path, *, progress: bool = False) -> pathlib.Path:
     """A checkpoint folder as it is; of a run folder, its last whole one; of a Hugging Face folder, its conversion.
 
@@ -39,8 +59,7 @@ def find_checkpoint(path, *, progress: bool = False) -> pathlib.Path:
         CheckpointError: there is none.
     """
     path = pathlib.Path(path)
-    known = (path / folder.RECORD).is_file() or (path / "checkpoints").is_dir()
-    if is_hf_folder(path) and not known:
+    if is_hf_folder(path) and not is_known(path):
         return converted(path, progress=progress)
     return folder.last_checkpoint(path)
 

@@ -1,7 +1,9 @@
 """`megakd check`: before a launch, or when something looks wrong.
 
-megakd check CHECKPOINT ...   read all of a checkpoint, or of a whole run: what of it is whole
-megakd check --env            what is installed here, its use, and what a missing part costs
+megakd check CHECKPOINT ...              read all of a checkpoint or a run: what of it is whole
+megakd check CONFIG.yaml [key=value ...] what the run needs on --nodes x --gpus-per-node GPUs: memory,
+                                         traffic, checkpoint, speed, layouts that fit, the launch
+megakd check --env                       what is installed here, its use, what a missing part costs
 """
 
 import argparse
@@ -12,32 +14,36 @@ from concurrent.futures import ThreadPoolExecutor
 from megakd.errors import CheckpointError
 from megakd.paths import path_argument
 from megakd.progress import progress_bar
+from megakd.runs import plan
 
 
 def main(argv: list[str]) -> int:
-    """Run `megakd check ARGV...`; returns 0 if everything is whole, 1 if something is damaged or cannot be told."""
+    """Run `megakd check ARGV...`; returns 0 if everything is whole, or fits; 1 if not, or if it cannot be told."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.env == bool(arguments.checkpoints):
-        parser.error("give CHECKPOINT ..., or --env")
+    arguments = parser.parse_intermixed_args(argv)  # flags may stand between overrides
+    words = arguments.words
+    is_config = bool(words) and words[0].endswith((".yaml", ".yml"))
+    if arguments.env == bool(words):
+        parser.error("give CHECKPOINT ..., CONFIG.yaml, or --env")
     if arguments.env:
         from megakd.runs.environment import report
 
         return report(arguments.json)
+    if is_config:
+        return plan.plan(arguments, words)
     if arguments.json:
-        parser.error("--json belongs to --env")
-    return max(check(path) for given in arguments.checkpoints for path in checkpoints_of(given))
+        parser.error("--json belongs to --env and to CONFIG.yaml")
+    return max(check(path) for given in words for path in checkpoints_of(path_argument(given)))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megakd check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "checkpoints", nargs="*", type=path_argument, metavar="CHECKPOINT", help="checkpoint, or run folder for all"
-    )
+    parser.add_argument("words", nargs="*", metavar="WHAT", help="checkpoints, run folders, or a config and overrides")
     parser.add_argument("--env", action="store_true", help="report on this machine and what is installed")
-    parser.add_argument("--json", action="store_true", help="that report as one line of JSON")
+    parser.add_argument("--json", action="store_true", help="that report, or a config's plan, as one line of JSON")
+    plan.add_flags(parser)
     return parser
 
 

@@ -12,6 +12,7 @@ from megakd.config.section import seconds_of
 from megakd.errors import TrainingError
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
+from megakd.planning.flops import forward_flops
 from megakd.ranks import Ranks, from_rank_0
 from megakd.rollouts.rollouts import Rollouts
 from megakd.stopped import write_stopped
@@ -21,7 +22,7 @@ from megakd.training.checkpointing import Progress, Saver, resume_newest, write_
 from megakd.training.evaluation import Evaluation
 from megakd.training.export import check_export, export, forget_export
 from megakd.training.head_loss import describe_head
-from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line, model_flops_per_token
+from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_sinks, has_line
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.overview import overview
 from megakd.training.run_folder import open_run_folder, write_run_files
@@ -287,12 +288,11 @@ class Loop:
     def speed(self, seconds: float, tokens: float, positions: int) -> dict[str, float]:
         """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
         setup, length = self.setup, self.config.data.sequence_length
-        flops = model_flops_per_token(setup.model, setup.model.vocab_size, length, backward=True)
-        if setup.teacher_model and flops is not None:
-            teacher = model_flops_per_token(setup.teacher_model, setup.model.vocab_size, length, backward=False)
-            flops = None if teacher is None else flops + teacher
-        rate = {} if flops is None else {"tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12}
-        return rate | {
+        flops = 3 * forward_flops(setup.model, length)
+        if setup.teacher_model:
+            flops += forward_flops(setup.teacher_model, length)
+        return {
+            "tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12,
             "tokens_per_second": tokens / seconds,
             "peak_memory_bytes": memory_peak_bytes(setup.device),
         }

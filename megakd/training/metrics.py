@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from megakd.config import Config, Model
+from megakd.config import Config
 from megakd.errors import ConfigError, TrainingError
 from megakd.progress import progress_bar
 from megakd.publish import publish_text
@@ -156,23 +156,6 @@ def drop_lines_after(path: pathlib.Path, step: int) -> None:
     if (others := len([line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]) - len(whole)) > 0:
         LOG.warning("%s: %d damaged lines are left out", path, others)
     publish_text(path, "".join(line for line, entry in whole if entry["step"] <= step))
-
-
-def model_flops_per_token(model: Model, vocab_size: int, sequence_length: int, *, backward: bool) -> float | None:
-    """Multiply-adds of matrix products, counted twice, for one token of a forward pass, or of forward and backward.
-
-    Attention counts S / 2 positions a token (it is causal). Source: arXiv:2205.05198, appendix A, with grouped
-    queries and a gated MLP. None for experts and latent attention, which the formula does not cover.
-    """
-    if model.moe is not None or model.mla is not None:
-        return None
-    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
-    queries = model.num_attention_heads * channels
-    keys = (model.num_query_groups or model.num_attention_heads) * channels
-    attention = model.hidden_size * (2 * queries + 2 * keys) + sequence_length * queries
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.gated else 2)
-    forward = 2 * (model.num_layers * (attention + mlp) + model.hidden_size * vocab_size)
-    return forward * (3 if backward else 1)
 
 
 class Stopwatch:

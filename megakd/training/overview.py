@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megakd.assembly.setup import Setup
 from megakd.models.initialization import is_split
+from megakd.planning.words import large
 from megakd.teachers.online import OnlineTeacher
 from megakd.training.optimizer import memory_peak_bytes
 
@@ -49,14 +50,6 @@ def count_parameters(gpt, groups, device: torch.device) -> int:
     for count, group in zip(counts, (groups.mp, groups.tp_ep_pp), strict=True):
         dist.all_reduce(count, group=group)
     return int(counts.sum())
-
-
-def large(number: int) -> str:
-    """`13.0 B`, `1.24 M`, `97`."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}"
-    return f"{number:,}"
 
 
 def spell(seconds: float) -> str:

@@ -163,15 +163,14 @@ def record(folder: pathlib.Path, teacher, top_k: int, groups, micro_batches: lis
     return CachedTeacher(CacheReader(folder, top_k=top_k), groups, {})
 
 
-def model_flops(config, student: dict, teacher: dict, vocab: int) -> dict[str, float | None]:
+def model_flops(config, student: dict, teacher: dict, vocab: int) -> dict[str, float]:
     """FLOP of a token in a step of each kind."""
     from megakd.config import Model
-    from megakd.training.metrics import model_flops_per_token
+    from megakd.planning.flops import forward_flops
 
-    length = config.data.sequence_length
     learns, speaks = (
-        model_flops_per_token(Model.model_validate(size), vocab, length, backward=backward)
-        for size, backward in ((student, True), (teacher, False))
+        passes * forward_flops(Model.model_validate(size | {"vocab_size": vocab}), config.data.sequence_length)
+        for size, passes in ((student, 3), (teacher, 1))
     )
     return {"KD, live teacher": learns + speaks, "KD, recorded teacher": learns, "CE": learns}
 

@@ -1,0 +1,1 @@
+"""What a run will need, told from its config without ranks: parameters, memory, traffic, time."""
