@@ -25,7 +25,7 @@ MODULES = {
     "transformer-engine": "transformer_engine",
     "lm-eval": "lm_eval",
 }
-DOCKER_INSTRUCTIONS = {"ARG", "FROM", "LABEL", "WORKDIR", "COPY", "RUN", "ENV"}
+DOCKER_INSTRUCTIONS = {"ARG", "FROM", "LABEL", "WORKDIR", "COPY", "RUN", "ENV", "USER", "ENTRYPOINT", "CMD"}
 
 
 def package(requirement):
@@ -172,8 +172,13 @@ def test_dockerfile():
     for _, arguments in (line for line in lines if line[0] == "COPY"):
         for source in arguments.split()[:-1]:
             assert f"!{source}" in allowed and (ROOT / source).exists(), source
-    (install,) = [arguments for name, arguments in lines if name == "RUN"]
+    system, install = [arguments for name, arguments in lines if name == "RUN"]
+    assert " tini " in system and "useradd" in system
     assert "-c base-packages.txt" in install and " -e " not in install and "--index-url" not in install
+    assert install.startswith("--mount=type=cache,") and "--no-cache-dir" not in install
+    last = dict(lines)  # of several of one name, the last
+    assert last["USER"] == "10001" and last["ENTRYPOINT"] == '["tini", "--", "megakd"]'
+    assert [name for name, _ in lines].index("USER") > max(i for i, line in enumerate(lines) if line[0] == "RUN")
 
 
 def names_of_code(text):
