@@ -16,7 +16,7 @@ Source of the terms under tensor and sequence parallelism and recomputation: arX
 from dataclasses import dataclass, fields
 
 from megakd.config import Config, Model, Parallel
-from megakd.planning.parameters import layers_of, padded_vocab, rank_parameters, widths
+from megakd.planning.parameters import layers_of, padded_vocab, rank_parameters, whole_parameters, widths
 
 BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS_BYTES = 8  # both of Adam's, in float32
@@ -110,6 +110,14 @@ def optimizer_bytes(config: Config, mine, dp: int) -> int:
     parallel, alike = config.parallel, dp * config.parallel.cp
     of_experts = max(alike * parallel.tp // parallel.ep, 1)  # of a stage's ranks, those with the same experts
     return mine.dense * each // alike + mine.experts * each // of_experts
+
+
+def checkpoint_bytes(config: Config, student: Model) -> int:
+    """Tensors of a checkpoint on the disk: weights, float32 weights and moments, with the padded vocabulary."""
+    padding = padded_vocab(student.vocab_size) - student.vocab_size
+    padding *= student.hidden_size * (1 if student.tie_embeddings else 2)
+    each = BYTES[config.train.precision] + MASTER_BYTES + MOMENTS_BYTES
+    return (whole_parameters(student) + padding) * each
 
 
 def lesson_bytes(config: Config, tokens: int, micro_batches: int) -> int:

@@ -10,7 +10,7 @@ from megakd.errors import ConfigError
 from megakd.planning.flops import step_flops_per_token, tokens_per_second
 from megakd.planning.hardware import ACCELERATORS
 from megakd.planning.layouts import PLANNED_SHARE, Layout, fitting_layouts, fullest_stage, problems_of
-from megakd.planning.memory import BYTES, MASTER_BYTES, MOMENTS_BYTES, is_fused
+from megakd.planning.memory import BYTES, checkpoint_bytes, is_fused
 from megakd.planning.parameters import active_parameters, padded_vocab, rank_parameters, whole_parameters
 from megakd.planning.traffic import step_traffic
 from megakd.planning.words import large
@@ -101,13 +101,6 @@ class Plan:
         mine = rank_parameters(self.student, parallel, padded, self.stage, pipeline)
         return step_traffic(self.config, self.student, self.teacher, mine, self.dp, self.stage)
 
-    def checkpoint_bytes(self) -> int:
-        """Weights, float32 weights and moments, by parameter."""
-        padding = padded_vocab(self.student.vocab_size) - self.student.vocab_size
-        padding *= self.student.hidden_size * (1 if self.student.tie_embeddings else 2)
-        each = BYTES[self.config.train.precision] + MASTER_BYTES + MOMENTS_BYTES
-        return (whole_parameters(self.student) + padding) * each
-
     def step_tokens(self) -> int:
         return self.config.train.global_batch_size * self.config.data.sequence_length
 
@@ -132,7 +125,7 @@ class Plan:
             "stage": self.stage,
             "memory_bytes": self.memory.items() | {"total": self.memory.total},
             "sent_bytes_per_step": self.traffic(),
-            "checkpoint_bytes": self.checkpoint_bytes(),
+            "checkpoint_bytes": checkpoint_bytes(self.config, self.student),
             "tokens_per_second": self.rate(self.config),
         }
 
@@ -190,7 +183,7 @@ class Plan:
         return [
             "",
             f"sends      {sent} GB a step and rank",
-            f"checkpoint {gigabytes(self.checkpoint_bytes())} GB on the disk",
+            f"checkpoint {gigabytes(checkpoint_bytes(self.config, self.student))} GB on the disk",
             f"a step     {self.step_tokens():,} tokens, {self.step_tokens() * needed:.3g} FLOP; {seconds:.3g} s, "
             f"{rate:,.0f} tokens/s",
             f"           if {self.mfu:.0%} of {self.gpu.flops / 1e12:,.0f} TFLOP/s are used, an assumption "

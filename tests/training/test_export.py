@@ -7,8 +7,11 @@ import time
 
 import pytest
 
+from megakd.checkpoints.folder import read_checkpoint
+from megakd.checkpoints.torch_dist_reader import TorchDistReader
 from megakd.config import Config
 from megakd.errors import ConfigError
+from megakd.planning.memory import checkpoint_bytes
 from megakd.training.export import check_export
 from tests.training import runs
 from tests.training.test_runs import end_all, wait_for
@@ -68,6 +71,10 @@ def test_a_run_that_goes_on_is_exported_anew_and_the_best_is_not_the_last(folder
     )
     output_of(runs.by_hand(tmp_path, 1, "train", config))
     first = (tmp_path / "student.nemo").read_bytes()
+    checkpoint = read_checkpoint(tmp_path)
+    tensors = TorchDistReader(checkpoint.path, checkpoint.files).tensors.values()
+    on_disk = sum(tensor.size.numel() * tensor.dtype.itemsize for tensor in tensors)
+    assert on_disk == checkpoint_bytes(Config.from_dict(config), checkpoint.model), "as `megakd check` plans it"
     assert json.loads((tmp_path / "exported.json").read_text()) == {"format": "nemo", "step": 2}
     config["train"]["steps"], config["run"]["allow_change"] = 4, ["train.steps", "optimizer", "schedule"]
     config["optimizer"] = {"lr": 5.0, "clip_grad": 0.0}  # from here on it gets worse
