@@ -66,21 +66,25 @@ start() {
   srun_pid=$!
 }
 
-cancelled=0
+cancelled=0 asked=0
 # Time is nearly up: the ranks stop after this step and write a checkpoint. Signals go to step 0 by scancel: srun itself
 # answers a SIGTERM by killing its tasks at once.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID.0" || true' USR1
+trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID.0" || true' USR1
 trap 'cancelled=1' TERM  # scancel, or a requeue that somebody else decided on: the ranks were told as well
 
-# finish [FOLDER]: wait for the ranks; requeue the job if FOLDER/stopped.json says that they stopped before the end. Rank 0
-# writes it when everything else is on the disk. Exit codes do not tell: torchrun's is 1 after every signal.
+# Whether there is more to do. Exit codes do not tell: torchrun's is 1 after every signal.
+if_stopped() { grep -qs '"finished": false' "$1/stopped.json"; }  # rank 0 writes it when all else is on the disk
+unless_there() { [ "$asked" = 1 ] && [ ! -e "$1" ]; }              # of a file that gets its name when it is whole
+never() { false; }
+
+# finish WHEN [PATH]: wait for the ranks; requeue the job if WHEN PATH says so.
 finish() {
-  local folder=${1:-} code=0
+  local code=0
   while true; do
     wait "$srun_pid" && code=0 || code=$?
     kill -0 "$srun_pid" 2> /dev/null || break  # a signal of ours ends `wait`, too
   done
-  if [ "$cancelled" = 0 ] && [ -n "$folder" ] && grep -qs '"finished": false' "$folder/stopped.json"; then
+  if [ "$cancelled" = 0 ] && "$@"; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
       echo "stopped, and not requeued: $SLURM_RESTART_COUNT times is MAX_REQUEUES" >&2
     elif scontrol requeue "$SLURM_JOB_ID"; then

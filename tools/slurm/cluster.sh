@@ -73,6 +73,7 @@ KillWait=${KILL_WAIT:-15}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+MinJobAge=7200
 JobCompType=jobcomp/filetxt
 JobCompLoc=$FOLDER/log/jobs.txt
 GresTypes=gpu
