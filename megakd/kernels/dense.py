@@ -34,6 +34,10 @@ from megakd.kernels.vocab import MASKED, VocabShard
 ROWS_MESSAGE = "a label is outside the vocabulary, or the teacher's logits are not finite"
 
 
+class NotFiniteError(ValueError):
+    """Of a teacher's logits."""
+
+
 def dense_kd_loss(
     student_logits_TW: Tensor,
     teacher_logits_TW: Tensor,
@@ -222,7 +226,7 @@ def check_rows(
 
     def explain():
         explain_stray(stray_T, labels_T, shard, numbers_T)
-        raise ValueError(
+        raise NotFiniteError(
             f"the teacher's logits hold NaN or infinity in {int(broken_T.sum())} of {len(broken_T)} rows, first in row "
             f"{row_number(int(broken_T.nonzero()[0]), numbers_T)}"
         )

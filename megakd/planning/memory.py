@@ -95,7 +95,7 @@ def rank_memory(
         gradients=mine.total * GRADIENT_BYTES,
         optimizer=optimizer_bytes(config, mine, dp),
         teacher=theirs,
-        lessons=lesson_bytes(config, tokens, number) if last else 0,
+        lessons=lesson_bytes(config, teacher, tokens, number) if last else 0,
         activations=kept,
         working=working,
         teacher_pass=pass_bytes,
@@ -120,10 +120,14 @@ def checkpoint_bytes(config: Config, student: Model) -> int:
     return (whole_parameters(student) + padding) * each
 
 
-def lesson_bytes(config: Config, tokens: int, micro_batches: int) -> int:
+def lesson_bytes(config: Config, teacher: Model | None, tokens: int, micro_batches: int) -> int:
+    """What the teacher's phase keeps: entries, draws, or its final hidden states."""
     if config.teacher is None:
         return 0
-    return tokens * micro_batches * config.loss.top_k * LESSON_BYTES
+    if config.loss.targets == "whole":
+        return tokens * micro_batches * teacher.hidden_size * BYTES[config.teacher_train.precision]
+    entries = config.loss.draws if config.loss.targets == "sampled" else config.loss.top_k
+    return tokens * micro_batches * entries * LESSON_BYTES
 
 
 def activations(config: Config, model: Model, stage: int, micro_batches: int) -> int:
@@ -233,7 +237,9 @@ def experts_elements(model: Model, parallel: Parallel) -> int:
 def is_fused(config: Config, model: Model, padded: int, tokens: int, size: int) -> bool:
     """Whether output layer and loss are run together, in blocks of tokens; as megakd.training.step has it."""
     width = padded // config.parallel.tp
-    return tokens > max(config.loss.logits_memory_budget_bytes // (width * size), 1) or model.logit_softcap is not None
+    if config.loss.targets == "whole" or model.logit_softcap is not None:
+        return True
+    return tokens > max(config.loss.logits_memory_budget_bytes // (width * size), 1)
 
 
 def head_bytes(config: Config, model: Model, padded: int, tokens: int, size: int) -> int:
@@ -245,7 +251,9 @@ def head_bytes(config: Config, model: Model, padded: int, tokens: int, size: int
     h, width = model.hidden_size, padded // config.parallel.tp
     along = config.parallel.tp if config.parallel.sp else 1
     rows = tokens * h * size
-    entries = tokens * config.loss.top_k * ENTRY_BYTES if config.teacher else 0
+    entries = tokens * (config.loss.draws or config.loss.top_k) * ENTRY_BYTES if config.teacher else 0
+    if config.loss.targets == "whole":
+        entries = 0
     states = rows // along + rows + (rows if along > 1 else 0)
     if not is_fused(config, model, padded, tokens, size):
         return states + entries + tokens * width * size + rows + width * h * size

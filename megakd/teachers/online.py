@@ -40,9 +40,7 @@ class OnlineTeacher:
         try:
             return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
         except ValueError as error:
-            raise TrainingError(
-                f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision"
-            ) from error
+            raise not_finite(error) from error
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Lesson:
         block = self.gpt.block_tokens(self.budget_bytes)
@@ -53,3 +51,8 @@ class OnlineTeacher:
         logits_TW = self.gpt.logits(hidden_SBH, rows_T)
         targets, said = select_and_predict(logits_TW, labels_T, self.top_k, self.gpt.shard, self.temperature)
         return Lesson(targets, said.label_logprob_T, said.id_T)
+
+
+def not_finite(error: ValueError) -> TrainingError:
+    """What a run says of a teacher whose logits cannot be used."""
+    return TrainingError(f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision")

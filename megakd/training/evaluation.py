@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megakd.config import Loss
 from megakd.kernels import select_top_k
-from megakd.kernels.dense import dense_kd_loss
+from megakd.kernels.dense import NotFiniteError, dense_kd_loss
 from megakd.kernels.predictions import Predictions, predict
 from megakd.losses import SUMS, means, summed
 from megakd.models.forward_only import forward_only
@@ -21,8 +21,9 @@ from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
+from megakd.teachers.online import not_finite
 from megakd.teachers.whole import WholeLesson
-from megakd.training.head_loss import compare
+from megakd.training.head_loss import block_tokens_of, compare
 from megakd.training.step import reduce_sums
 
 BINS = 15
@@ -95,7 +96,8 @@ class Evaluation:
 
         def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
             lesson, student = next(order), self.student
-            block = student.block_tokens(self.loss.logits_memory_budget_bytes)
+            models = (student, lesson.gpt) if isinstance(lesson, WholeLesson) else (student,)
+            block = block_tokens_of(self.loss, *models)
             every = torch.arange(len(micro_batch.labels_T), device=micro_batch.labels_T.device)
             totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part) for part in every.split(block)]
             return tuple(sum(parts) for parts in zip(*totals, strict=True))
@@ -112,11 +114,12 @@ class Evaluation:
         exact = torch.zeros(len(EXACT), dtype=torch.float64, device=labels_T.device)
         losses = None
         if isinstance(here, WholeLesson):
-            exact[:3] = self.compare_whole(logits_TW, here.logits(), labels_T)
+            teacher_TW = here.logits()
+            exact[:3] = self.compare_whole(logits_TW, teacher_TW, labels_T)
             exact[3] = len(labels_T)
             if self.loss.targets != "top_k":
-                losses = here.losses(logits_TW, labels_T, shard, self.loss)
-            here = here.selected(labels_T)
+                losses = here.losses(logits_TW, labels_T, shard, self.loss, teacher_TW)
+            here = here.selected(labels_T, teacher_TW)
         _, sums = summed(losses or here.losses(logits_TW, labels_T, shard, self.loss), labels_T, None)
         said = predict(logits_TW, labels_T, shard)
         if self.teacher is not None:
@@ -127,11 +130,13 @@ class Evaluation:
 
     def compare_whole(self, logits_TW: Tensor, teacher_TW: Tensor, labels_T: Tensor) -> Tensor:
         """Sums of KL(teacher, student), KL(student, teacher), and the share of the 5 likeliest ids that both have."""
-        shard = self.student.shard
-        kls = [
-            dense_kd_loss(logits_TW, teacher_TW, labels_T, shard, divergence=name).kd_T.double().sum()
-            for name in EXACT[:2]
-        ]
+        shard, kls = self.student.shard, []
+        for name in EXACT[:2]:
+            try:
+                losses = dense_kd_loss(logits_TW, teacher_TW, labels_T, shard, divergence=name)
+            except NotFiniteError as error:
+                raise not_finite(error) from error
+            kls.append(losses.kd_T.double().sum())
         most = min(MOST_LIKELY, shard.size)
         ours_TK, theirs_TK = (select_top_k(x_TW, most, shard, gather=True).ids_TK for x_TW in (logits_TW, teacher_TW))
         common_T = (ours_TK[:, :, None] == theirs_TK[:, None]).any(2).double().mean(1)

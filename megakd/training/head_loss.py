@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from megakd.config import Loss
-from megakd.errors import TrainingError
 from megakd.kernels import KDLoss
+from megakd.kernels.dense import NotFiniteError
 from megakd.kernels.predictions import predict
 from megakd.losses import SUMS, fused_objective, objective, whole_objective
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
 from megakd.teachers.lesson import Lesson
+from megakd.teachers.online import not_finite
 from megakd.teachers.whole import WholeLesson
 
 Rows = slice | Tensor  # some of the T tokens
@@ -114,10 +115,8 @@ class HeadLoss:
                 on_logits=predict_rows if self.compared else None,
                 keep=self.keep,
             )
-        except ValueError as error:
-            raise TrainingError(
-                f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision"
-            ) from error
+        except NotFiniteError as error:
+            raise not_finite(error) from error
         if said:
             compare(sums, *map(torch.cat, zip(*said, strict=True)))
         return loss_sum, sums

@@ -306,6 +306,8 @@ class Loop:
             return self.ranks.agree_to_stop()
 
         self.evaluation.loss = self.setup.loss.at(progress.step)
+        if self.setup.loss.ramps.temperature is not None:
+            self.evaluation.teacher.temperature = self.evaluation.loss.temperature
         metrics = self.evaluation(self.setup.validation_batches(), self.setup.device, stopping)
         if metrics is None:
             return False

@@ -41,6 +41,7 @@ def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: 
         state = loaded if len(ours) == 1 else loaded.get(i, {})
         plain = theirs[min(i, len(theirs) - 1)]
         both = {name: value for name, value in plain.items() if name != "param_state"}
+        both["optimizer"] = dict(plain["optimizer"])  # one saved optimizer may stand for two
         keep_own_settings(both, own)
         arranged.append(both | {"param_state": state.get("param_state", {})})
     return arranged[0] if len(ours) == 1 else dict(enumerate(arranged))
@@ -51,16 +52,17 @@ def keep_own_settings(state: dict, own: dict) -> None:
 
     Megatron would go on with the saved ones, or (0.19) finds no group for its own.
     """
-    if "optimizer" in state:  # the distributed one: its groups are settings and the count of steps, the same in all
-        saved = state["optimizer"]["param_groups"]
-        steps = {"step": max(group["step"] for group in saved)} if any("step" in group for group in saved) else {}
-        groups = [group | steps for group in own["optimizer"]["param_groups"]]
-        state["optimizer"] = state["optimizer"] | {"param_groups": groups}
-    elif "param_groups" in state:  # torch's own, whose groups name their parameters too
+    if "optimizer" in state:  # within Megatron's optimizers with float32 weights of their own
+        state, own = state["optimizer"], own["optimizer"]
+    if any("params" in group for group in state["param_groups"]):  # torch's own, which name their parameters
         mine = {kind_of(group): group for group in own["param_groups"]}
         for group in state["param_groups"]:
             settings = mine.get(kind_of(group), {})
             group.update({name: value for name, value in settings.items() if name not in ("params", "step")})
+    else:  # the distributed one's: settings and the count of steps, the same in all
+        counts = [group["step"] for group in state["param_groups"] if "step" in group]
+        steps = {"step": max(counts)} if counts else {}
+        state["param_groups"] = [group | steps for group in own["param_groups"]]
 
 
 def side_by_side(loaded: dict, described: dict) -> list[tuple[dict, dict]]:

@@ -147,13 +147,14 @@ def test_a_run_folder_belongs_to_one_run(folder, tmp_path):
     assert "holds no whole checkpoint" in run_ranks(1, runs.train, config)[0]
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_an_allowed_change_of_the_optimizer_takes_effect(folder, tmp_path, distributed):
+@pytest.mark.parametrize(("distributed", "precision"), [(True, "fp32"), (False, "fp32"), (False, "bf16")])
+def test_an_allowed_change_of_the_optimizer_takes_effect(folder, tmp_path, distributed, precision):
     """Megatron goes on with the saved hyperparameters; of 0.19 with a KeyError."""
     from megakd.checkpoints.folder import last_checkpoint, read_checkpoint
     from megakd.checkpoints.torch_dist import common_values
 
     config = runs.values(folder, tmp_path, train__steps=6, run__stop_after=2, optimizer__distributed=distributed)
+    config["train"]["precision"] = precision
     assert run_ranks(1, runs.train, config) == [None]
     changed = {"lr": 2e-2, "min_lr": 2e-3, "weight_decay": 0.5, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6}
     config["optimizer"] |= changed
@@ -164,7 +165,7 @@ def test_an_allowed_change_of_the_optimizer_takes_effect(folder, tmp_path, distr
     rates, wanted = ([line["lr"] for line in runs.lines(path)] for path in (tmp_path, tmp_path / "fresh"))
     assert rates[2:] == wanted[2:] and rates[:2] != wanted[:2]
     saved = common_values(read_checkpoint(last_checkpoint(tmp_path)))["optimizer"]
-    groups = (saved["optimizer"] if distributed else saved)["param_groups"]
+    groups = saved.get("optimizer", saved)["param_groups"]
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.8, 0.9, 1e-6)}
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
     assert not distributed or {group["step"] for group in groups} == {6.0}
