@@ -12,13 +12,16 @@ from megakd.ranks import from_rank_0
 LOG = logging.getLogger("megakd")
 
 
-def open_prompts(config: Config, path: str, name: str, tokenizer: Tokenizer, max_new_tokens: int) -> dict[int, Prompt]:
+def open_prompts(
+    config: Config, path: str, name: str, tokenizer: Tokenizer, max_new_tokens: int, limit: int | None = None
+) -> dict[int, Prompt]:
     """The prompts of a file by their numbers in it.
 
     Args:
         path: file, folder or pattern.
         name: of the records' format; templates are those of the data section.
         max_new_tokens: for which data.sequence_length leaves room behind a prompt.
+        limit: records that are read; None: all.
     Raises:
         DataError: there is none, or some cannot be used (one that is too long, too) and data.on_error is `raise`.
     Collectives: one broadcast of the prompts.
@@ -29,7 +32,7 @@ def open_prompts(config: Config, path: str, name: str, tokenizer: Tokenizer, max
         files = tuple(data_files(path))
         known = detect_prompts(files, config.data.columns) if name == "auto" else name
         form = choose_format(config.data.model_copy(update={"format": known}), files)
-        found, problems = Prompts(files, form, tokenizer).read(config.data.on_error, most)
+        found, problems = Prompts(files, form, tokenizer, limit).read(config.data.on_error, most)
         if problems.count:
             LOG.warning("%s: left out %d prompts that cannot be used:\n%s", path, problems.count, problems)
         return found

@@ -12,7 +12,7 @@ from megakd.assembly.cached import open_caches
 from megakd.assembly.data import describe_data, open_both, run_steps
 from megakd.assembly.layout import describe_layout
 from megakd.assembly.models import build_model
-from megakd.assembly.prompts import open_rollout_prompts
+from megakd.assembly.prompts import open_prompts, open_rollout_prompts
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Loss, Model, check_experts, check_features, check_model, check_vocab
 from megakd.data.blend import indices_of_step
@@ -53,6 +53,7 @@ class Setup:
         origin: the checkpoint that the student started from; None where its weights were drawn.
         routing: terms of the student's routers; None without experts.
         prompts: that the student completes, by their numbers; None without rollouts.
+        shown: prompts that it completes at every validation, likewise.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -71,6 +72,7 @@ class Setup:
     origin: pathlib.Path | None = None
     routing: RoutingLosses | None = None
     prompts: dict[int, Prompt] | None = None
+    shown: dict[int, Prompt] | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -158,6 +160,9 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     check_experts(config, model, teacher_from.model if teacher_from else None)
     check_padding(padded_size, config.parallel.tp)
     prompts = open_rollout_prompts(config, tokenizer) if config.rollouts else None
+    shown = config.eval.generate
+    if shown is not None:
+        shown = open_prompts(config, shown.prompts, shown.format, tokenizer, shown.max_new_tokens, shown.limit)
     train_data, validation_data = open_both(config, tokenizer)
     config.check_schedule(run_steps(config, train_data))
     groups = build_groups(
@@ -190,7 +195,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
-        routing, prompts,
+        routing, prompts, shown,
     )  # fmt: skip
 
 

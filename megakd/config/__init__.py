@@ -8,6 +8,7 @@ config.save(f"{config.run.dir}/config.yaml")
 from megakd.config.cache import Cache
 from megakd.config.checks import check_experts, check_features, check_model, check_ranks, check_vocab
 from megakd.config.config import Config
+from megakd.config.eval import Eval, Generate
 from megakd.config.features import Features
 from megakd.config.log import Log, Profile
 from megakd.config.loss import Loss
@@ -20,7 +21,6 @@ from megakd.config.section import Section
 from megakd.config.sections import (
     Checkpoint,
     Data,
-    Eval,
     Export,
     Optimizer,
     Run,
@@ -39,6 +39,7 @@ __all__ = [
     "Eval",
     "Export",
     "Features",
+    "Generate",
     "Log",
     "Loss",
     "MoE",

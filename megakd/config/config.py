@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megakd.config import sections
 from megakd.config.cache import Cache
+from megakd.config.eval import Eval
 from megakd.config.features import Features
 from megakd.config.fit import model_problems
 from megakd.config.keys import iter_keys, section_of
@@ -42,7 +43,7 @@ class Config(sections.Section):
     train: sections.Train
     optimizer: sections.Optimizer
     schedule: sections.Schedule = sections.Schedule()
-    eval: sections.Eval = sections.Eval()
+    eval: Eval = Eval()
     checkpoint: sections.Checkpoint = sections.Checkpoint()
     export: sections.Export = sections.Export()
     log: Log = Log()
@@ -115,7 +116,7 @@ class Config(sections.Section):
     @property
     def student_writes(self) -> bool:
         """Whether the student is to generate where it is trained."""
-        return self.rollouts is not None and self.rollouts.engine == "megakd"
+        return self.eval.writes or (self.rollouts is not None and self.rollouts.engine == "megakd")
 
     def idle_keys(self) -> list[str]:
         """The keys that say something about a teacher, where there is none: a run on the data alone ignores them."""
@@ -153,8 +154,7 @@ class Config(sections.Section):
             yield "loss.targets", f"sampled, but parallel.cp = {self.parallel.cp} cuts the samples that draws are of"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
             yield "features", "given with teacher.cache; hidden states are not recorded, expected a live teacher"
-        if self.eval.every_steps is not None and self.data.validation is None:
-            yield "eval.every_steps", f"{self.eval.every_steps}, but data.validation is null"
+        yield from self.eval.problems_in(self)
         if self.export.checkpoint == "best" and (self.data.validation is None or not self.checkpoint.keep_best):
             lacks = "data.validation is null" if self.data.validation is None else "checkpoint.keep_best is false"
             yield "export.checkpoint", f"best, but {lacks}; expected last"

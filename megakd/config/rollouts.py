@@ -10,7 +10,19 @@ from megakd.config.paths import LocalPath
 from megakd.config.section import Count, NotNegative, Positive, Section, Share, Text
 
 FORMATS = Literal["auto", "text", "prompt_response", "alpaca", "nemo_chat", "messages", "ids"]
-CUT = ("vpp", "cp", "ep")  # axes that a model which generates is not cut over
+
+
+def axes_in_the_way(parallel, wanted_by: str) -> Iterator[tuple[str, str]]:
+    """Yields (dotted key, what is wrong) for the ways in which a model that generates is not cut.
+
+    Args:
+        wanted_by: the key that has the student generate.
+    """
+    seen = {axis: size for axis in ("vpp", "cp", "ep") if (size := getattr(parallel, axis)) > 1}
+    if parallel.shards("student"):
+        seen["fsdp"] = parallel.fsdp
+    for axis, value in seen.items():
+        yield f"parallel.{axis}", f"{value} with {wanted_by}; no model generates so"
 
 
 class Server(Section):
@@ -24,7 +36,7 @@ class Server(Section):
     folder: LocalPath | None = None
     """Where the student is exported to as a Hugging Face folder, a new one each time, under a path that the servers see
     too; null: `rollouts/weights` in the run folder."""
-    model: Text | None = None
+    served_name: Text | None = None
     """Name of the model in requests; null: the first that a server lists."""
     timeout_seconds: Positive = 600.0
     """Seconds that a completion, or taking new weights, may take."""
@@ -121,6 +133,4 @@ class Rollouts(Section):
         if config.run.record_steps:
             yield "run.record_steps", f"{config.run.record_steps} with rollouts; the run keeps those it learns from"
         if self.engine == "megakd":
-            for axis in CUT:
-                if getattr(config.parallel, axis) > 1:
-                    yield f"parallel.{axis}", f"{getattr(config.parallel, axis)} with rollouts; no model generates so"
+            yield from axes_in_the_way(config.parallel, "rollouts")

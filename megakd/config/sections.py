@@ -266,15 +266,6 @@ class Schedule(Section):
             yield "wsd_decay_steps", f"{self.wsd_decay_steps} has no effect with kind {self.kind}; expected null"
 
 
-class Eval(Section):
-    """Validation while training"""
-
-    every_steps: Count | None = None
-    """Optimizer steps between validations; null: none."""
-    samples: Count | None = None
-    """Samples of one validation; null: the whole validation set."""
-
-
 class Checkpoint(Section):
     """When checkpoints are written and which are kept"""
 

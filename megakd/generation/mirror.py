@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from megakd.config import Config, Parallel
+from megakd.assembly.setup import Setup
+from megakd.config import Parallel
 from megakd.models.gpt import GPT, build_gpt
 
 
@@ -12,22 +13,19 @@ class Mirror:
     Its parameters and buffers are the student's own tensors, so it takes no memory and is always up to date.
 
     Args:
-        student: of Megatron's local layers (`build_model(local=True)`), not interleaved.
-        config: of the run.
-        groups: the run's process groups.
-        vocab_size: of the tokenizer: ids that may be written.
-        device: of the student.
+        setup: of a run whose student is of Megatron's local layers (`build_model(local=True)`), and not interleaved.
     """
 
-    def __init__(self, student: GPT, config: Config, groups, vocab_size: int, device):
+    def __init__(self, setup: Setup):
+        student, config, groups = setup.student, setup.config, setup.groups
         assert len(student.chunks) == 1, "the layers of virtual stages are on other ranks"
         self.student = student
-        parallel = Parallel(tp=groups.tp.size(), pp=groups.pp.size())
-        padded_size = (student.shard.stop - student.shard.start) * groups.tp.size()
         self._gpt = build_gpt(
-            student.config.model, parallel, config.train, groups,
-            vocab_size=vocab_size, padded_size=padded_size, device=device, seed=None,
-            name="the student as it writes", local=True, pipeline=config.student.pipeline,
+            setup.model, Parallel(tp=groups.tp.size(), pp=groups.pp.size()), config.train, groups,
+            vocab_size=setup.tokenizer.vocab_size,
+            padded_size=(student.shard.stop - student.shard.start) * groups.tp.size(),
+            device=setup.device, seed=None, name="the student as it writes", local=True,
+            pipeline=config.student.pipeline,
         ).requires_grad_(False)  # fmt: skip
         self._gpt.eval()
         self.gpt()

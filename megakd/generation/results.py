@@ -160,9 +160,7 @@ class PartWriter:
         try:
             if self.file is None:
                 self.file = self.path.open("wb")
-            self.file.write(
-                (json.dumps(describe(sequence, prompt, self.fingerprint), ensure_ascii=False) + "\n").encode()
-            )
+            self.file.write(line_of(describe(sequence, prompt, self.fingerprint)).encode())
             self.file.flush()
         except OSError as error:
             raise unwritable(self.path, error) from error
@@ -182,6 +180,10 @@ def describe(sequence: Sequence, prompt: str, fingerprint: str) -> dict:
         "stop": sequence.stop,
         "tokenizer": fingerprint[:SHOWN_DIGITS],
     }
+
+
+def line_of(entry: Mapping) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def number_of(entry: Mapping, completions: int) -> int:

@@ -4,10 +4,14 @@ Every rank runs lm-eval alike; the models (data-parallel ranks) share the reques
 they found. Imported only where lm-eval is installed (`pip install "megakd[eval]"`).
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 
 import lm_eval
+import numpy as np
+import torch
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -127,22 +131,46 @@ class Adapter(TemplateLM):
         return found
 
 
-def run_tasks(adapter: Adapter, names: list[str], folder: str | None, limit: int | None) -> dict[str, dict]:
-    """lm-eval's results: task -> metric -> value; it gives them to the first rank of each machine, the others get {}.
+def open_tasks(names: Sequence[str], folder: str | None, hint: str = "--task-folder FOLDER") -> TaskManager:
+    """What finds the tasks.
 
     Args:
         folder: with further tasks as YAML files; None: lm-eval's own.
-        limit: documents of each task; None: all.
+        hint: how the user names it.
     Raises:
         ConfigError: there is no such task.
     """
     manager = TaskManager(include_path=folder)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise ConfigError(f"lm-eval has no task {', '.join(unknown)}", hint="--task-folder FOLDER brings more")
-    found = lm_eval.simple_evaluate(adapter, tasks=names, task_manager=manager, limit=limit, log_samples=False)
+        raise ConfigError(f"lm-eval has no task {', '.join(unknown)}", hint=f"{hint} brings more")
+    return manager
+
+
+def run_tasks(adapter: Adapter, names: Sequence[str], manager: TaskManager, limit: int | None) -> dict[str, dict]:
+    """lm-eval's results: task -> metric -> value; it gives them to the first rank of each machine, the others get {}.
+
+    Args:
+        limit: documents of each task; None: all.
+    """
+    with random_states_kept(adapter.place):
+        found = lm_eval.simple_evaluate(
+            adapter, tasks=list(names), task_manager=manager, limit=limit, log_samples=False
+        )
     if found is None:
         return {}
     return {
         task: {name: value for name, value in values.items() if isinstance(value, int | float)}
         for task, values in found["results"].items()
     }
+
+
+@contextlib.contextmanager
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """lm-eval seeds everything that draws; a run that trains on goes on with its own states."""
+    known = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(known[0])
+        np.random.set_state(known[1])

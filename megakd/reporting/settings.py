@@ -19,7 +19,7 @@ DEFINES = {
     "student_mass": ("loss.top_k", *TEACHER),
 }
 READ = ("data.tokenizer", "data.sequence_length", "data.format", "data.template", "data.answer_only_loss")
-SOURCES = {"train": (*READ, "data.train"), "validation": (*READ, "data.validation", "eval.samples")}
+SOURCES = {"train": (*READ, "data.train", "rollouts"), "validation": (*READ, "data.validation", "eval.samples")}
 
 
 def differing(runs: list[Run]) -> list[str]:

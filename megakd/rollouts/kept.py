@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from megakd.errors import TrainingError
+from megakd.generation.results import line_of
 from megakd.publish import make_folder, publish_text, remove, sweep
 
 LOG = logging.getLogger("megakd")
@@ -57,7 +58,7 @@ class Kept:
         Raises:
             TrainingError: the disk does not take it.
         """
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(map(line_of, lines))
         try:
             make_folder(self.folder)
             publish_text(self.path(weights_step), text)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from megakd.assembly.setup import Setup
 from megakd.generation.engine import Request, Sequence
+from megakd.generation.mirror import Mirror
 from megakd.generation.results import describe
 from megakd.generation.stops import build_stops
 from megakd.models.micro_batch import MicroBatch
@@ -25,12 +26,13 @@ class Rollouts:
     Args:
         setup: of a run with a rollouts section.
         saved_step: of the checkpoint that this launch continues from; None: it begins.
+        mirror: the student as it generates, if it does.
     Raises:
         ConfigError: a stop is unknown.
     Collectives: one broadcast.
     """
 
-    def __init__(self, setup: Setup, saved_step: int | None):
+    def __init__(self, setup: Setup, saved_step: int | None, mirror: Mirror | None):
         self.setup, self.section = setup, setup.config.rollouts
         self.numbers = sorted(setup.prompts)
         self.plan = Plan(
@@ -48,7 +50,8 @@ class Rollouts:
             setup.tokenizer, self.section.stop_tokens, self.section.stop,
             names=("rollouts.stop_tokens", "rollouts.stop"),
         )  # fmt: skip
-        self.writer: Writer = (ServerWriter if self.section.engine == "server" else StudentWriter)(setup, stops)
+        server = self.section.engine == "server"
+        self.writer: Writer = ServerWriter(setup, stops) if server else StudentWriter(setup, stops, mirror)
         from_rank_0(lambda: self.kept.drop_after(saved_step))
 
     def prepare(self, step: int, stopping: Callable[[], bool]) -> bool:

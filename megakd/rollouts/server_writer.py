@@ -52,7 +52,7 @@ class ServerWriter:
                     f"rollouts.server.urls: {url} does not list its models: {error}",
                     hint="is an OpenAI-compatible server running there?",
                 ) from error
-        return self.server.model or names[0]
+        return self.server.served_name or names[0]
 
     def write(self, requests: list[Request], step: int, stopping: Callable[[], bool]) -> list[Sequence] | None:
         """As `Writer`; the servers have the student's weights first.

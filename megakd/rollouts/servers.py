@@ -57,7 +57,8 @@ class Servers:
         self.servers = [Server(url.rstrip("/"), time.monotonic()) for url in urls]
         self.todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self.done: dict[Request, Sequence] = {}
-        self.wanted, self.refusal, self.lock = 0, None, threading.Lock()
+        self.wanted, self.lock = 0, threading.Lock()
+        self.failure: Exception | None = None
         self.over = threading.Event()
 
     def __enter__(self) -> "Servers":
@@ -85,8 +86,10 @@ class Servers:
         """
         deadline = time.monotonic() + seconds
         while len(self.done) < self.wanted and time.monotonic() < deadline:
-            if self.refusal is not None:
-                raise TrainingError(f"rollouts.server: {self.refusal}", hint="docs/on-policy.md says what is asked")
+            if isinstance(self.failure, Refused):
+                raise TrainingError(f"rollouts.server: {self.failure}", hint="docs/on-policy.md says what is asked")
+            if self.failure is not None:
+                raise self.failure
             if all(server.dead for server in self.servers):
                 raise all_dead(self.servers, self.dead_seconds)
             time.sleep(0.01)
@@ -100,6 +103,8 @@ class Servers:
             except queue.Empty:
                 continue
             with self.lock:
+                if server.dead:
+                    return self.todo.put(request)
                 server.asked.add(request)
             try:
                 sequence = self.ask(server.url, request)
@@ -108,8 +113,8 @@ class Servers:
                 self._failed(server, str(error))
                 self.over.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-            except Refused as error:
-                self.refusal = str(error)
+            except Exception as error:  # raised again where somebody waits
+                self.failure = error
                 return
             else:
                 pause, server.failing = FIRST_PAUSE_SECONDS, None
@@ -124,8 +129,9 @@ class Servers:
             self._give_up(server)
 
     def _give_up(self, server: Server) -> None:
-        if not server.dead:
-            server.dead = True
+        with self.lock:
+            known, server.dead = server.dead, True
+        if not known:
             others = sum(not other.dead for other in self.servers)
             LOG.warning("%s is dead: %s; %d other servers go on", server.url, server.trouble, others)
         for request in list(server.asked):

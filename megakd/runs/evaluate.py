@@ -13,10 +13,11 @@ import time
 
 from megakd.config import Config
 from megakd.errors import ConfigError
+from megakd.generation.lm_eval import check_installed
 from megakd.megatron_on_cpu import install
 from megakd.paths import path_argument, path_text
 from megakd.progress import progress_bar
-from megakd.runs.evaluate_tasks import check_installed, evaluate_tasks, task_table
+from megakd.runs.evaluate_tasks import evaluate_tasks, task_table
 from megakd.runs.start import start_run
 
 COLUMNS = (  # of the table: name, heading, format
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     """Run `megakd evaluate ARGV...` on this rank."""
     flags, rest = build_parser().parse_known_args(argv)
     if flags.tasks:
-        check_installed()
+        check_installed("--tasks")
     with start_run(rest) as (config, ranks):
         if flags.tasks:
             install(ranks.device.type)
@@ -105,7 +106,8 @@ def evaluate(config: Config, path: str, ranks) -> dict:
     from megakd.training.evaluation import Evaluation, id_bytes
 
     student = config.student.model_copy(update={"checkpoint": path, "model": None})
-    config = config.model_copy(update={"student": student, "rollouts": None})
+    alone = {"rollouts": None, "eval": config.eval.model_copy(update={"generate": None, "tasks": []})}
+    config = config.model_copy(update={"student": student, **alone})
     setup = build_setup(config, ranks.device)
     teacher = WholeTeacher.of(setup.teacher) if isinstance(setup.teacher, OnlineTeacher) else setup.teacher
     id_bytes_V = id_bytes(setup.tokenizer, ranks.device)

@@ -1,17 +1,8 @@
 """`megakd evaluate CONFIG.yaml --tasks NAMES`: EleutherAI's lm-eval tasks, of one model or of several side by side."""
 
-import importlib.util
-
 from megakd.config import Config
-from megakd.errors import ConfigError
 
 SEQUENCES = 16  # scored or written at once in one model
-
-
-def check_installed() -> None:
-    """Raises ConfigError where lm-eval is missing; before ranks meet."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--tasks needs EleutherAI's lm-eval", hint='pip install "megakd[eval]"')
 
 
 def evaluate_tasks(
@@ -29,7 +20,7 @@ def evaluate_tasks(
     from megakd.assembly.models import build_model
     from megakd.config import check_model
     from megakd.converters.direct import open_checkpoint
-    from megakd.generation.tasks import Adapter, run_tasks
+    from megakd.generation.tasks import Adapter, open_tasks, run_tasks
     from megakd.models.gpt import padded_vocab_size
     from megakd.models.groups import build_groups, destroy_groups
     from megakd.ranks import from_rank_0
@@ -47,7 +38,8 @@ def evaluate_tasks(
         model, checkpoint, config.parallel, config.train, groups,
         vocab_size=tokenizer.vocab_size, padded_size=padded_size, device=ranks.device, local=True,
     ).eval()  # fmt: skip
-    found = run_tasks(Adapter(gpt, tokenizer, groups, ranks.device, SEQUENCES), tasks, folder, limit)
+    adapter = Adapter(gpt, tokenizer, groups, ranks.device, SEQUENCES)
+    found = run_tasks(adapter, tasks, open_tasks(tasks, folder), limit)
     destroy_groups()  # the next model has its own
     return found
 

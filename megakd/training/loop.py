@@ -10,6 +10,7 @@ from megakd.assembly.setup import Setup, build_setup
 from megakd.config import Config
 from megakd.config.section import seconds_of
 from megakd.errors import TrainingError
+from megakd.generation.mirror import Mirror
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
 from megakd.planning.flops import forward_flops
@@ -26,6 +27,7 @@ from megakd.training.metrics import METRICS_FILE, MetricsLog, Stopwatch, check_s
 from megakd.training.optimizer import build_optimizer, memory_peak_bytes, wrap_data_parallel
 from megakd.training.overview import overview
 from megakd.training.run_folder import open_run_folder, write_run_files
+from megakd.training.showing import Showing
 from megakd.training.step import BrokenBatch, StudentStep, check_finite
 from megakd.training.step_record import StepRecorder, check_recording
 from megakd.training.stragglers import compare_ranks
@@ -78,8 +80,10 @@ def train(config: Config, ranks: Ranks) -> None:
         else:
             LOG.info("nothing left to do; more steps: train.steps=N 'run.allow_change=[train.steps]'")
         saver = Saver(config, student, setup.model, setup.tokenizer, setup.origin, saved_step)
-        rollouts = Rollouts(setup, progress.step if checkpoint else None) if config.rollouts else None
-        loop = Loop(setup, student, saver, log, progress, ranks, rollouts)
+        mirror = Mirror(setup) if config.student_writes else None
+        rollouts = Rollouts(setup, progress.step if checkpoint else None, mirror) if config.rollouts else None
+        showing = Showing(setup, mirror, ranks.pulse) if config.eval.writes else None
+        loop = Loop(setup, student, saver, log, progress, ranks, rollouts, showing)
         finished = loop.run()
         loop.tracer.close()
         saver.finish()
@@ -107,10 +111,12 @@ class Loop:
         progress: Progress,
         ranks: Ranks,
         rollouts: Rollouts | None = None,
+        showing: Showing | None = None,
     ):
         self.setup, self.student, self.saver, self.log = setup, student, saver, log
         self.progress, self.ranks, self.config = progress, ranks, setup.config
         self.rollouts, self.source = rollouts, rollouts or setup  # of batches
+        self.showing = showing
         self.evaluation = Evaluation(setup.student, judging(setup.teacher), setup.loss, setup.groups)
         self.recorder, self.tracer = StepRecorder(setup, student), Tracer(setup.config, dist.get_rank(), setup.device)
         self.is_introduced = False
@@ -311,6 +317,11 @@ class Loop:
         metrics = self.evaluation(self.setup.validation_batches(), self.setup.device, stopping)
         if metrics is None:
             return False
+        if self.showing:
+            shown = self.showing(progress.step, stopping)
+            if shown is None:
+                return False
+            metrics |= shown
         if "loss" not in metrics:  # no supervised token
             return True
         check_finite(metrics, ["loss"], f"validation at step {progress.step}")
