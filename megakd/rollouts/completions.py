@@ -76,6 +76,13 @@ class Completions:
         ):
             raise ValueError(f"{len(ids)} ids between {min(ids)} and {max(ids)}")
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        if not all(isinstance(logprob, int | float) for logprob in logprobs):
+            logprobs = []  # not known of all: of none
         if reason == "stop" and stop is None and ids[-1] in self.stops.ids:
             stop = ids[-1]
-        return Sequence(request, seed, ids, logprobs[: len(ids)], reason, stop, str(choice.get("text", "")))
+        return Sequence(request, seed, ids, logprobs[: len(ids)], reason, stop, readable(choice.get("text")))
+
+
+def readable(text) -> str:
+    """As a file can hold it: no half of a character that a server has cut apart."""
+    return str(text or "").encode("utf-8", "replace").decode()

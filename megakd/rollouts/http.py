@@ -10,7 +10,15 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers
 
 
 class Unreachable(Exception):
-    """A server did not answer, or with an error of its own (5xx): it may be asked again."""
+    """A server did not answer, or with an error of its own (5xx): it may be asked again.
+
+    Attributes:
+        gone: nobody took the connection, or it broke: whoever answers there next may be a new process.
+    """
+
+    def __init__(self, text: str, *, gone: bool = False):
+        super().__init__(text)
+        self.gone = gone
 
 
 class Refused(Exception):
@@ -32,12 +40,21 @@ def call(url: str, body=None, *, seconds: float):
         with OPENER.open(request, timeout=seconds) as answer:
             content = answer.read()
     except urllib.error.HTTPError as error:
-        text = error.read()[: 4 * LONGEST_ANSWER].decode(errors="replace")[:LONGEST_ANSWER]
         kind = Unreachable if error.code >= 500 or error.code == 429 else Refused
-        raise kind(f"{url} answered {error.code} {error.reason}: {text}") from error
+        raise kind(f"{url} answered {error.code} {error.reason}: {body_of(error)}") from error
     except (OSError, http.client.HTTPException) as error:  # a refused connection, a reset one, a time that has passed
-        raise Unreachable(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}") from error
+        reason = getattr(error, "reason", None) or error
+        gone = isinstance(reason, ConnectionError | http.client.HTTPException)
+        raise Unreachable(f"{url}: {reason or type(error).__name__}", gone=gone) from error
     try:
         return json.loads(content)
     except ValueError:
         return None
+
+
+def body_of(error: urllib.error.HTTPError) -> str:
+    """The beginning of what came with an error, as far as it came."""
+    try:
+        return error.read()[: 4 * LONGEST_ANSWER].decode(errors="replace")[:LONGEST_ANSWER]
+    except (OSError, http.client.HTTPException) as broken:
+        return f"(and then {broken or type(broken).__name__})"

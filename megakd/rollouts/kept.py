@@ -32,6 +32,7 @@ class Rollout(NamedTuple):
         ended: by a stop, not by its length.
         weights_step: optimizer steps that the writer had taken.
         logprob: summed, as the writer itself gave it to its ids (nats); None where that is not known.
+        settings: a digest of how it was written.
     """
 
     prompt: int
@@ -41,6 +42,7 @@ class Rollout(NamedTuple):
     ended: bool
     weights_step: int
     logprob: float | None
+    settings: str
 
 
 class Kept:
@@ -72,7 +74,7 @@ class Kept:
         """Optimizer step (the first is 0) -> completions; None where there is no such file, or it is damaged."""
         path, found = self.path(weights_step), {}
         try:
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):  # other ends of lines are text
                 line = json.loads(text)
                 found.setdefault(line["step"] - 1, []).append(read_rollout(line))
         except FileNotFoundError:
@@ -105,4 +107,5 @@ def read_rollout(line: dict) -> Rollout:
     numbers = (int(line[name]) for name in ("prompt_number", "completion_number"))
     logprobs = line.get("logprobs", ())
     logprob = sum(logprobs) if len(logprobs) == len(ids) and None not in logprobs else None
-    return Rollout(*numbers, prompt_ids, ids, line["finish_reason"] == "stop", int(line["weights_step"]), logprob)
+    ended, weights_step = line["finish_reason"] == "stop", int(line["weights_step"])
+    return Rollout(*numbers, prompt_ids, ids, ended, weights_step, logprob, str(line.get("settings", "")))

@@ -1,10 +1,13 @@
 """On-policy batches: before a step its completions are there, written now or kept; then they are rows like data's."""
 
+import hashlib
+import json
 import logging
 import statistics
 from collections.abc import Callable
 
 from megakd.assembly.setup import Setup
+from megakd.config import Config
 from megakd.generation.engine import Request, Sequence
 from megakd.generation.mirror import Mirror
 from megakd.generation.results import describe
@@ -43,7 +46,7 @@ class Rollouts:
             seed=setup.config.run.seed,
             steps=setup.steps,
         )
-        self.kept = Kept(setup.config.run.dir)
+        self.kept, self.settings = Kept(setup.config.run.dir), settings_of(setup.config)
         self.ready: dict[int, list[Rollout]] = {}
         self.rows: tuple[int, MixedRows, list] | None = None
         stops = build_stops(
@@ -91,11 +94,11 @@ class Rollouts:
         return None
 
     def fit(self, step: int, rollouts: list[Rollout]) -> bool:
-        """Whether kept completions are those that a step wants, of weights that are not too old."""
+        """Whether kept completions are those that a step wants, written so, by weights that are not too old."""
         oldest = step + 1 - (self.section.max_staleness or self.section.sync_every)
         wanted = [self.request(place) for place in self.plan.completions(step)]
         return wanted == [Request(r.prompt, r.completion, r.prompt_ids) for r in rollouts] and all(
-            r.weights_step >= oldest for r in rollouts
+            r.weights_step >= oldest and r.settings == self.settings for r in rollouts
         )
 
     def request(self, place: tuple[int, int]) -> Request:
@@ -110,7 +113,7 @@ class Rollouts:
         fingerprint, prompts, lines, by_step = self.setup.tokenizer.fingerprint, self.setup.prompts, [], {}
         for due, request in asked:
             said = describe(of[request.prompt, request.completion], prompts[request.prompt].text, fingerprint)
-            lines.append({"step": due + 1, "weights_step": weights_step, **said})
+            lines.append({"step": due + 1, "weights_step": weights_step, "settings": self.settings, **said})
             by_step.setdefault(due, []).append(read_rollout(lines[-1]))
         from_rank_0(lambda: self.kept.write(weights_step, lines))
         return by_step
@@ -131,6 +134,8 @@ class Rollouts:
             mixed = MixedRows.of(self.setup.train_data, mine, config, step)
             data = self.setup.indices(step, config.train.global_batch_size - self.plan.samples)
             multiple = config.train.micro_batch_size * self.setup.groups.dp.size()
+            if config.parallel.vpp > 1:
+                multiple *= config.parallel.pp  # what an interleaved schedule takes
             self.rows = step, mixed, global_rows(data, len(mixed.rows), multiple)
         return self.rows[1:]
 
@@ -147,3 +152,10 @@ class Rollouts:
         if known:
             found["writer_ce"] = -sum(r.logprob for r in known) / sum(len(r.ids) for r in known)
         return found
+
+
+def settings_of(config: Config) -> str:
+    """What shapes a completion beside prompt, weights and seed, as a few hexadecimal digits."""
+    section = config.rollouts.model_dump(mode="json", exclude={"server", "concurrency", "prompts", "format"})
+    said = json.dumps([section, config.data.sequence_length], sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()

@@ -32,6 +32,8 @@ class Server:
         trouble: what was seen last.
         dead: it was given up.
         asked: requests that it has been given and not answered.
+        renew: it was gone for a moment, and may have come back with the weights that it was started with.
+        renewing: held while it is given the run's.
     """
 
     url: str
@@ -40,6 +42,8 @@ class Server:
     trouble: str = "no answer"
     dead: bool = False
     asked: set[Request] = dataclasses.field(default_factory=set)
+    renew: bool = False
+    renewing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 class Servers:
@@ -48,12 +52,21 @@ class Servers:
     Args:
         urls: of the servers.
         ask: makes a sequence of a request at a server; raises Unreachable or Refused.
+        renew: gives a server that was gone the weights again; raises likewise.
         threads: requests under way at each.
         dead_seconds: after which a server counts as dead.
     """
 
-    def __init__(self, urls: list[str], ask: Callable[[str, Request], Sequence], *, threads: int, dead_seconds: float):
-        self.ask, self.threads, self.dead_seconds = ask, threads, dead_seconds
+    def __init__(
+        self,
+        urls: list[str],
+        ask: Callable[[str, Request], Sequence],
+        renew: Callable[[str], None],
+        *,
+        threads: int,
+        dead_seconds: float,
+    ):
+        self.ask, self.renew, self.threads, self.dead_seconds = ask, renew, threads, dead_seconds
         self.servers = [Server(url.rstrip("/"), time.monotonic()) for url in urls]
         self.todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self.done: dict[Request, Sequence] = {}
@@ -107,8 +120,10 @@ class Servers:
                     return self.todo.put(request)
                 server.asked.add(request)
             try:
+                self._have_weights(server)
                 sequence = self.ask(server.url, request)
             except Unreachable as error:
+                server.renew |= error.gone
                 self._give_back(server, request)
                 self._failed(server, str(error))
                 self.over.wait(pause)
@@ -121,6 +136,18 @@ class Servers:
                 with self.lock:
                     server.asked.discard(request)
                     self.done[request] = sequence
+
+    def _have_weights(self, server: Server) -> None:
+        """Give them to a server that was gone, once; whoever else would ask it waits."""
+        with server.renewing:
+            if server.renew:
+                LOG.warning("%s was gone (%s), and is given the weights again", server.url, server.trouble)
+                server.renew = False
+                try:
+                    self.renew(server.url)
+                except Unreachable:
+                    server.renew = True
+                    raise
 
     def _failed(self, server: Server, trouble: str) -> None:
         now = time.monotonic()
@@ -152,7 +179,7 @@ class Servers:
                     call(server.url + HEALTH, seconds=self.dead_seconds / 4)
                 server.well = time.monotonic()
             except Unreachable as error:
-                server.trouble = str(error)
+                server.trouble, server.renew = str(error), server.renew or error.gone
             if time.monotonic() - server.well > self.dead_seconds:
                 self._give_up(server)
 

@@ -165,7 +165,7 @@ class Loop:
             self.ranks.pulse.mark("rollouts", step + 1)
             return self.ranks.agree_to_stop()
 
-        self.ranks.pulse.mark("rollouts", step + 1)
+        self.ranks.pulse.mark("weights", step + 1)  # they may be exported: nothing that repeats in a steady time
         with self.student.phases.aside("rollouts"):
             return self.rollouts.prepare(step, stopping)
 

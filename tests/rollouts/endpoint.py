@@ -3,6 +3,8 @@
 import contextlib
 import http.server
 import json
+import socket
+import struct
 import threading
 import time
 
@@ -35,12 +37,23 @@ class Endpoint:
                 self.reply(*endpoint.post(self.path, body))
 
             def reply(self, status, value):
+                if status == "break":
+                    return self.break_off(value)
                 with contextlib.suppress(OSError):  # whoever asked has gone
                     content = json.dumps(value).encode()
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     self.wfile.write(content)
+
+            def break_off(self, how):
+                """End the connection in the middle, as a process that is killed does."""
+                if how == "half an error":
+                    self.wfile.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 1000\r\n\r\n{")
+                    self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                self.connection.close()
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True

@@ -25,8 +25,9 @@ def completions() -> Completions:
     return Completions(section, Stops(Spelling(), frozenset({EOS}), ("END",)), 50, 3, "student")
 
 
-def ask_all(*endpoints, dead_seconds=1.0, requests=REQUESTS, seconds=20):
-    with Servers([e.url for e in endpoints], completions().ask, threads=3, dead_seconds=dead_seconds) as servers:
+def ask_all(*endpoints, dead_seconds=1.0, requests=REQUESTS, seconds=20, renew=lambda url: None):
+    ask = completions().ask
+    with Servers([e.url for e in endpoints], ask, renew, threads=3, dead_seconds=dead_seconds) as servers:
         servers.begin(requests)
         assert servers.wait(seconds)
         return [servers.done[request] for request in requests]
@@ -93,6 +94,29 @@ def test_what_a_server_was_asked_when_it_died_is_answered_by_another():
         found = ask_all(stuck, alive)
         release.set()
     assert [s.ids[0] for s in found] == list(range(12)) and stuck.asked
+
+
+@pytest.mark.parametrize("how", ["reset", "half an error"])
+def test_a_server_that_broke_off_is_given_the_weights_again_before_it_is_asked(how):
+    turns, renewed = [], []
+
+    def breaks_once(body):
+        turns.append(bool(renewed))
+        return ("break", how) if len(turns) == 1 else echo(body)
+
+    with Endpoint(breaks_once) as endpoint:
+        found = ask_all(endpoint, requests=REQUESTS[:1], dead_seconds=5, renew=renewed.append)
+        assert renewed == ([endpoint.url] if how == "reset" else []) and turns == [False, how == "reset"]
+    assert found[0].ids == [0, EOS]
+
+
+def test_logprobs_that_are_not_all_known_are_left_out_and_halves_of_characters_too():
+    def answer(body):
+        return 200, {"choices": [choice(body, [4, 5], [None, -0.5]) | {"text": "a\ud83d"}]}
+
+    with Endpoint(answer) as endpoint:
+        (found,) = ask_all(endpoint, requests=REQUESTS[:1])
+    assert found.logprobs == [] and found.text == "a?"
 
 
 WRONG = {
