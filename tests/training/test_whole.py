@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from torch.testing import assert_close
 
 from megakd.errors import ConfigError, TrainingError
 from tests.ranks import run_ranks
 from tests.training import runs, small
+from tests.training.test_head import gradients
 from tests.training.test_step import STEPS, assert_same_curve
 
 BLOCKS = 2 * 7 * 1024 * 4  # bytes of logits: 7 tokens of each model at a time, at tp = 1
@@ -33,6 +35,18 @@ def test_whole_is_top_k_of_all_of_them_at_any_layout(divergence):
     layouts += [(2, 1, 1, 2, {"parallel__fsdp": "both"})]
     for ranks, tp, pp, size, changes in layouts:
         assert_same_curve(curve(ranks, tp, pp, size, section, **changes), want)
+
+
+@pytest.mark.parametrize(("ranks", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize("student", [{}, {"tie_embeddings": False, "logit_softcap": 3.0}])
+def test_every_gradient_is_that_of_all_entries(ranks, tp, pp, student):
+    def found(section):
+        return run_ranks(ranks, gradients, tp, pp, True, section, student)
+
+    for (got, _), (want, _) in zip(found(loss("whole")), found(loss("top_k")), strict=True):
+        assert got.keys() == want.keys() and got
+        for name, want_grad in want.items():
+            assert_close(got[name], want_grad, rtol=1e-4, atol=2e-5 * want_grad.abs().max().item(), msg=name)
 
 
 def test_ramps_and_another_students_temperature():
