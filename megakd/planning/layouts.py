@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megakd.config import Config, Model, Parallel, check_ranks
+from megakd.config import Config, Model, check_ranks
 from megakd.config.fit import model_problems
 from megakd.errors import ConfigError
 from megakd.planning.memory import Memory, rank_memory
@@ -70,7 +70,7 @@ def fitting_layouts(
 ) -> list[Layout]:
     """Those that fit, the one with the fewest ranks to a model first: what is left is data parallel, which costs least.
 
-    cp, ep and the batch stay as they are; tp stays within a node. Recomputing costs a third of the student's
+    cp, ep, fsdp and the batch stay as they are; tp stays within a node. Recomputing costs a third of the student's
     arithmetic, so it comes after.
     """
     fitting = [
@@ -94,11 +94,11 @@ def possible_layouts(config: Config, student: Model, teacher: Model | None, node
     kinds = dict.fromkeys((config.train.recompute, "full"))
     for tp in (2**power for power in range(gpus.bit_length())):
         for pp in range(1, nodes * gpus // tp + 1):
-            parallel = {"tp": tp, "pp": pp, "vpp": 1, "sp": tp > 1, "cp": config.parallel.cp, "ep": config.parallel.ep}
-            tried = config.model_copy(update={"parallel": Parallel(**parallel)})
-            if (nodes * gpus) % (tp * pp * parallel["cp"]) or problems_of(tried, student, teacher, nodes * gpus):
+            parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "vpp": 1, "sp": tp > 1})
+            tried, size = config.model_copy(update={"parallel": parallel}), tp * pp * parallel.cp
+            if (nodes * gpus) % size or problems_of(tried, student, teacher, nodes * gpus):
                 continue
-            dp = nodes * gpus // (tp * pp * parallel["cp"])
+            dp = nodes * gpus // size
             for kind in kinds:
                 train = config.train.model_copy(update={"recompute": kind})
                 one = tried.model_copy(update={"train": train})

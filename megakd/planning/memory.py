@@ -15,8 +15,15 @@ Source of the terms under tensor and sequence parallelism and recomputation: arX
 
 from dataclasses import dataclass, fields
 
-from megakd.config import Config, Model, Parallel
-from megakd.planning.parameters import layers_of, padded_vocab, rank_parameters, whole_parameters, widths
+from megakd.config import Config, Model, Parallel, Pipeline
+from megakd.planning.parameters import (
+    layer_parameters,
+    layers_of,
+    padded_vocab,
+    rank_parameters,
+    whole_parameters,
+    widths,
+)
 
 BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS_BYTES = 8  # both of Adam's, in float32
@@ -33,7 +40,8 @@ class Memory:
     Attributes:
         weights, gradients, optimizer: of the student.
         teacher: the weights of one that runs.
-        lessons: what it says about the step's micro-batches, or what is read of a cache for this step and the next.
+        gathered: of the student's weights cut by FSDP, those that are whole at one time: the ends, and two layers.
+        lessons: what the teacher says about the step's micro-batches, or what is read of a cache for a step.
         activations: kept for the backward pass, over the micro-batches in flight.
         working: of the micro-batch under way, whichever is more: its logits, or blocks of them, and what their
             gradients need; or the gradients within a layer's backward pass.
@@ -44,6 +52,7 @@ class Memory:
     gradients: int
     optimizer: int
     teacher: int
+    gathered: int
     lessons: int
     activations: int
     working: int
@@ -55,7 +64,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.static + self.lessons + max(self.activations + self.working, self.teacher_pass)
+        student = self.gathered + self.activations + self.working
+        return self.static + self.lessons + max(student, self.teacher_pass)
 
     def items(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -83,6 +93,9 @@ def rank_memory(
         pipeline = config.teacher.pipeline
         theirs = rank_parameters(teacher, of_teacher, padded, stage, pipeline).total * their_size
         pass_bytes = teacher_pass(config, teacher, padded, tokens, their_size, stage)
+        if parallel.shards("teacher"):
+            theirs //= dp * parallel.cp
+            pass_bytes += gathered_weights(teacher, of_teacher, padded, stage, pipeline) * their_size
     kept = activations(config, student, stage, number) * tokens * size
     if device == "cpu":
         copy = 4 if train.precision == "fp32" else 8  # in float32; of another type the input is copied too
@@ -90,16 +103,28 @@ def rank_memory(
     working = layer_backward(config, student, stage) * tokens * size + largest_weight(student, parallel) * size
     if last:
         working = max(working, head_bytes(config, student, padded, tokens, size))
+    cut, weight, gathered = 1, size, 0
+    if parallel.shards("student"):  # what is kept is float32, and what an optimizer steps on
+        cut, weight = dp * parallel.cp, MASTER_BYTES
+        gathered = gathered_weights(student, parallel, padded, stage, config.student.pipeline) * size
     return Memory(
-        weights=mine.total * size,
-        gradients=mine.total * GRADIENT_BYTES,
-        optimizer=optimizer_bytes(config, mine, dp),
+        weights=mine.total * weight // cut,
+        gradients=mine.total * GRADIENT_BYTES // cut,
+        optimizer=mine.total * MOMENTS_BYTES // cut if gathered else optimizer_bytes(config, mine, dp),
         teacher=theirs,
+        gathered=gathered,
         lessons=lesson_bytes(config, teacher, tokens, number) if last else 0,
         activations=kept,
         working=working,
         teacher_pass=pass_bytes,
     )
+
+
+def gathered_weights(model: Model, parallel: Parallel, padded: int, stage: int, pipeline: Pipeline) -> int:
+    """Parameters that FSDP holds whole at one time: embedding, last norm and head, a layer, and the one after it."""
+    layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
+    ends = rank_parameters(model, parallel, padded, stage, pipeline).total - sum(layers)
+    return ends + sum(sorted(layers)[-2:])
 
 
 def optimizer_bytes(config: Config, mine, dp: int) -> int:
@@ -121,13 +146,17 @@ def checkpoint_bytes(config: Config, student: Model) -> int:
 
 
 def lesson_bytes(config: Config, teacher: Model | None, tokens: int, micro_batches: int) -> int:
-    """What the teacher's phase keeps: entries, draws, or its final hidden states."""
+    """Of a step: the teacher's entries, or, for its whole distribution, what its head is given."""
     if config.teacher is None:
         return 0
     if config.loss.targets == "whole":
         return tokens * micro_batches * teacher.hidden_size * BYTES[config.teacher_train.precision]
-    entries = config.loss.draws if config.loss.targets == "sampled" else config.loss.top_k
-    return tokens * micro_batches * entries * LESSON_BYTES
+    return tokens * micro_batches * entries_of(config) * LESSON_BYTES
+
+
+def entries_of(config: Config) -> int:
+    """That a teacher gives for a token."""
+    return config.loss.draws if config.loss.targets == "sampled" else config.loss.top_k
 
 
 def activations(config: Config, model: Model, stage: int, micro_batches: int) -> int:
@@ -251,10 +280,11 @@ def head_bytes(config: Config, model: Model, padded: int, tokens: int, size: int
     h, width = model.hidden_size, padded // config.parallel.tp
     along = config.parallel.tp if config.parallel.sp else 1
     rows = tokens * h * size
-    entries = tokens * (config.loss.draws or config.loss.top_k) * ENTRY_BYTES if config.teacher else 0
-    if config.loss.targets == "whole":
-        entries = 0
+    whole = config.teacher is not None and config.loss.targets == "whole"
+    entries = tokens * entries_of(config) * ENTRY_BYTES if config.teacher and not whole else 0
     states = rows // along + rows + (rows if along > 1 else 0)
+    if whole:  # a block of each model's logits, and as much for products
+        return states + rows + 3 * min(config.loss.logits_memory_budget_bytes, tokens * width * size)
     if not is_fused(config, model, padded, tokens, size):
         return states + entries + tokens * width * size + rows + width * h * size
     block = min(config.loss.logits_memory_budget_bytes, tokens * width * size)

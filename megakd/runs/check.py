@@ -1,7 +1,7 @@
 """`megakd check`: before a launch, or when something looks wrong.
 
 megakd check CHECKPOINT ...              read all of a checkpoint or a run: what of it is whole
-megakd check CONFIG.yaml [key=value ...] what the run needs on --nodes x --gpus-per-node GPUs: memory,
+megakd check CONFIG.yaml [key=value ...] what a run needs on --nodes x --gpus-per-node GPUs: memory,
                                          traffic, checkpoint, speed, layouts that fit, the launch
 megakd check --env                       what is installed here, its use, what a missing part costs
 """

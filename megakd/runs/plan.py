@@ -17,6 +17,7 @@ from megakd.planning.words import large
 
 MFU = 0.35  # of the hardware's arithmetic, where nobody said otherwise
 SHOWN = 5  # layouts
+LESSONS = {"top_k": "entries", "sampled": "draws", "whole": "the teacher's last hidden states"}
 UNITS = {"": 10**9, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
@@ -151,12 +152,15 @@ class Plan:
         size, tokens = BYTES[config.train.precision], config.train.micro_batch_size * config.data.sequence_length
         fused = is_fused(config, self.student, padded, tokens // config.parallel.cp, size)
         cut = f", over {self.dp} ranks" if config.optimizer.distributed and self.dp > 1 else ""
+        fsdp = {whose: ", by FSDP" if config.parallel.shards(whose) else "" for whose in ("student", "teacher")}
+        kept = "float32" if fsdp["student"] else config.train.precision
         meaning = {
-            "weights": f"{config.train.precision}, of the student",
+            "weights": f"{kept}, of the student{fsdp['student']}",
             "gradients": "float32",
             "optimizer": f"moments and float32 weights{cut}",
-            "teacher": "its weights",
-            "lessons": f"top {config.loss.top_k} of every token of the step",
+            "teacher": f"its weights{fsdp['teacher']}",
+            "gathered": "whole at one time",
+            "lessons": f"of every token of the step: {LESSONS[config.loss.targets]}",
             "activations": f"recompute {config.train.recompute}",
             "working": "logits in blocks, with the loss" if fused else "logits of a micro-batch and their gradients",
             "teacher_pass": "instead of the two above, before them",
@@ -168,12 +172,16 @@ class Plan:
         ]
         left = f"{gigabytes(self.memory_bytes * PLANNED_SHARE)} GB are planned with; a tenth is CUDA's and NCCL's"
         verdict = "fits" if self.fits else "DOES NOT FIT"
+        untried = (
+            ["  with FSDP these figures were not compared with real steps"] if config.parallel.fsdp != "off" else []
+        )
         return [
             f"layout     {layout.words()}",
             "",
             f"GB of the fullest rank{where}:",
             *rows,
             f"  {'most at once':<13}{gigabytes(self.memory.total):>8}  {verdict}: {left}",
+            *untried,
         ]
 
     def other_lines(self) -> list[str]:

@@ -49,6 +49,7 @@ def run(command: list[str]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # on a machine that does other things as well
 @pytest.mark.parametrize(
     ("example", "words", "export"),
     [("llama3_70b_to_8b", [], "huggingface"), ("nemotron_8b_to_2b", ["--cached"], "student.nemo")],

@@ -10,11 +10,12 @@ from torch.utils._pytree import tree_map_only
 class LiveBytes(TorchDispatchMode):
     """While it is entered, counts every storage that an operation returns, until it dies.
 
-    What an operation allocates for itself and frees before it returns is not seen.
+    What an operation allocates for itself and frees before it returns is not seen, nor that a storage is emptied while
+    it lives, as FSDP does.
 
     Attributes:
         now, peak: bytes.
-        at_peak: (bytes, shape, dtype) of what was alive at the peak, largest first.
+        at_peak: (bytes, shape, dtype) of what was alive at the peak.
     """
 
     def __init__(self):
@@ -26,6 +27,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         tree_map_only(torch.Tensor, self.see, result)
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, list(self.alive.values())
         return result
 
     def see(self, tensor: torch.Tensor) -> None:
@@ -38,9 +41,6 @@ class LiveBytes(TorchDispatchMode):
         self.alive[key] = (storage.nbytes(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         self.now += storage.nbytes()
         weakref.finalize(storage, self.forget, key)
-        if self.now > self.peak:
-            self.peak = self.now
-            self.at_peak = list(self.alive.values())
 
     def forget(self, key: int) -> None:
         self.now -= self.alive.pop(key)[0]

@@ -36,6 +36,7 @@ CASES = {  # name -> (ranks, parallel, config, student, teacher)
     "vpp": (2, {"pp": 2, "vpp": 2}, {"train__global_batch_size": 8}, {}, None),
     "cp": (2, {"cp": 2}, {}, {}, None),
     "dp": (2, {}, {}, {}, None),
+    "whole distribution": (1, {}, {"loss__targets": "whole"}, {}, TEACHER),
     "ep": (2, {"ep": 2}, {}, {"moe": EXPERTS}, None),
 }
 
