@@ -288,6 +288,7 @@ REFUSED = {
     "own tokens": ({}, {"loss": {"top_k": 50, "ce_weight": 0.2}}, "loss.ce_weight: above 0 with rollouts.fraction = 1"),
     "record": ({}, {"run__record_steps": [1]}, "run.record_steps: [1] with rollouts"),
     "context": ({}, {"parallel__cp": 2}, "parallel.cp: 2 with rollouts; no model generates so"),
+    "shards": ({}, {"parallel__fsdp": "both"}, "parallel.fsdp: both with rollouts; no model generates so"),
 }
 
 
