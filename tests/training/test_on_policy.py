@@ -242,6 +242,7 @@ def served(*endpoints, **changes):
     return {"engine": "server", "server": server, "top_p": None, "max_new_tokens": 6, **changes}
 
 
+@pytest.mark.slow
 def test_a_server_writes_with_the_weights_of_the_moment(folder, prompts, teacher, tmp_path):
     """What it says of its tokens is what the student says of them, at every step whose weights it was given."""
     with Endpoint() as one, Endpoint() as other:
