@@ -242,6 +242,7 @@ def served(*endpoints, **changes):
     return {"engine": "server", "server": server, "top_p": None, "max_new_tokens": 6, **changes}
 
 
+@pytest.mark.slow
 def test_a_server_writes_with_the_weights_of_the_moment(folder, prompts, teacher, tmp_path):
     """What it says of its tokens is what the student says of them, at every step whose weights it was given."""
     with Endpoint() as one, Endpoint() as other:
@@ -288,6 +289,7 @@ REFUSED = {
     "own tokens": ({}, {"loss": {"top_k": 50, "ce_weight": 0.2}}, "loss.ce_weight: above 0 with rollouts.fraction = 1"),
     "record": ({}, {"run__record_steps": [1]}, "run.record_steps: [1] with rollouts"),
     "context": ({}, {"parallel__cp": 2}, "parallel.cp: 2 with rollouts; no model generates so"),
+    "shards": ({}, {"parallel__fsdp": "both"}, "parallel.fsdp: both with rollouts; no model generates so"),
 }
 
 

@@ -71,6 +71,7 @@ def generated(rank, ranks, path, prompts):
         destroy_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason='pip install "megakd[eval]"')
 def test_tasks_are_measured_with_every_validation_and_disturb_nothing(folder, tmp_path):
     tasks = tmp_path / "tasks"
