@@ -24,6 +24,7 @@ def build_model(
     local: bool = False,
     pipeline: Pipeline = Pipeline(),  # noqa: B008  frozen
     sharded: bool = False,
+    offload: bool = False,
 ) -> GPT:
     """This rank's part of a model, with the weights of a checkpoint, or random ones drawn from `seed`.
 
@@ -34,6 +35,7 @@ def build_model(
         local: as of `build_gpt`: for a model that generates, or is trained beside doing so.
         pipeline: the split of its layers over stages.
         sharded: cut over the ranks that see other tokens, for a model that only runs forward.
+        offload: of a sharded one; its parts rest in host memory.
     Raises:
         CheckpointError: the weights cannot be read.
     Collectives: those of loading.
@@ -45,4 +47,4 @@ def build_model(
     )  # fmt: skip
     if checkpoint:
         load_weights(gpt, checkpoint, groups)
-    return shard(gpt, groups.dp_cp, trained=False) if sharded else gpt
+    return shard(gpt, groups.dp_cp, trained=False, offload=offload) if sharded else gpt

@@ -23,7 +23,9 @@ from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.models.micro_batch import MicroBatch, build_micro_batch
+from megakd.models.offload import Offload
 from megakd.models.routing import RoutingLosses
+from megakd.models.sharding import is_sharded
 from megakd.ranks import from_rank_0
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import TeacherSource
@@ -172,25 +174,29 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
         if name == "student":
             parallel, train, pipeline = config.parallel, config.train, config.student.pipeline
+            how = {}
         else:
             parallel, train, pipeline = config.parallel.of_teacher, config.teacher_train, config.teacher.pipeline
+            how = {"sharded": parallel.shards("teacher"), "offload": config.teacher.offload}
         return build_model(
             section, checkpoint, parallel, train, groups,
             vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
-            name=name, pipeline=pipeline, local=name == "student" and config.student_writes,
-            sharded=name == "teacher" and config.parallel.shards(name),
+            name=name, pipeline=pipeline, local=name == "student" and config.student_writes, **how,
         )  # fmt: skip
 
     student = build("student", model, student_from)
     teacher, features, loss, models = None, None, loss_of(config), {"student": student}
+    if teacher_from:
+        models["teacher"] = build("teacher", teacher_from.model, teacher_from)
+    LOG.info("%s", describe_layout(config.parallel, groups, models))
     if caches:
         teacher = CachedTeacher(caches, groups, describe_data(config, train_data, validation_data))
     elif teacher_from:
-        gpt = models["teacher"] = build("teacher", teacher_from.model, teacher_from)
-        teacher = live_teacher(gpt, loss, groups, config.run.seed)
+        gpt = models["teacher"]
         if config.features:
             features = FeatureLoss(student, gpt, config.features, config.run.seed)
-    LOG.info("%s", describe_layout(config.parallel, groups, models))
+        offload = Offload(gpt) if config.teacher.offload and not is_sharded(gpt) else None
+        teacher = live_teacher(gpt, loss, groups, config.run.seed, offload)
     routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(
         config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,

@@ -90,10 +90,15 @@ class Teacher(Section):
     precision: Literal["bf16", "fp32"] | None = None
     """Type of its weights and activations, where it runs; null: train.precision. Its logits are reduced in float32."""
     pipeline: Pipeline = Pipeline()
+    offload: bool = False
+    """Of train: its weights rest in host memory while the student computes, and are copied to the device for the
+    teacher's phase of every step, layer by layer while it runs."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint is None and self.cache is None:
             yield "checkpoint", "neither checkpoint nor cache is given; expected one of them or both"
+        if self.offload and self.cache is not None:
+            yield "offload", "true, but what is in a cache is said without the teacher's weights; expected false"
         if self.cache == []:
             yield "cache", "[]; expected at least one folder, or null"
         if len(set(self.caches)) < len(self.caches):

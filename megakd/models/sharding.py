@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megakd.models.gpt import GPT
 
 
-def shard(gpt: GPT, group: dist.ProcessGroup, *, trained: bool) -> GPT:
+def shard(gpt: GPT, group: dist.ProcessGroup, *, trained: bool, offload: bool = False) -> GPT:
     """Cut the weights of a model along their first axis, in place; returns it.
 
     Args:
@@ -26,10 +26,13 @@ def shard(gpt: GPT, group: dist.ProcessGroup, *, trained: bool) -> GPT:
         group: the ranks.
         trained: what is kept is float32, whatever type it computes in, so that an optimizer can step on it; gradients
             are averaged over the group in float32, with every micro-batch.
+        offload: the parts rest in host memory, and a unit's are copied to the device before they are gathered.
     Collectives: a forward all-gathers the weights, a backward those of the layers once more and reduce-scatters their
         gradients (4 bytes a parameter).
     """
-    mesh = DeviceMesh.from_group(group, next(gpt.parameters()).device.type)
+    device = next(gpt.parameters()).device.type
+    mesh = DeviceMesh.from_group(group, device)
+    rest = CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy()
     kind = gpt.config.params_dtype
     policy = MixedPrecisionPolicy(
         param_dtype=kind if trained and kind != torch.float32 else None,
@@ -41,7 +44,7 @@ def shard(gpt: GPT, group: dist.ProcessGroup, *, trained: bool) -> GPT:
         attributes = {name: vars(parameter) for name, parameter in module.named_parameters()}
         if trained:
             module.float()  # one layer after the other: both copies of all would be larger than either
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not gpt)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=rest, reshard_after_forward=module is not gpt)
         for name, parameter in module.named_parameters():  # Megatron's: how it is cut over tp, what is summed
             vars(parameter).update(attributes[name])
         if trained and previous is not None and gpt.config.recompute_granularity is not None and module is not gpt:

@@ -3,6 +3,8 @@
 Legend: T supervised tokens of a micro-batch, S sequence, B micro-batch, H hidden, W vocabulary columns of this rank.
 """
 
+import contextlib
+
 from torch import Tensor
 
 from megakd.errors import TrainingError
@@ -10,6 +12,7 @@ from megakd.kernels.selection import select_and_predict
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
+from megakd.models.offload import Offload
 from megakd.teachers.lesson import Lesson, join
 
 
@@ -24,11 +27,22 @@ class OnlineTeacher:
         top_k, temperature: what `select_top_k` keeps.
         groups: the process groups both models share.
         budget_bytes: of logits that may exist at one time.
+        offload: brings the weights where they rest in host memory; None: they are on the device.
     """
 
-    def __init__(self, gpt: GPT, *, top_k: int, temperature: float, groups, budget_bytes: int = 4 << 30):
+    def __init__(
+        self,
+        gpt: GPT,
+        *,
+        top_k: int,
+        temperature: float,
+        groups,
+        budget_bytes: int = 4 << 30,
+        offload: Offload | None = None,
+    ):
         self.gpt, self.budget_bytes = gpt.requires_grad_(False).eval(), budget_bytes
         self.top_k, self.temperature, self.groups, self.step = top_k, temperature, groups, 0
+        self.offload = offload
 
     def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[Lesson]:
         """As of a TeacherSource.
@@ -38,7 +52,8 @@ class OnlineTeacher:
         """
         self.step = step
         try:
-            return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
+            with self.offload or contextlib.nullcontext():
+                return forward_only(self.gpt, micro_batches, self._reduce, self.groups)
         except ValueError as error:
             raise not_finite(error) from error
 

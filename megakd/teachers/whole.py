@@ -14,6 +14,7 @@ from megakd.kernels.selection import select_and_predict
 from megakd.losses import whole_options
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
+from megakd.models.offload import Offload
 from megakd.models.sharding import gather_head
 from megakd.teachers.lesson import Lesson, TeacherSource, join
 from megakd.teachers.online import OnlineTeacher, not_finite
@@ -86,12 +87,16 @@ class WholeTeacher(OnlineTeacher):
             temperature=teacher.temperature,
             groups=teacher.groups,
             budget_bytes=teacher.budget_bytes,
+            offload=teacher.offload,
         )
 
     def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[WholeLesson]:
-        """As of an online teacher, whose head stays whole where its weights are sharded."""
+        """As of an online teacher, whose head stays whole where its weights are sharded, and on the device where the
+        others leave it."""
         lessons = super().lessons(micro_batches, step)
         gather_head(self.gpt)
+        if self.offload:
+            self.offload.fetch_rest()
         return lessons
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> WholeLesson:
@@ -99,10 +104,10 @@ class WholeTeacher(OnlineTeacher):
         return WholeLesson(hidden_TH, self.gpt, self.top_k, self.temperature, self.budget_bytes)
 
 
-def live_teacher(gpt: GPT, loss: Loss, groups, seed: int) -> OnlineTeacher:
+def live_teacher(gpt: GPT, loss: Loss, groups, seed: int, offload: Offload | None = None) -> OnlineTeacher:
     """The live teacher that the loss section compares with; `seed` of the run, for draws."""
     budget = loss.logits_memory_budget_bytes
-    common = dict(top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget)
+    common = dict(top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget, offload=offload)
     if loss.targets == "sampled":
         return SampledTeacher(gpt, draws=loss.draws, seed=seed, **common)
     return (WholeTeacher if loss.targets == "whole" else OnlineTeacher)(gpt, **common)

@@ -12,12 +12,14 @@ from megakd.checkpoints import torch_dist
 from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.loading import fail_together
 from megakd.checkpoints.pieces import describe_whole, pieces
+from megakd.errors import CheckpointError
 from megakd.models.gpt import GPT
 from megakd.models.sharding import own, shard
 from megakd.training.optimizer_state import different_weight
 
 # What Megatron tells groups of parameters apart by.
 GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+BY_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)  # count steps so; those of Transformer Engine and Apex by group
 SHARDING_TYPE = "fully_reshardable"  # the name that Megatron's distributed optimizer gives to states by parameter
 
 
@@ -116,15 +118,23 @@ def take_state(student: FullySharded, optimizer, groups, described: dict, loaded
             moment.data.copy_(read[name])
     fail_together(failure)
     for group in inner.param_groups:
-        saved = next(
-            one
-            for one in loaded["optimizer"]["param_groups"]
-            if all(one.get(key) == group.get(key) for key in GROUP_KEYS)
-        )
-        counts = [group] if "step" in group else [inner.state[part] for part in group["params"]]
+        known = [one for one in loaded["optimizer"]["param_groups"] if alike(one, group)]
+        if not known:
+            raise CheckpointError(
+                f"{checkpoint.path} holds no group of parameters with { {key: group.get(key) for key in GROUP_KEYS} }",
+                hint="another version of Megatron-Core may have saved it; student.checkpoint takes its weights alone",
+            )
+        saved = known[0]
         group.update({key: value for key, value in saved.items() if key not in ("params", "step")})
-        for count in counts:  # Adam of Transformer Engine and Apex counts by group, torch's by parameter
-            count["step"] = torch.tensor(float(saved["step"])) if count is not group else saved["step"]
+        if isinstance(inner, BY_PARAMETER):
+            for part in group["params"]:
+                inner.state[part]["step"] = torch.tensor(float(saved["step"]))
+        else:
+            group["step"] = int(saved["step"])
+
+
+def alike(group: dict, other: dict) -> bool:
+    return all(group.get(key) == other.get(key) for key in GROUP_KEYS)
 
 
 def bases(student: FullySharded, groups) -> dict[str, tuple[object, torch.nn.Parameter]]:
@@ -147,7 +157,7 @@ def moments(inner: torch.optim.Optimizer, part: torch.nn.Parameter) -> dict[str,
     state = inner.state[part]
     if not state:
         state |= {"exp_avg": torch.zeros_like(part.detach()), "exp_avg_sq": torch.zeros_like(part.detach())}
-        if isinstance(inner, torch.optim.Adam):
+        if isinstance(inner, BY_PARAMETER):
             state["step"] = torch.tensor(0.0)
     return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
 

@@ -24,7 +24,9 @@ def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> st
     train, device = setup.config.train, setup.device
     sizes = [f"student {large(count_parameters(setup.student, setup.groups, device))} parameters"]
     if isinstance(setup.teacher, OnlineTeacher):
-        sizes.append(f"teacher {large(count_parameters(setup.teacher.gpt, setup.groups, device))}")
+        teacher = setup.teacher
+        elsewhere = teacher.offload.host if teacher.offload else {}
+        sizes.append(f"teacher {large(count_parameters(teacher.gpt, teacher.groups, device, elsewhere))}")
     length = setup.config.data.sequence_length
     peak = torch.tensor(memory_peak_bytes(device), dtype=torch.int64, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
@@ -36,17 +38,20 @@ def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> st
     )
 
 
-def count_parameters(gpt, groups, device: torch.device) -> int:
+def count_parameters(gpt, groups, device: torch.device, elsewhere: dict = {}) -> int:  # noqa: B006  only read
     """Of the whole model, its padded vocabulary included; a tied embedding counts once.
 
+    Args:
+        groups: the model's.
+        elsewhere: copies of weights by parameter, where those are empty now.
     Collectives: two all-reduces of 8 bytes over the ranks of a model, without and with those its experts are among.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     for parameter in (parameter for chunk in gpt.chunks for parameter in chunk.parameters()):
         if not getattr(parameter, "allreduce", True):  # Megatron's mark of experts that are divided among ranks
-            counts[1] += parameter.numel()
+            counts[1] += elsewhere.get(parameter, parameter).numel()
         elif (is_split(parameter) or groups.tp.rank() == 0) and not getattr(parameter, "shared", False):
-            counts[0] += parameter.numel()
+            counts[0] += elsewhere.get(parameter, parameter).numel()
     for count, group in zip(counts, (groups.mp, groups.tp_ep_pp), strict=True):
         dist.all_reduce(count, group=group)
     return int(counts.sum())

@@ -54,6 +54,8 @@ def test_nearest_divisors():
         ),
         ({"parallel__ep": 2, "parallel__fsdp": "teacher"}, r"parallel\.fsdp: teacher, but parallel\.ep = 2 "),
         ({"optimizer__distributed": False, "parallel__fsdp": "both"}, r"optimizer\.distributed: false, but"),
+        ({"teacher__parallel": {"tp": 8}}, r"teacher\.parallel: both models have parallel\.tp"),
+        ({"teacher__cache": "unused", "teacher__offload": True}, r"teacher\.offload: true, but what is in a cache"),
         ({"parallel__vpp": 2}, r"parallel\.vpp: 2, but parallel\.pp is 1"),
         ({"parallel__cp": 3}, r"sequence_length: 16 is not divisible by 2 x parallel\.cp = 6; expected 18"),
         (

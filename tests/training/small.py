@@ -90,14 +90,18 @@ def build(section, config, groups, seed, teacher=False):
         seed=seed,
         pipeline=(config.teacher if teacher else config.student).pipeline,
     )
-    return shard(gpt, groups.dp_cp, trained=False) if teacher and config.parallel.shards("teacher") else gpt
+    if teacher and config.parallel.shards("teacher"):
+        shard(gpt, groups.dp_cp, trained=False, offload=config.teacher.offload)
+    return gpt
 
 
 def student_step(config, groups, teacher=True, teacher_changes=None, **student_changes):
     """A StudentStep with optimizer; its teacher has other weights and another width."""
     from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
+    from megakd.models.offload import Offload
     from megakd.models.routing import RoutingLosses
+    from megakd.models.sharding import is_sharded
     from megakd.teachers.whole import live_teacher
     from megakd.training.optimizer import build_optimizer, wrap_data_parallel
     from megakd.training.step import StudentStep
@@ -107,7 +111,8 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     if teacher:
         loss = config.loss
         gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2, teacher=True)
-        source = live_teacher(gpt_teacher, loss, groups, seed=4)
+        offload = Offload(gpt_teacher) if config.teacher.offload and not is_sharded(gpt_teacher) else None
+        source = live_teacher(gpt_teacher, loss, groups, 4, offload)
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
     routing = RoutingLosses(gpt, config.routing) if gpt.config.model.moe else None
