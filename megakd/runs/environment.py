@@ -141,8 +141,13 @@ def import_quietly(module: str) -> None:
 
             from megakd.megatron_on_cpu import install
 
-            logging.getLogger("megakd").setLevel(logging.ERROR)
-            install("cuda" if torch.cuda.is_available() else "cpu")
+            logger = logging.getLogger("megakd")
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                install("cuda" if torch.cuda.is_available() else "cpu")
+            finally:
+                logger.setLevel(level)
         importlib.import_module(module)
 
 

@@ -309,7 +309,7 @@ def shards(folder) -> int:
     return len(list(folder.glob("shard-*.arrow")))
 
 
-@pytest.mark.parametrize("recipe", [{"mode": "sampled", "draws": 3000}, {"mode": "hybrid", "draws": 500, "top_k": 20}])
+@pytest.mark.parametrize("recipe", [{"mode": "sampled", "draws": 3000}, {"mode": "hybrid", "draws": 3000, "top_k": 20}])
 def test_training_from_draws_approaches_the_full_divergence(folder, teacher, tmp_path, recipe):
     changes = {"train__steps": 3, "data__validation": None, "loss": {"top_k": runs.PIECES}}
     online = distil(folder, teacher, tmp_path / "online", None, **changes)

@@ -79,14 +79,14 @@ def train_without_the_teachers_head(rank, ranks, config):
     """As after a load that has left the output layer as it was drawn."""
     from megakd.assembly import setup
 
-    upstream = setup.OnlineTeacher
+    upstream = setup.live_teacher
 
-    def half_loaded(gpt, **options):
+    def half_loaded(gpt, *how):
         gpt.head_weight.data.normal_(0, 0.1)
-        return upstream(gpt, **options)
+        return upstream(gpt, *how)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(setup, "OnlineTeacher", half_loaded)
+        monkeypatch.setattr(setup, "live_teacher", half_loaded)
         return runs.train(rank, ranks, config)
 
 

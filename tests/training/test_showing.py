@@ -36,7 +36,7 @@ def test_completions_are_written_with_every_validation(folder, tmp_path):
     }
     assert run_ranks(2, runs.train, plain) == [None, None]
     generate = {"prompts": str(prompts), "max_new_tokens": 7, "limit": 2}
-    config["eval"] |= {"generate": generate}
+    config["eval"] = plain["eval"] | {"generate": generate}
     assert run_ranks(2, runs.train, config) == [None, None]
     assert runs.lines(tmp_path / "run") == runs.lines(tmp_path / "plain")
     early, late = shown(tmp_path / "run", 10), shown(tmp_path / "run", 20)

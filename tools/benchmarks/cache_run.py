@@ -102,7 +102,7 @@ class Benchmark:
         bare = self.time(lambda batch: forward_only(self.teacher, [batch], lambda *_: None, self.groups))
         selected = self.time(lambda batch: online.lessons([batch]))
         recorded = self.record()
-        cached = CachedTeacher(CacheReader(self.cache, top_k=TOP_K), self.groups, {})
+        cached = CachedTeacher([CacheReader(self.cache, top_k=TOP_K)], self.groups, {})
         reading = self.time(lambda batch: cached.lessons([batch]))
         trained_online, trained_cached = self.train(online), self.train(cached)
         return {

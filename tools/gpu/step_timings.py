@@ -160,7 +160,7 @@ def record(folder: pathlib.Path, teacher, top_k: int, groups, micro_batches: lis
             shard.add(encode_row(row, contents))
         publish_part(folder, 0, shard)
         finish(folder, header)
-    return CachedTeacher(CacheReader(folder, top_k=top_k), groups, {})
+    return CachedTeacher([CacheReader(folder, top_k=top_k)], groups, {})
 
 
 def model_flops(config, student: dict, teacher: dict, vocab: int) -> dict[str, float]:
