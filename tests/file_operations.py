@@ -78,7 +78,7 @@ class _Recorder:
                 result = function(*arguments, **keywords)
                 if name != "exchange" or result:
                     self.note(NAMES.get(name, name), *paths)
-                self.seen = read_tree(self.root)
+                    change_names(self.seen, NAMES.get(name, name), *paths)
             return result
 
         return call
@@ -96,11 +96,11 @@ class _Recorder:
 
     def observe(self) -> None:
         """Note the files that have appeared or changed since the last operation."""
-        before, after = flat(self.seen), flat(read_tree(self.root))
-        for path, content in after.items():
+        before, tree = flat(self.seen), read_tree(self.root)
+        for path, content in flat(tree).items():
             if content is not None and before.get(path) != content:
                 self.note("write", path, content)
-        self.seen = read_tree(self.root)
+        self.seen = tree  # and nothing that other threads have written meanwhile
 
     def note(self, *operation) -> None:
         with open(self.log, "ab") as file:
@@ -109,6 +109,30 @@ class _Recorder:
 
 PAIRS = ("rename", "replace", "exchange")
 NAMES = {"replace": "rename", "remove": "unlink"}
+
+
+def change_names(tree: Tree, operation: str, path: str, other: str | None = None) -> None:
+    """What an operation does to the names of a tree, in place."""
+
+    def folder_of(path: str) -> tuple[Tree, str]:
+        *parents, name = pathlib.PurePosixPath(path).parts
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        return node, name
+
+    if operation == "fsync":
+        return
+    folder, name = folder_of(path)
+    if operation == "mkdir":
+        folder[name] = {}
+        return
+    node = folder.pop(name, None)
+    if operation in ("rename", "exchange"):
+        target, target_name = folder_of(other)
+        if operation == "exchange":
+            folder[name] = target[target_name]
+        target[target_name] = node
 
 
 def read_tree(folder: pathlib.Path) -> Tree:
