@@ -35,14 +35,16 @@ class ServerWriter:
         stops: what ends a completion.
     Raises:
         TrainingError: on every rank; a server does not answer.
-    Collectives: one broadcast.
+    Collectives: two broadcasts.
     """
 
     def __init__(self, setup: Setup, stops: Stops):
         self.setup, self.section, self.server = setup, setup.config.rollouts, setup.config.rollouts.server
         run_dir = pathlib.Path(setup.config.run.dir)
         own = run_dir / FOLDER / "weights"  # a folder for all runs has one for each
-        folder = own if self.server.folder is None else pathlib.Path(self.server.folder) / f"run_{run_id(run_dir)}"
+        folder = own
+        if self.server.folder is not None:  # the same name on every rank, whatever its file system shows it yet
+            folder = pathlib.Path(self.server.folder) / f"run_{from_rank_0(lambda: run_id(run_dir))}"
         self.folder = folder.absolute()
         model = from_rank_0(self.name_of_model)
         self.ask = Completions(self.section, stops, setup.student.shard.size, setup.config.run.seed, model).ask

@@ -20,7 +20,7 @@ from megakd.models.sharding import is_sharded
 from megakd.stopped import write_stopped
 from megakd.training.fallback import older_checkpoint
 from megakd.training.fully_sharded import describe_state, take_state
-from megakd.training.optimizer_state import check_master_weights, fit_optimizer_state, share_steps
+from megakd.training.optimizer_state import check_kind, check_master_weights, fit_optimizer_state, share_steps
 from megakd.training.run_folder import check_owner
 from megakd.training.step import StudentStep
 
@@ -222,6 +222,7 @@ def resume(student: StudentStep, checkpoint: Checkpoint) -> Progress:
         ) from error
     wanted = training_state(student, loading=True, with_random=same_layout)
     described = wanted["optimizer"]
+    check_kind(described, saved.get("optimizer", {}), checkpoint)
     loaded = torch_dist.load(checkpoint, wanted, student.groups)
     torch_dist.set_weights(student.gpt, loaded["model"], wanted["model"])
     optimizer = fit_optimizer_state(loaded["optimizer"], described, saved.get("optimizer", {}), checkpoint)

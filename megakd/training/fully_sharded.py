@@ -15,10 +15,8 @@ from megakd.checkpoints.pieces import describe_whole, pieces
 from megakd.errors import CheckpointError
 from megakd.models.gpt import GPT
 from megakd.models.sharding import own, shard
-from megakd.training.optimizer_state import different_weight
+from megakd.training.optimizer_state import GROUP_KEYS, different_weight, kind_of
 
-# What Megatron tells groups of parameters apart by.
-GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 BY_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)  # count steps so; those of Transformer Engine and Apex by group
 SHARDING_TYPE = "fully_reshardable"  # the name that Megatron's distributed optimizer gives to states by parameter
 
@@ -118,7 +116,7 @@ def take_state(student: FullySharded, optimizer, groups, described: dict, loaded
             moment.data.copy_(read[name])
     fail_together(failure)
     for group in inner.param_groups:
-        known = [one for one in loaded["optimizer"]["param_groups"] if alike(one, group)]
+        known = [one for one in loaded["optimizer"]["param_groups"] if kind_of(one) == kind_of(group)]
         if not known:
             raise CheckpointError(
                 f"{checkpoint.path} holds no group of parameters with { {key: group.get(key) for key in GROUP_KEYS} }",
@@ -131,10 +129,6 @@ def take_state(student: FullySharded, optimizer, groups, described: dict, loaded
                 inner.state[part]["step"] = torch.tensor(float(saved["step"]))
         else:
             group["step"] = int(saved["step"])
-
-
-def alike(group: dict, other: dict) -> bool:
-    return all(group.get(key) == other.get(key) for key in GROUP_KEYS)
 
 
 def bases(student: FullySharded, groups) -> dict[str, tuple[object, torch.nn.Parameter]]:

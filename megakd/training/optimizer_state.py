@@ -13,6 +13,8 @@ from megakd.checkpoints.folder import Checkpoint
 from megakd.checkpoints.loading import fail_together
 from megakd.errors import CheckpointError
 
+GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # of which Megatron makes the groups
+
 
 def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: Checkpoint) -> dict:
     """What the optimizer is given.
@@ -47,6 +49,24 @@ def fit_optimizer_state(loaded: dict, described: dict, saved: dict, checkpoint: 
     return arranged[0] if len(ours) == 1 else dict(enumerate(arranged))
 
 
+def check_kind(described: dict, saved: dict, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError, on every rank alike, where the state is cut over data-parallel ranks in one of them only.
+
+    Args:
+        described, saved: as of `fit_optimizer_state`.
+    """
+    ours, theirs = (
+        any("param_state_sharding_type" in part for part in parts_of(state)) for state in (described, saved)
+    )
+    if saved and ours != theirs:
+        said = f"optimizer.distributed={str(theirs).lower()}"
+        raise CheckpointError(
+            f"{checkpoint.path} was saved with {said}, whose state this run's optimizer cannot take",
+            hint=f"continue with {said} (and without parallel.fsdp=both where that is false), or start anew from its "
+            "weights as student.checkpoint",
+        )
+
+
 def keep_own_settings(state: dict, own: dict) -> None:
     """Puts this run's own hyperparameters into the loaded state of one optimizer: learning rates, betas, decay.
 
@@ -73,7 +93,7 @@ def side_by_side(loaded: dict, described: dict) -> list[tuple[dict, dict]]:
 
 def kind_of(group: dict) -> tuple:
     """What tells the groups of parameters of one optimizer apart, whatever the hyperparameters."""
-    return tuple(group.get(name) for name in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr"))
+    return tuple(group.get(name) for name in GROUP_KEYS)
 
 
 def share_steps(described: dict) -> dict:

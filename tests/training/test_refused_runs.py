@@ -171,6 +171,17 @@ def test_an_allowed_change_of_the_optimizer_takes_effect(folder, tmp_path, distr
     assert not distributed or {group["step"] for group in groups} == {6.0}
 
 
+@pytest.mark.parametrize(("distributed", "precision"), [(True, "fp32"), (False, "fp32"), (True, "bf16")])
+def test_an_optimizer_of_the_other_kind_is_refused_by_name(folder, tmp_path, distributed, precision):
+    config = runs.values(folder, tmp_path, train__steps=4, run__stop_after=1, optimizer__distributed=distributed)
+    config["train"]["precision"] = precision
+    assert run_ranks(1, runs.train, config) == [None]
+    config["optimizer"]["distributed"] = not distributed
+    config["run"]["allow_change"] = ["optimizer.distributed"]
+    (message,) = run_ranks(1, runs.train, config)
+    assert f"was saved with optimizer.distributed={str(distributed).lower()}, whose state this run's" in message
+
+
 def test_a_blend_is_not_continued_in_another_order(folder, tmp_path):
     """Before checkpoints said so, weighted blends had another order; other data have the one they had."""
     from megakd.checkpoints.record import write_record
