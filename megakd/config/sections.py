@@ -304,3 +304,9 @@ class Export(Section):
     verify: bool = True
     """Compare the logits of what was written (of `nemo`: its tensors) with the checkpoint's, and keep nothing if they
     differ."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        given = {"checkpoint": self.checkpoint, "verify": self.verify}
+        for name, value in given.items():
+            if self.format is None and value != type(self).model_fields[name].default:
+                yield name, f"{str(value).lower()}, but format is null: nothing is exported"

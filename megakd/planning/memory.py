@@ -264,7 +264,7 @@ def experts_elements(model: Model, parallel: Parallel) -> int:
 
 
 def is_fused(config: Config, model: Model, padded: int, tokens: int, size: int) -> bool:
-    """Whether output layer and loss are run together, in blocks of tokens; as megakd.training.step has it."""
+    """Whether output layer and loss are run together, in blocks of tokens; as megakd.training.head_loss has it."""
     width = padded // config.parallel.tp
     if config.loss.targets == "whole" or model.logit_softcap is not None:
         return True

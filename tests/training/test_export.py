@@ -94,7 +94,12 @@ def test_a_run_that_goes_on_is_exported_anew_and_the_best_is_not_the_last(folder
             "no Hugging Face architecture",
         ),
         ({"export__format": "nemo", "student__model__residual_multiplier": 0.5}, "NeMo"),
-        ({"export__checkpoint": "best", "data__validation": None}, "data.validation is null; expected last"),
+        (
+            {"export": {"format": "hf", "checkpoint": "best"}, "data__validation": None},
+            "data.validation is null; expected last",
+        ),
+        ({"export": {"checkpoint": "best"}}, "export.checkpoint: best, but format is null: nothing is exported"),
+        ({"export": {"verify": False}}, "export.verify: false, but format is null: nothing is exported"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_built(changes, text, tmp_path):
