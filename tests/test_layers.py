@@ -12,6 +12,7 @@ import pytest
 LAYERS = [
     "errors",
     "digests divergences file limits ownership paths processes progress publish",
+    "upload",
     "config ranks stopped targets megatron_on_cpu",
     "kernels planning",
     "cache steps",

@@ -25,7 +25,7 @@ from megakd.data.tokenizers.load import load_tokenizer
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import ConfigError
 from megakd.generation.engine import Engine, Request
-from megakd.generation.results import PartWriter, Results
+from megakd.generation.results import INFO, PartWriter, Results
 from megakd.generation.stops import Stops, build_stops
 from megakd.generation.work import Work, share
 from megakd.kernels.next_tokens import Choice
@@ -33,6 +33,7 @@ from megakd.models.gpt import padded_vocab_size
 from megakd.models.groups import build_groups
 from megakd.progress import progress_bar
 from megakd.ranks import Ranks, from_rank_0
+from megakd.upload import Target
 
 LOG = logging.getLogger("megakd")
 PATIENCE = datetime.timedelta(days=30)  # of models that have finished their share, for the one that has most to write
@@ -170,7 +171,14 @@ def cut(text: str, sequence) -> str:
 
 
 def write_file(
-    options: Options, data: Data, output: pathlib.Path, ranks: Ranks, *, shard: tuple[int, int], limit: int | None
+    options: Options,
+    data: Data,
+    output: pathlib.Path,
+    ranks: Ranks,
+    *,
+    shard: tuple[int, int],
+    limit: int | None,
+    upload: str | None = None,
 ) -> None:
     """Completions of the prompts of `data.train` into a file (megakd.generation.results), from where they were.
 
@@ -178,9 +186,12 @@ def write_file(
         data: the section that says what records mean; its lengths and masks are of no account.
         shard: its number, from 0, and how many there are.
         limit: records of the input that are used; None: all.
+        upload: an address that the finished file is sent to (megakd.upload).
     Raises:
         ConfigError, DataError, CheckpointError: on every rank, what was finished is kept.
     """
+    if upload:
+        from_rank_0(lambda: Target(upload, output, INFO).check())
     writer = Writer(options, ranks)
     files = tuple(data_files(data.train))
     name = from_rank_0(lambda: detect_prompts(files, data.columns) if data.format == "auto" else data.format)
@@ -189,22 +200,31 @@ def write_file(
     total, problems = from_rank_0(lambda: prompts.check(data.on_error))
     settings = from_rank_0(lambda: describe_settings(writer, prompts, shard, data.on_error))
     results = Results(output, settings, options.completions)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     if from_rank_0(results.finished):
         LOG.info("%s is there already, made with the same settings", output)
-        return
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    with writing_together(results) as done:
-        dp = writer.groups.dp
-        numbers = share(total, shard, dp.rank(), dp.size())
-        work = Work(prompts, numbers, options.completions, set(done.tolist()), writer.most_prompt_tokens)
-        counts = run(writer, work, results, shown=ranks.is_main)
-        everyone: list = [None] * ranks.world_size
-        dist.all_gather_object(everyone, counts if is_first_of_model(writer.groups) else None, group=patient)
-        if ranks.is_main:
-            total_of = sum((c for c in everyone if c), Counter())
-            total_of["records that cannot be used"] += problems.count
-            report(results, total_of, problems)
-        dist.barrier(patient)
+    else:
+        with writing_together(results) as done:
+            dp = writer.groups.dp
+            numbers = share(total, shard, dp.rank(), dp.size())
+            work = Work(prompts, numbers, options.completions, set(done.tolist()), writer.most_prompt_tokens)
+            counts = run(writer, work, results, shown=ranks.is_main)
+            everyone: list = [None] * ranks.world_size
+            dist.all_gather_object(everyone, counts if is_first_of_model(writer.groups) else None, group=patient)
+            if ranks.is_main:
+                total_of = sum((c for c in everyone if c), Counter())
+                total_of["records that cannot be used"] += problems.count
+                report(results, total_of, problems)
+            dist.barrier(patient)
+    if upload:
+        from_rank_0(lambda: send(Target(upload, output, INFO)), patient)
+
+
+def send(target: Target) -> None:
+    if target.upload():
+        LOG.info("%s and its %s are at %s", target.file, INFO, target.address)
+    else:
+        LOG.info("%s is there already", target.address)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from megakd.generation.engine import Sequence
 from megakd.ownership import Taken, owning
 from megakd.publish import make_folder, publish_text, publishing, sync_folder
 
+INFO = ".info.json"
 SETTINGS = "settings.json"
 PART = ".part"
 DIGITS = 5  # of a log-probability, behind the point
@@ -48,7 +49,7 @@ class Results:
 
     @property
     def info(self) -> pathlib.Path:
-        return self.path.with_name(self.path.name + ".info.json")
+        return self.path.with_name(self.path.name + INFO)
 
     @property
     def parts(self) -> pathlib.Path:

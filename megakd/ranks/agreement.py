@@ -15,9 +15,11 @@ Result = TypeVar("Result")
 MOST_LINES = 20
 
 
-def from_rank_0(function: Callable[[], Result]) -> Result:
+def from_rank_0(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """What a function returns on rank 0, on every rank; so that all see one state of a folder that may change.
 
+    Args:
+        group: of all ranks, whose time limit is to count for the wait; None: the default one.
     Raises:
         MegakdError: that of rank 0, on every rank.
     Collectives: one broadcast of the pickled result.
@@ -28,7 +30,7 @@ def from_rank_0(function: Callable[[], Result]) -> Result:
             result = [function()]
         except MegakdError as error:
             result = [error]
-    dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result, group=group)
     if isinstance(result[0], MegakdError):
         raise result[0]
     return result[0]

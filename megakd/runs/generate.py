@@ -34,7 +34,10 @@ def main(argv: list[str]) -> None:
 
         options = build_options(arguments)
         if data is not None:
-            write_file(options, data, arguments.output, ranks, shard=arguments.shard, limit=arguments.limit)
+            write_file(
+                options, data, arguments.output, ranks,
+                shard=arguments.shard, limit=arguments.limit, upload=arguments.upload,
+            )  # fmt: skip
             return
         if ranks.world_size != arguments.tp * arguments.pp:
             raise ConfigError(
@@ -78,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--input", type=path_text, metavar="PATH", help="prompts, in any form that data.train reads")
     parser.add_argument("--raw", action="store_true", help="with --prompt: go on from the text, without chat template")
     parser.add_argument("--output", type=path_argument, metavar="FILE.jsonl", help="with --input: where to write")
+    parser.add_argument("--upload", metavar="ADDRESS", help="send OUTPUT there as well: hf://datasets/..., s3://...")
     add = parser.add_argument_group("what is written").add_argument
     add("--max-new-tokens", type=int, default=64, metavar="N", help="of a completion (default: %(default)s)")
     add("--n", type=int, default=1, metavar="N", help="completions of each prompt (default: %(default)s)")
@@ -135,7 +139,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.temperature == 0 and arguments.n > 1:
         raise ConfigError(f"--n {arguments.n} equal completions at --temperature 0", hint="--temperature 1")
     defaults = build_parser().parse_args(["--checkpoint", ".", "--prompt", ""])
-    only_input = ("shard", "limit", "on_error", "format", "column", "template", "chat_template", "chat_argument", "bos")
+    only_input = ("upload", "shard", "limit", "on_error", "format", "column", "template", "chat_template", "chat_argument", "bos")
     for name in ("raw",) if arguments.input else only_input:
         if getattr(arguments, name) != getattr(defaults, name):
             other = "--input" if arguments.input else "--prompt"

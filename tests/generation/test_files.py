@@ -107,8 +107,10 @@ def test_a_killed_launch_goes_on(folder, model, tmp_path):
     generate(4, model, *flags, "--tp", "2")
     assert without_rounding(lines(tmp_path / "out.jsonl")) == without_rounding(lines(tmp_path / "whole.jsonl"))
     assert not parts.exists()
-    again = generate(1, model, *flags)
-    assert "is there already" in again[0]
+    there = tmp_path / "there"
+    again = generate(2, model, *flags, "--upload", f"file://{there}/")
+    assert "is there already" in again[0] and f"are at file://{there}/out.jsonl" in again[0]
+    assert (there / "out.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
     assert "was 9, is 8" in generate(1, model, *flags, "--max-new-tokens", "8", fails=True)[0]
     info = json.loads((tmp_path / "out.jsonl.info.json").read_text())
     assert info["completions"] == 12 * len(PROMPTS) * 3
@@ -191,6 +193,7 @@ def test_prompts_that_do_not_fit_and_records_that_are_none(folder, model, tmp_pa
         (["--top-p", "1.5", "--temperature", "1"], "--top-p 1.5: expected more than 0"),
         (["--top-k", "5"], "without effect at --temperature 0"),
         (["--raw"], "--raw has no effect with --input"),
+        (["--upload", "bucket/name"], "--upload bucket/name is no address"),
         (["--n", "2"], "2 equal completions"),
         (["--max-new-tokens", "32"], "leaves no room for a prompt"),
         (["--stop-token", "two tokens"], "is no token of"),
