@@ -1,4 +1,4 @@
-"""Finished files at an address elsewhere: fsspec's local and memory stores, one that breaks off, one that is a bucket."""
+"""Finished files to an address elsewhere: fsspec's stores of files and memory, one that breaks off, and a bucket."""
 
 import pathlib
 

@@ -139,7 +139,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.temperature == 0 and arguments.n > 1:
         raise ConfigError(f"--n {arguments.n} equal completions at --temperature 0", hint="--temperature 1")
     defaults = build_parser().parse_args(["--checkpoint", ".", "--prompt", ""])
-    only_input = ("upload", "shard", "limit", "on_error", "format", "column", "template", "chat_template", "chat_argument", "bos")
+    records = ("format", "column", "template", "chat_template", "chat_argument", "bos")
+    only_input = ("upload", "shard", "limit", "on_error", *records)
     for name in ("raw",) if arguments.input else only_input:
         if getattr(arguments, name) != getattr(defaults, name):
             other = "--input" if arguments.input else "--prompt"
