@@ -158,7 +158,7 @@ def linear_dense_form(name: str, **arguments) -> Form:
             problem.shard,
             ce_weight=1.0,
             accumulate_into_main_grad=True,
-            block_tokens=max(1, min(BLOCK_TOKENS, problem.tokens // 16)),
+            block_tokens=max(1, min(BLOCK_TOKENS, problem.tokens * 7 // 64)),  # two blocks: 7/32 of a shard
             **arguments,
         ).loss_T
 
