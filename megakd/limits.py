@@ -17,6 +17,7 @@ LIMITS = {  # name -> (default, what it counts)
     "YAML_NODES": (100_000, "YAML nodes, aliases written out"),
     "JSON_BYTES": (1 << 29, "bytes of JSON"),
     "JSON_DEPTH": (100, "levels of JSON"),
+    "ANSWER_BYTES": (1 << 28, "bytes of an answer of a server"),
     "HEADER_BYTES": (100_000_000, "bytes of a safetensors header"),
     "PICKLE_BYTES": (1 << 30, "bytes of a pickle that describes tensors"),
     "ARCHIVE_MEMBERS": (100_000, "members of an archive"),

@@ -15,8 +15,8 @@ class Endpoint:
     """Serves until it is closed; what it was asked is kept.
 
     Args:
-        answer: makes of the body of a completions request (a status, JSON); None: transformers on the folder that
-            /reload has named last.
+        answer: makes of the body of a completions request (a status, JSON or bytes); None: transformers on the folder
+            that /reload has named last.
         hang: it takes connections, and answers nothing.
     """
 
@@ -40,7 +40,7 @@ class Endpoint:
                 if status == "break":
                     return self.break_off(value)
                 with contextlib.suppress(OSError):  # whoever asked has gone
-                    content = json.dumps(value).encode()
+                    content = value if isinstance(value, bytes) else json.dumps(value).encode()
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()

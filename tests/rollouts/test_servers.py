@@ -144,6 +144,18 @@ def test_an_answer_that_is_none_ends_the_run_by_name(case):
     assert said in str(refused.value) and endpoint.url in str(refused.value)
 
 
+def test_of_an_answer_no_more_is_read_than_the_limit(monkeypatch):
+    monkeypatch.setenv("MEGAKD_LIMIT_ANSWER_BYTES", "1000")
+    with Endpoint(lambda body: (200, ["x" * 1000])) as endpoint, pytest.raises(TrainingError) as refused:
+        ask_all(endpoint, requests=REQUESTS[:1])
+    assert "1,001 bytes of an answer of a server exceed the limit ANSWER_BYTES = 1,000" in str(refused.value)
+
+    monkeypatch.delenv("MEGAKD_LIMIT_ANSWER_BYTES")
+    deep = b"[" * 100_000 + b"]" * 100_000
+    with Endpoint(lambda body: (200, deep)) as endpoint, pytest.raises(TrainingError, match="JSON of too many levels"):
+        ask_all(endpoint, requests=REQUESTS[:1])
+
+
 def test_a_refusal_ends_the_run_by_name_and_an_eos_that_was_cut_off_is_put_back():
     with Endpoint(lambda body: (400, {"error": "prompt too long"})) as endpoint, pytest.raises(TrainingError) as no:
         ask_all(endpoint)
