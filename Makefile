@@ -16,7 +16,7 @@ PY := $(CURDIR)/.venv/bin/python
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CONSTRAINTS := constraints/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 
-.PHONY: help quickstart test test-nightly test-megatron test-slurm check format bench
+.PHONY: help quickstart test test-nightly test-megatron test-slurm test-ft-launcher check format bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,6 +51,17 @@ build/megatron-core-%: | .venv/.installed
 
 test-slurm: .venv/.installed ## job scripts on a real Slurm of two nodes (root, slurm-wlm, munge; skipped without)
 	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 $(PY) -m pytest tests/slurm -m slurm $(ARGS)
+
+# No dependency: the ranks import it where it has started them. Newer wheels want a newer glibc than Debian 12 has.
+FT_LAUNCHER := build/nvidia-resiliency-ext-0.4.1
+
+test-ft-launcher: .venv/.installed $(FT_LAUNCHER) ## ranks under NVIDIA's ft_launcher, which is fetched into build/
+	PYTHONPATH=$(CURDIR)/$(FT_LAUNCHER) OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_sections.py $(ARGS)
+
+$(FT_LAUNCHER): | .venv/.installed
+	rm -rf $@.part
+	$(PY) -m pip install --quiet --no-deps --no-input --target $@.part $(subst ext-,ext==,$(@F)) nvidia-ml-py defusedxml
+	mv $@.part $@
 
 check: .venv/.installed ## formatting, lint, import layers, every test importable
 	$(PY) -m ruff format --check .

@@ -206,6 +206,18 @@ def test_what_the_environment_says():
     assert not launch.hosts_store and read_launch(full | {"RANK": "0"}).hosts_store
     assert not read_launch(full | {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store
     assert read_launch(full | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
+    torchrun = full | {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1", "GROUP_WORLD_SIZE": "2"}
+    prefixes = {read_launch(torchrun | {"TORCHELASTIC_RESTART_COUNT": count}).prefix for count in "01"}
+    assert len(prefixes) == 1, "one agent may have counted a restart that another has not"
+    lasting = torchrun | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert read_launch(lasting).prefix != read_launch(lasting | {"TORCHELASTIC_RESTART_COUNT": "2"}).prefix
+    refused = lasting | {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(
+        ConfigError, match=r"ranks of 2 nodes 3 times.*\nhint: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    ):
+        read_launch(refused)
+    assert read_launch(refused | {"GROUP_WORLD_SIZE": "1"}).attempt == 1
+    assert read_launch(refused | {"TORCHELASTIC_USE_AGENT_STORE": "False"}).attempt == 1
     assert read_launch({}).world_size == 1 and read_launch({"WORLD_SIZE": "1"}).world_size == 1
     with pytest.raises(ConfigError, match=r"RANK 3 is outside 0\.\.0 \(WORLD_SIZE is missing\)\nhint: .*torchrun"):
         read_launch({"RANK": "3"})

@@ -6,7 +6,7 @@
    thread may be blocked in a collective. It prints one line, "rank 1 stopped: rank 0 failed with ...", and leaves.
 3. The watch sees at once when a rank of its machine is killed, and says so in the killed rank's name.
 4. A rank whose collective fails because its peer is gone prints that same line; when the peer left no message (a whole
-   machine lost), the line says so.
+   machine lost), the line names the ranks whose watch has fallen silent.
 5. A rank whose launcher is gone asks to stop, as a signal would, and leaves in any case after 45 seconds. A rank that
    cannot reach the store for a minute leaves too.
 6. Once a second the watch says where its rank is, and looks at the next rank. When its own rank or that one stands
@@ -28,11 +28,12 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megakd.errors import MegakdError
+from megakd.ranks.agreement import name_ranks
 from megakd.ranks.launch import Launch, open_store, read_json
 from megakd.ranks.peers import Peers
 from megakd.ranks.pulse import Pulse, write_heartbeat
 from megakd.ranks.signals import StopSignals, name_of
-from megakd.ranks.stuck import Standstill
+from megakd.ranks.stuck import Standstill, silent_ranks
 
 WATCH_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10.0
@@ -118,11 +119,7 @@ class FailureWatch:
             with contextlib.suppress(dist.DistError):
                 self._raise_alarm(self.store, f"rank {rank} waited in vain: {first_line(error)}")
         elif says(error, PEER_LOST):
-            first = self._await_end()
-            if first is None:
-                what = f"lost a peer that left no message (its machine gone, or killed?): {first_line(error)}"
-                first = self._claim("failure", what)
-            self._end_as(first)
+            self._end_as(self._await_end() or self._claim_lost(first_line(error)))
         first = self._claim("failure", f"failed with {type(error).__name__}: {first_line(error)}")
         if first["by"] != rank:
             self._end_as(first)
@@ -154,6 +151,20 @@ class FailureWatch:
                 end = read_json(self.store, "end")
                 time.sleep(0.1)
         return end
+
+    def _claim_lost(self, why: str) -> dict:
+        """A peer is gone and left no message, nor did its neighbours: say which, if it is to be known."""
+        silent = []
+        try:
+            silent = silent_ranks(self.store, self.launch.world_size)
+        except dist.DistError:
+            why += f"; nor does the store at {self.launch.where} answer"
+        if not silent:
+            return self._claim("failure", f"lost a peer that left no message (its machine gone, or killed?): {why}")
+        rank, *more = silent
+        who, others = self.peers.identities[rank], f", as are {name_ranks(more)}" if more else ""
+        gone = f"is gone without a word (process {who['pid']} on {who['host']}; its machine lost, or killed?){others}"
+        return self._claim("killed", f"{gone}: {why}", rank=rank)
 
     def _watch(self) -> None:
         store, answered, turned = None, time.monotonic(), time.monotonic()

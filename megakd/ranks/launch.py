@@ -31,8 +31,9 @@ class Launch:
         local_rank, local_world_size: on this machine; local_world_size is 0 when the launcher did not say.
         address, port: of the store.
         hosts_store: this process carries the store; under torchrun the launcher does.
-        attempt: how often torchrun has restarted the ranks, or Slurm the job.
+        attempt: how often torchrun has restarted the ranks of this machine, or Slurm the job.
         torchrun: the parent process is torchrun's; without it, nothing follows from the parent's end.
+        lasting_store: the store is torchrun's own, which ranks that are restarted find as the last ones left it.
     """
 
     rank: int = 0
@@ -44,11 +45,17 @@ class Launch:
     hosts_store: bool = False
     attempt: int = 0
     torchrun: bool = False
+    lasting_store: bool = False
 
     @property
     def where(self) -> str:
         """address:port, for messages."""
         return f"{self.address}:{self.port}"
+
+    @property
+    def prefix(self) -> str:
+        """Of the store's keys. torchrun's count differs from machine to machine, so it is left out where it may be."""
+        return "megakd" if self.torchrun and not self.lasting_store else f"megakd/{self.attempt}"
 
     def describe(self) -> dict:
         """Of this process and its launch, for monitors outside."""
@@ -84,6 +91,8 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         check_alone(environ, sys.argv)
     if "TORCHELASTIC_RUN_ID" in environ:
         slurm.check_one_launch(environ)
+        check_restarts(environ)
+    lasting_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     world_size = number("WORLD_SIZE", "1")
     rank = number("RANK", "0" if world_size == 1 else None)
     if not 0 <= rank < world_size:
@@ -101,9 +110,10 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         local_world_size=number("LOCAL_WORLD_SIZE", "0"),
         address=environ.get("MASTER_ADDR", "127.0.0.1"),
         port=number("MASTER_PORT"),
-        hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        hosts_store=rank == 0 and not lasting_store,
         attempt=number("TORCHELASTIC_RESTART_COUNT", "0"),
         torchrun="TORCHELASTIC_RUN_ID" in environ,
+        lasting_store=lasting_store,
     )
 
 
@@ -126,6 +136,22 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch:
         hosts_store=rank == 0,
         attempt=number_of(environ, ("SLURM_RESTART_COUNT",), 0),
     )
+
+
+def check_restarts(environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where torchrun would restart ranks of several nodes and have them meet in its own store: they
+    would find what the ranks before them have left there, under counts of restarts that differ from node to node.
+
+    Args:
+        environ: of a rank that torchrun has started.
+    """
+    restarts, nodes = (number_of(environ, (name,), 0) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restarts and nodes > 1 and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"environment: torchrun may restart the ranks of {nodes} nodes {restarts} times, in a store that is not "
+            "made anew: they would not meet again",
+            hint="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with --rdzv-backend=c10d, or leave --max-restarts at 0",
+        )
 
 
 def check_alone(environ: Mapping[str, str], command: Sequence[str]) -> None:
@@ -183,7 +209,7 @@ def resolve_device(name: str) -> str:
 
 
 def open_store(launch: Launch, *, hosts: bool, seconds: float) -> dist.Store:
-    """Connects to the launch's TCP store (or carries it), under a prefix that a restarted attempt does not share.
+    """Connects to the launch's TCP store (or carries it), under a prefix that no other attempt shares.
 
     Raises:
         MegakdError: the port is taken, or nothing answers within `seconds`.
@@ -202,7 +228,7 @@ def open_store(launch: Launch, *, hosts: bool, seconds: float) -> dist.Store:
             hint="another run may still be alive; choose another port with `torchrun --master-port PORT`, or let "
             "`torchrun --standalone` choose one",
         ) from error
-    return dist.PrefixStore(f"megakd/{launch.attempt}", store)
+    return dist.PrefixStore(launch.prefix, store)
 
 
 def _wait_for_listener(launch: Launch, seconds: float) -> None:

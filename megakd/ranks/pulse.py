@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 # They repeat: the longest seen says how long one takes.
 STEADY = frozenset({"data", "rollouts", "step", "validation", "record"})
@@ -24,10 +25,12 @@ class Pulse:
         step, phase: where the main thread is; phase `preparation` until the first mark.
         marks: how many there were; a rank that is behind has fewer.
         still_seconds: since the last mark, while the watch was running.
+        listener: called with the phase at every mark; None: nobody.
     """
 
     def __init__(self, watchdog_seconds: float | None = None):
         self.step, self.phase, self.marks, self.still_seconds = 0, "preparation", 0, 0.0
+        self.listener: Callable[[str], None] | None = None
         self._longest: dict[str, float] = {}
         self._began, self._marks_seen, self._watchdog_seconds = time.monotonic(), 0, watchdog_seconds
 
@@ -38,6 +41,8 @@ class Pulse:
             self._longest[self.phase] = max(self._longest.get(self.phase, 0.0), now - self._began)
         self.step, self.phase, self._began = step, phase, now
         self.marks += 1
+        if self.listener is not None:
+            self.listener(phase)
 
     def turn(self, seconds: float) -> None:
         """The watch has run for so long since its last turn."""

@@ -22,6 +22,7 @@ from megakd.ranks.failure import FailureWatch
 from megakd.ranks.launch import Launch, open_store, read_launch, resolve_device
 from megakd.ranks.peers import Peers, identity
 from megakd.ranks.pulse import Pulse
+from megakd.ranks.sections import watched_sections
 from megakd.ranks.signals import StopSignals, name_of
 
 
@@ -87,6 +88,9 @@ class Ranks:
         start_logging(self.rank)
         self._signals = StopSignals(self._signalled, by_person=not self.launch.torchrun)
         self._signals.install()
+        sections = watched_sections(os.environ)
+        if sections is not None:
+            self.pulse.listener = sections.mark
         try:
             if self.world_size == 1:
                 self._store = dist.HashStore()

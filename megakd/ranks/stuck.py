@@ -19,6 +19,7 @@ FOLDER = "stuck"  # in the run folder
 FLIGHT_RECORD = "nccl_"  # and the rank
 OLDER_NAMES = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 ANSWER_SECONDS = 10.0
+SILENCE_SECONDS = 4.0  # a watch speaks once a second
 
 
 class Standstill:
@@ -99,6 +100,20 @@ class Standstill:
         if self.reports is not None:
             why += f" (stacks of all threads: {self.reports / FOLDER})"
         return blame(states, peers, len(ranks), why)
+
+
+def silent_ranks(store: dist.Store, world_size: int) -> list[int]:
+    """Ranks whose watch says nothing any more; none where one has not spoken yet. Takes SILENCE_SECONDS.
+
+    Raises:
+        DistError: the store is gone.
+    """
+    keys = [f"pulse/{rank}" for rank in range(world_size)]
+    if not store.check(keys):
+        return []
+    before = store.multi_get(keys)
+    time.sleep(SILENCE_SECONDS)
+    return [rank for rank, said in enumerate(store.multi_get(keys)) if said == before[rank]]
 
 
 def record_flight(reports: pathlib.Path) -> None:

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map_only
 class LiveBytes(TorchDispatchMode):
     """While it is entered, counts every storage that an operation returns, until it dies.
 
-    What an operation allocates for itself and frees before it returns is not seen, nor that a storage is emptied while
-    it lives, as FSDP does.
+    What an operation allocates for itself and frees before it returns is not seen. That a storage is emptied and filled
+    while it lives, as FSDP does, is.
 
     Attributes:
         now, peak: bytes.
@@ -24,12 +24,33 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, tuple] = {}
         self.at_peak: list[tuple] = []
 
+    def __enter__(self):
+        torch.UntypedStorage.resize_ = lambda storage, size: self.resize(storage, size)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        del torch.UntypedStorage.resize_
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         tree_map_only(torch.Tensor, self.see, result)
+        self.compare()
+        return result
+
+    def compare(self) -> None:
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, list(self.alive.values())
-        return result
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        """In place of its own resize_, which no dispatch sees."""
+        torch._C.StorageBase.resize_(storage, size)
+        known = self.alive.get(storage._cdata)
+        if known is not None:
+            self.now += size - known[0]
+            self.alive[storage._cdata] = (size, *known[1:])
+            self.compare()
+        return storage
 
     def see(self, tensor: torch.Tensor) -> None:
         if tensor.device.type == "meta":
