@@ -15,7 +15,8 @@ if [ -n "${IMAGE:-}" ]; then
     --container-mounts="${MOUNTS:?with IMAGE: MOUNTS=/data:/data,/runs:/runs, writable where the run writes}"
     --container-workdir="${WORKDIR:-$PWD}"
     --no-container-mount-home               # nothing of a home directory leaks into the job
-    --container-env=OMP_NUM_THREADS         # else the image's own value wins over this job's
+    # What is exported below: else the image's own values win over this job's.
+    --container-env=XDG_CACHE_HOME,HF_HOME,TRITON_CACHE_DIR,OMP_NUM_THREADS,NCCL_DEBUG,CUDA_DEVICE_MAX_CONNECTIONS
   )
 fi
 

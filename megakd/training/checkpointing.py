@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import pathlib
+import time
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,7 @@ class Saver:
         sizes = layout(self.student.groups)
         state |= {"progress": dataclasses.asdict(progress), "layout": sizes}
         step, best_step = progress.step, progress.best_step  # a background save is published later
+        began = time.monotonic()
 
         def publish(written: dict[str, FileDigests]):
             parts = {"model": self.model, "step": step, "training": True, "metrics": metrics, "layout": sizes}
@@ -108,10 +110,15 @@ class Saver:
             data = self.config.data.model_dump(include=SAMPLE_KEYS) | {"order": order_version(self.config.data)}
             folder.publish(path, tokenizer=self.tokenizer, origin=self.origin, data=data, written=written, **parts)
             self.prune(best_step)
+            size = sum(digests.size_bytes for digests in written.values()) / 1e9
+            how = "" if held is None else f", in {held:.1f} s of which no step was taken"
+            LOG.info("checkpoint of step %d: %.3g GB in %.1f s%s", step, size, time.monotonic() - began, how)
 
+        held = None
         self.pending = torch_dist.save(
             path, state, self.student.groups, publish, asynchronous=self.config.checkpoint.asynchronous
         )
+        held = time.monotonic() - began  # for the copy; a background save is published after this
         self.saved_step = progress.step
 
     def prune(self, best_step: int | None) -> None:

@@ -34,7 +34,7 @@ def run(command: list[str]) -> str:
     if command[: len(RANKS)] == RANKS:
         number, dash, megakd, *arguments = command[len(RANKS) :]
         assert (dash, megakd) == ("-m", "megakd")
-        ranks = forked.by_hand(int(number), "megakd.cli", *arguments, environment=ENVIRONMENT, together=True)
+        ranks = forked.by_hand(int(number), "tests.quick_cli", *arguments, environment=ENVIRONMENT, together=True)
         try:
             outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
         finally:
@@ -42,7 +42,7 @@ def run(command: list[str]) -> str:
                 rank.kill()
         assert [rank.returncode for rank in ranks] == [0] * len(ranks), (command, outputs)
         return outputs[0]
-    program, *arguments = ["megakd.cli", *command[3:]] if command[:3] == MEGAKD else command[1:]
+    program, *arguments = ["tests.quick_cli", *command[3:]] if command[:3] == MEGAKD else command[1:]
     done = forked.run(program, *arguments, timeout=200, environment=ENVIRONMENT, together=True)
     assert done.returncode == 0, (command, done.stdout)
     return done.stdout

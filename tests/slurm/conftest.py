@@ -45,6 +45,10 @@ class Cluster:
             time.sleep(0.3)
         return job
 
+    def link(self, node: str, state: str) -> None:
+        """A node's network cable: `down` or `up`."""
+        subprocess.run(["ip", "-n", "megakd-controller", "link", "set", f"to-{node}", state], check=True, timeout=30)
+
     def wait_for_end(self, number: str) -> dict[str, str]:
         return self.wait(number, lambda job: job["JobState"] in ENDED)
 

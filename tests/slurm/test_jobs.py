@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,6 +98,31 @@ def test_scancel_ends_a_job_for_good_with_a_checkpoint(cluster, folder, variable
     stopped = json.loads((run_dir / "stopped.json").read_text())
     assert stopped["finished"] is False and job["Restarts"] == "0", log(run_dir)
     assert (run_dir / "checkpoints" / f"step_{stopped['step']:08d}" / "megakd.json").exists()
+
+
+def test_a_node_whose_network_is_cut_is_named_and_ends_the_job(cluster, folder, variables, tmp_path):
+    """No connection breaks: nothing is said any more. The rank that was cut off ends, too."""
+    config = runs.values(folder, tmp_path / "run", train__steps=100_000, checkpoint__every_steps=10)
+    config["run"]["watchdog_seconds"] = 10
+    config, run_dir = runs.write_config(tmp_path, config), tmp_path / "run"
+    output, script = f"--output={tmp_path}/%j.log", str(EXAMPLES / "train.sbatch")
+    number = cluster.submit("--nodes=2", *SIZE, output, script, **variables, CONFIG=config)
+    wait_for_steps(cluster, number, run_dir, 20)
+    cluster.link("n2", "down")
+    try:
+        cluster.wait(number, lambda job: "rank 0 stopped: " in log(run_dir), 120)
+        deadline = time.monotonic() + 150  # it waits a minute for the store
+        while ranks := [line for line in processes().splitlines() if f" -u -m megakd train {config}" in line]:
+            assert time.monotonic() < deadline, ranks
+            time.sleep(0.5)
+    finally:
+        cluster.link("n2", "up")
+    job = cluster.wait_for_end(number)
+    lost = r"rank 0 stopped: rank 1 is stuck: .*no answer within 10 s from rank 1 \(process \d+ on n2\)"
+    assert re.search(lost, log(run_dir)) and job["Restarts"] == "0" and not (run_dir / "stopped.json").exists(), log(
+        run_dir
+    )
+    assert list((run_dir / "checkpoints").glob("step_*0/megakd.json"))
 
 
 def processes() -> str:

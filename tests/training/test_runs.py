@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -61,7 +62,8 @@ def test_a_killed_run_resumes_to_the_bit(folder, teacher, tmp_path):
     assert len(runs.lines(tmp_path / "killed")) < 20, "killed too late to prove anything"
     again = runs.by_hand(tmp_path, 2, "train", config, "run.resume=required")
     assert_good(again)
-    assert "continuing from" in again[0].communicate()[0]
+    said = again[0].communicate()[0]
+    assert "continuing from" in said and re.search(r"checkpoint of step 20: 0.0\d+ GB in \d+.\d s\n", said), said
     for kind in ("train", "validation"):
         assert runs.lines(tmp_path / "killed", kind) == runs.lines(tmp_path / "whole", kind)
 
@@ -120,6 +122,10 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["finished"] is False and 0 < stopped["step"] < 5000, output
     assert (tmp_path / "run" / "checkpoints" / f"step_{stopped['step']:08d}" / "megakd.json").exists(), output
+    saved = re.search(
+        rf"checkpoint of step {stopped['step']}: .* GB in .* s(, .* s of them with training held up)?", output
+    )
+    assert saved and bool(saved[1]) == asynchronous, output
     config["run"]["stop_after"] = 2
     assert run_ranks(2, runs.train, config) == [None, None]
     assert json.loads((tmp_path / "run" / "stopped.json").read_text())["step"] == stopped["step"] + 2
