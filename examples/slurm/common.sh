@@ -16,7 +16,7 @@ if [ -n "${IMAGE:-}" ]; then
     --container-workdir="${WORKDIR:-$PWD}"
     --no-container-mount-home               # nothing of a home directory leaks into the job
     # What is exported below: else the image's own values win over this job's.
-    --container-env=XDG_CACHE_HOME,HF_HOME,TRITON_CACHE_DIR,OMP_NUM_THREADS,NCCL_DEBUG,CUDA_DEVICE_MAX_CONNECTIONS
+    --container-env="XDG_CACHE_HOME,HF_HOME,TRITON_CACHE_DIR,OMP_NUM_THREADS,NCCL_DEBUG,CUDA_DEVICE_MAX_CONNECTIONS"
   )
 fi
 
