@@ -70,12 +70,20 @@ With a live teacher, over the whole vocabulary at temperature 1:
 
   forward_kl, reverse_kl   KL(teacher, student) and KL(student, teacher) (nats)
   top5_agreement   share of the teacher's five most likely tokens that are among the student's"""
+PRUNE = """\
+teacher.checkpoint is cut as the prune section asks, and student.checkpoint is the folder that is
+written: `megakd train` with the same config then distils it. Layers may be named; all else is
+chosen by what it does over the first prune.samples samples of data.train. megakd.json of the folder
+says what was kept, and every importance.
+
+  --dry-run        print the table of sizes and parameters, and nothing else; no ranks are needed"""
 VERBS = {
     "train": Verb("megakd.runs.train:main", "train a student, from a teacher or plainly on data", True),
     "evaluate": Verb(
         "megakd.runs.evaluate:main", "measure a student on held-out data, against its teacher", True, EVALUATE
     ),
     "cache": Verb("megakd.runs.cache:main", "record a teacher's logits; look into, check and join caches", False),
+    "prune": Verb("megakd.runs.prune:main", "cut a smaller student out of a teacher, to be distilled", True, PRUNE),
     "generate": Verb("megakd.runs.generate:main", "a model writes: one answer, or a file of completions", False),
     "convert": Verb("megakd.runs.convert:main", "Hugging Face checkpoints to megakd and back, verified", False),
     "check": Verb("megakd.runs.check:main", "what of a checkpoint is whole; what is installed here (--env)", False),

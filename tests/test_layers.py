@@ -23,7 +23,7 @@ LAYERS = [
     "assembly",
     "generation",
     "rollouts",
-    "training recording reporting",
+    "training recording reporting pruning",
     "runs",
     "cli",
     "__main__",

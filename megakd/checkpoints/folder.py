@@ -227,6 +227,7 @@ def publish(
     training: bool,
     metrics: dict,
     conversion: dict | None = None,
+    pruning: dict | None = None,
     origin: pathlib.Path | None = None,
     data: dict | None = None,
     run: str | None = None,
@@ -238,6 +239,7 @@ def publish(
     Args:
         tokenizer: megakd.data Tokenizer whose files travel along, or None.
         conversion: see Checkpoint.
+        pruning: what `megakd prune` cut it out of, what it kept, and why.
         data: how samples were made of records (templates, masks), for whoever uses the model, and in which `order`
             (a version) they came.
         origin: checkpoint that training started from; what it has kept of its Hugging Face origin goes along.
@@ -264,6 +266,7 @@ def publish(
         "tokenizer": tokenizer_record,
         "metrics": metrics,
         "conversion": conversion,
+        "pruning": pruning,
         "data": data,
     }
     write_record(source, record | describe_files(source, written or {}))

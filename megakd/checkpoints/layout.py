@@ -44,6 +44,18 @@ def place(name: str, model: Model) -> Place:
     return Place(name, tuple(index), tuple(sizes))
 
 
+def names_in(key: str, model: Model) -> list[str]:
+    """The names of the tensors that are kept under a key: `place` backwards."""
+    names = [key]
+    if key.startswith("decoder.layers.") and is_stacked(model):
+        rest = key.removeprefix("decoder.layers.")
+        names = [f"decoder.layers.{layer}.{rest}" for layer in range(model.num_layers)]
+    if ".experts.experts." in key:
+        experts = range(model.moe.num_experts)
+        names = [name.replace(".experts.experts.", f".experts.{i}.") for name in names for i in experts]
+    return names
+
+
 def extra_states(model: Model) -> list[Place]:
     """The placeholder objects that Megatron's linear layers want to find beside their weights."""
     names = []

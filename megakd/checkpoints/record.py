@@ -150,7 +150,7 @@ def check_shape(record: dict) -> None:
     """Raises TypeError or KeyError where a record's values are not of the kinds that are read."""
     text, values = str | None, dict(record)
     kinds = {"model": dict, "step": int, "training": bool, "metrics": dict, "tokenizer": dict | None, "files": dict}
-    added = {"conversion": dict | None, "run": text, "layout": dict | None, "data": dict | None}
+    added = {key: dict | None for key in ("conversion", "pruning", "layout", "data")} | {"run": text}
     kinds |= {key: kind for key, kind in added.items() if key in record}
     if isinstance(record["tokenizer"], dict):
         kinds["tokenizer.fingerprint"] = text

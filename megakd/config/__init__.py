@@ -14,6 +14,7 @@ from megakd.config.log import Log, Profile
 from megakd.config.loss import Loss
 from megakd.config.model import MLA, Model, MoE, RopeScaling
 from megakd.config.parallel import Parallel, Pipeline
+from megakd.config.prune import Prune
 from megakd.config.reference import format_reference, section_summaries
 from megakd.config.rollouts import Rollouts
 from megakd.config.routing import Routing
@@ -48,6 +49,7 @@ __all__ = [
     "Parallel",
     "Pipeline",
     "Profile",
+    "Prune",
     "Rollouts",
     "RopeScaling",
     "Routing",

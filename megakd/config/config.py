@@ -18,6 +18,7 @@ from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
 from megakd.config.parallel import Parallel
 from megakd.config.problems import explain, nearest_key, problems_error
+from megakd.config.prune import Prune
 from megakd.config.rollouts import Rollouts
 from megakd.config.routing import Routing
 from megakd.config.yaml12 import format_yaml, parse_yaml
@@ -40,6 +41,7 @@ class Config(sections.Section):
     data: sections.Data
     rollouts: Rollouts | None = None
     cache: Cache = Cache()
+    prune: Prune = Prune()
     train: sections.Train
     optimizer: sections.Optimizer
     schedule: sections.Schedule = sections.Schedule()

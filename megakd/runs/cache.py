@@ -5,8 +5,6 @@ may read them later. Each data-parallel rank writes whole shards. A recording th
 it was when the same command is given again. `megakd cache stat|verify|merge|import|export` are tools for its result.
 """
 
-import os
-
 from megakd.runs import cache_tools
 
 
@@ -14,20 +12,11 @@ def main(argv: list[str]) -> int:
     """Run `megakd cache ARGV...`: one of the tools, or this rank of a recording."""
     if not argv or argv[0] in (*cache_tools.TOOLS, "-h", "--help"):
         return cache_tools.main(argv)
-    from megakd.config import Config
     from megakd.config.checks import check_layout
     from megakd.megatron_on_cpu import install
-    from megakd.ranks import Ranks, read_launch
-    from megakd.runs.facts import run_facts
+    from megakd.runs.start import start_run
 
-    config = Config.from_arguments(argv)
-    check_layout(config, read_launch(os.environ).world_size)  # whatever the batch: a recording has none
-    with Ranks(
-        config.run.device,
-        collective_seconds=config.run.timeout_seconds,
-        watchdog_seconds=config.run.watchdog_seconds,
-        facts=run_facts(config),
-    ) as ranks:
+    with start_run(argv, check=check_layout) as (config, ranks):  # whatever the batch: a recording has none
         install(ranks.device.type)
         from megakd.recording.record import record
 

@@ -35,6 +35,7 @@ FREE = (
     "train.recompute",
     "eval",
     "cache",
+    "prune",
     "checkpoint",
     "export",
     "log",

@@ -73,11 +73,12 @@ def model_section(family: Family, path) -> Model:
         ) from error
 
 
-def config_of(model: Model, family_name: str | None) -> tuple[Family, dict]:
+def config_of(model: Model, family_name: str | None, origin: dict | None = None) -> tuple[Family, dict]:
     """A family that computes exactly this model, and its config.json.
 
     Args:
         family_name: a model_type to use; None takes the first that fits.
+        origin: config.json of a model that this one was cut out of: its family comes first, with what else it says.
 
     Raises:
         CheckpointError: none fits, or the named one does not.
@@ -88,11 +89,13 @@ def config_of(model: Model, family_name: str | None) -> tuple[Family, dict]:
         raise CheckpointError(f"there is no family {family_name!r}", hint=f"known are {', '.join(sorted(FAMILIES))}")
     bare = model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
     bare = bare.model_copy(update={"num_query_groups": model.num_query_groups or model.num_attention_heads})
-    differences = {}
-    for family in [FAMILIES[family_name]] if family_name else FAMILIES.values():
-        if family.config is None:
+    differences, candidates = {}, [({}, family) for family in FAMILIES.values()]
+    if origin is not None:
+        candidates.insert(0, (origin, FAMILIES[origin["model_type"]]))
+    for said, family in candidates:
+        if family.config is None or family_name not in (None, family.model_type):
             continue
-        fields = family.config(model) | {"model_type": family.model_type}
+        fields = said | family.config(model) | {"model_type": family.model_type}
         try:
             config = AutoConfig.for_model(**fields)
             again = Model(**family.model(config))

@@ -150,14 +150,15 @@ def origin(model: Model, checkpoint: pathlib.Path | None, family_name: str | Non
         CheckpointError: no family computes exactly this model.
     """
     folder = None if checkpoint is None else checkpoint / KEPT
+    cut_from = None
     if family_name is None and folder is not None and (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
-        family = family_of(config, folder)
+        cut_from = read_json(folder / CONFIG)
+        family = family_of(cut_from, folder)
         theirs = model_section(family, folder)
         ours = model.model_copy(update={key: getattr(theirs, key) for key in TRAINING_ONLY})
         if theirs == ours:
-            return family, config, read_kept(folder / WEIGHT_FILES)
-    family, config = config_of(model, family_name)
+            return family, cut_from, read_kept(folder / WEIGHT_FILES)
+    family, config = config_of(model, family_name, cut_from)
     return family, config, None
 
 
