@@ -1,6 +1,7 @@
 """Shell scripts: bash reads them, shellcheck (where it is installed) has nothing to say."""
 
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -29,3 +30,10 @@ def test_options_of_jobs_stand_before_the_first_command():
         first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
         assert any(line.startswith("#SBATCH") for line in lines[:first])
         assert not any(line.startswith("#SBATCH") for line in lines[first:]), path
+
+
+def test_what_jobs_export_wins_over_an_image():
+    """Unbuffered output is wanted by all."""
+    text = (ROOT / "examples" / "slurm" / "common.sh").read_text()
+    (kept,) = re.findall(r'--container-env="([\w,]+)"', text)
+    assert set(kept.split(",")) == set(re.findall(r"^export (\w+)=", text, re.MULTILINE)) - {"PYTHONUNBUFFERED"}
