@@ -28,6 +28,7 @@ MEANS = {
     "teacher_ce": "measured_tokens",
     "agreement": "measured_tokens",
 }
+BY_NAME = ("kd", "ce", "teacher_ce", "agreement", "tokens")  # of each of several teachers
 OF_A_TEACHER = ("kd", "teacher_mass", "student_mass", "teacher_ce", "agreement")
 
 
@@ -175,3 +176,17 @@ def means(sums: Tensor, with_teacher: bool) -> dict[str, float]:
     if math.isnan(averages.get("teacher_ce", 0.0)):
         del averages["teacher_ce"]
     return averages | {"tokens": by_name["tokens"]}
+
+
+def means_by_name(sums: Tensor, names: list[str]) -> dict[str, float]:
+    """`NAME/kd` and so on, over the tokens that each of several teachers teaches.
+
+    Args:
+        sums: reduced, [one more than names, len(SUMS)]; the first is that of all.
+    """
+    found = {}
+    for name, own in zip(names, sums[1:], strict=True):
+        averages = means(own, True)
+        if averages["tokens"]:
+            found |= {f"{name}/{key}": averages[key] for key in BY_NAME if key in averages}
+    return found

@@ -10,8 +10,12 @@ from megakd.errors import CheckpointError, ConfigError
 def read_both(config: Config) -> tuple[Checkpoint | None, Checkpoint | None]:
     """What student and teacher start from; of a run folder, its last checkpoint at this moment."""
     paths = (config.student.checkpoint, config.teacher.checkpoint if config.teacher else None)
-    verify, progress = config.checkpoint.verify, config.log.progress
-    return tuple(open_checkpoint(path, verify, progress=progress) if path else None for path in paths)
+    return tuple(read_one(config, path) if path else None for path in paths)
+
+
+def read_one(config: Config, path: str) -> Checkpoint:
+    """What a model starts from."""
+    return open_checkpoint(path, config.checkpoint.verify, progress=config.log.progress)
 
 
 def choose_tokenizer(config: Config, student_from: Checkpoint | None):

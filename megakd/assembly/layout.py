@@ -15,7 +15,8 @@ def describe_layout(parallel: Parallel, groups, models: dict[str, GPT]) -> str:
         models: this rank's parts by name.
     Collectives: one all-gather of a short text over pp.
     """
-    ways = {name: groups.dp_cp.size() if parallel.shards(name) else 1 for name in models}
+    kinds = {name: "student" if name == "student" else "teacher" for name in models}
+    ways = {name: groups.dp_cp.size() if parallel.shards(kind) else 1 for name, kind in kinds.items()}
     mine = {name: describe_part(gpt, ways[name]) for name, gpt in models.items()}
     stages = [None] * groups.pp.size()
     dist.all_gather_object(stages, mine, group=groups.pp)

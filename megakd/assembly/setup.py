@@ -7,12 +7,20 @@ import pathlib
 
 import torch
 
-from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
-from megakd.assembly.cached import open_caches
+from megakd.assembly.architectures import (
+    check_padding,
+    check_teacher,
+    choose_tokenizer,
+    read_both,
+    read_one,
+    with_vocab,
+)
+from megakd.assembly.cached import cached_teacher, open_caches
 from megakd.assembly.data import describe_data, open_both, run_steps
 from megakd.assembly.layout import describe_layout
 from megakd.assembly.models import build_model
 from megakd.assembly.prompts import open_prompts, open_rollout_prompts
+from megakd.assembly.taught import Taught
 from megakd.checkpoints.folder import Checkpoint
 from megakd.config import Config, Loss, Model, check_experts, check_features, check_model, check_vocab
 from megakd.data.blend import indices_of_step
@@ -29,6 +37,7 @@ from megakd.models.sharding import is_sharded
 from megakd.ranks import from_rank_0
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import TeacherSource
+from megakd.teachers.several import SeveralTeachers
 from megakd.teachers.whole import live_teacher
 
 LOG = logging.getLogger("megakd")
@@ -45,7 +54,7 @@ class Setup:
         groups: process groups.
         tokenizer: of the data and both models.
         model: the student's section with its real vocabulary filled in.
-        teacher_model: the section of a teacher that runs, None without one.
+        teacher_models: the sections of teachers that run.
         student: this rank's part of the student, with weights.
         teacher: None for plain training.
         features: distances between hidden states, attached to the student; None without a features section.
@@ -56,6 +65,7 @@ class Setup:
         routing: terms of the student's routers; None without experts.
         prompts: that the student completes, by their numbers; None without rollouts.
         shown: prompts that it completes at every validation, likewise.
+        taught: which of several teachers teaches a sample; None where there are not several.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -64,7 +74,7 @@ class Setup:
     groups: object
     tokenizer: object
     model: Model
-    teacher_model: Model | None
+    teacher_models: list[Model]
     student: GPT
     teacher: TeacherSource | None
     features: FeatureLoss | None
@@ -75,6 +85,7 @@ class Setup:
     routing: RoutingLosses | None = None
     prompts: dict[int, Prompt] | None = None
     shown: dict[int, Prompt] | None = None
+    taught: Taught | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -103,16 +114,21 @@ class Setup:
 
     def samples(self, step: int) -> list[list]:
         """(epoch, index) of the samples of each of those micro-batches."""
-        return self.split(self.indices(step, self.config.train.global_batch_size))
+        return self.split(self.indices(step, self.config.train.global_batch_size), self.train_data)
 
     def indices(self, step: int, samples: int) -> list[tuple[int, int]]:
         """(epoch, index) of the training data's samples in a step that takes so many of them."""
         return indices_of_step(self.train_data, self.config.run.seed, step, samples) if samples else []
 
-    def split(self, indices: list) -> list[list]:
-        """This data-parallel rank's micro-batches of a global batch."""
-        dp = self.groups.dp
-        return split_batch(indices, dp.rank(), dp.size(), self.config.train.micro_batch_size)
+    def split(self, indices: list, data=None) -> list[list]:
+        """This data-parallel rank's micro-batches of a global batch of a data set's samples."""
+        dp, size = self.groups.dp, self.config.train.micro_batch_size
+        parts = split_batch(indices, dp.rank(), dp.size(), size)
+        if self.taught is None:
+            return parts
+        mine = [index for part in parts for index in part]
+        mine = self.taught.together(data, mine, validation=data is self.validation_data)
+        return [mine[first : first + size] for first in range(0, len(mine), size)]
 
     @property
     def validation_samples(self) -> int:
@@ -134,8 +150,15 @@ class Setup:
         """
         length = batch_length(data, indices, self.config.parallel.sequence_multiple)
         cut = (self.groups.cp.rank(), self.groups.cp.size())
-        loaded = (load_batch(data, part, length) for part in self.split(indices))
-        return [build_micro_batch(batch, packed=packed, cut=cut).to(self.device) for batch in loaded]
+        micro_batches = []
+        for part in self.split(indices, data):
+            teachers = None
+            if self.taught is not None:
+                validation = data is self.validation_data
+                teachers = [self.taught.number(data, index, validation=validation) for index in part]
+            loaded = load_batch(data, part, length)
+            micro_batches.append(build_micro_batch(loaded, packed=packed, cut=cut, teachers=teachers).to(self.device))
+        return micro_batches
 
 
 def build_setup(config: Config, device: torch.device) -> Setup:
@@ -146,6 +169,7 @@ def build_setup(config: Config, device: torch.device) -> Setup:
             is read.
     """
     student_from, teacher_from = from_rank_0(lambda: read_both(config))
+    named = from_rank_0(lambda: [read_one(config, teacher.checkpoint) for teacher in config.teachers])
     tokenizer = choose_tokenizer(config, student_from)
     model = with_vocab(student_from.model if student_from else config.student.model, tokenizer, "the student")
     check_model(config, model, "the student", trained=True)
@@ -154,12 +178,14 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     caches = open_caches(config, tokenizer, model, teacher_from)
     if caches:
         vocab_size, teacher_from = caches[0].header.contents.vocab_size, None  # it need not run
-    if teacher_from:
-        check_teacher(config, teacher_from, tokenizer)
-        check_features(config, model, teacher_from.model)
-        vocab_size = min(vocab_size, teacher_from.model.vocab_size)
-        padded_size = max(padded_size, padded_vocab_size(teacher_from.model.vocab_size))
-    check_experts(config, model, teacher_from.model if teacher_from else None)
+    teachers_from = [teacher_from] if teacher_from else named
+    for checkpoint in teachers_from:
+        check_teacher(config, checkpoint, tokenizer)
+        check_features(config, model, checkpoint.model)
+        vocab_size = min(vocab_size, checkpoint.model.vocab_size)
+        padded_size = max(padded_size, padded_vocab_size(checkpoint.model.vocab_size))
+    teacher_models = [checkpoint.model for checkpoint in teachers_from]
+    check_experts(config, model, next((one for one in teacher_models if one.moe), next(iter(teacher_models), None)))
     check_padding(padded_size, config.parallel.tp)
     prompts = open_rollout_prompts(config, tokenizer) if config.rollouts else None
     shown = config.eval.generate
@@ -186,23 +212,36 @@ def build_setup(config: Config, device: torch.device) -> Setup:
 
     student = build("student", model, student_from)
     teacher, features, loss, models = None, None, loss_of(config), {"student": student}
-    if teacher_from:
-        models["teacher"] = build("teacher", teacher_from.model, teacher_from)
+    names = [f"teacher {teacher.name}" for teacher in config.teachers] or ["teacher"]
+    for name, checkpoint in zip(names, teachers_from, strict=False):
+        models[name] = build(name, checkpoint.model, checkpoint)
     LOG.info("%s", describe_layout(config.parallel, groups, models))
     if caches:
-        teacher = CachedTeacher(caches, groups, describe_data(config, train_data, validation_data))
-    elif teacher_from:
-        gpt = models["teacher"]
+        data = describe_data(config, train_data, validation_data)
+        teacher = cached_teacher(caches, config, groups, data, student.shard, device)
+    elif teachers_from:
+        gpts = [models[name] for name in names]
         if config.features:
-            features = FeatureLoss(student, gpt, config.features, config.run.seed)
-        offload = Offload(gpt) if config.teacher.offload and not is_sharded(gpt) else None
-        teacher = live_teacher(gpt, loss, groups, config.run.seed, offload)
+            features = FeatureLoss(student, gpts[0], config.features, config.run.seed)
+        teacher = teacher_of(config, gpts, loss, groups)
     routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(
-        config, device, groups, tokenizer, model, teacher_from.model if teacher_from else None,
+        config, device, groups, tokenizer, model, teacher_models,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
-        routing, prompts, shown,
+        routing, prompts, shown, Taught.of(config),
     )  # fmt: skip
+
+
+def teacher_of(config: Config, gpts: list[GPT], loss: Loss, groups) -> TeacherSource:
+    """The live teacher, or all that the teachers section names, in its order."""
+    live = []
+    for gpt in gpts:
+        offload = Offload(gpt) if config.teacher.offload and not is_sharded(gpt) else None
+        live.append(live_teacher(gpt, loss, groups, config.run.seed, offload))
+    if not config.teachers:
+        return live[0]
+    names, weights = ([getattr(teacher, key) for teacher in config.teachers] for key in ("name", "weight"))
+    return SeveralTeachers(live, names, weights, groups)
 
 
 def loss_of(config: Config) -> Loss:

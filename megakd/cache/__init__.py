@@ -1,15 +1,19 @@
 """The logit cache: what a teacher said about samples, on disk, found by their content. docs/cache-format.md."""
 
-from megakd.cache.header import Header, read_header
+from megakd.cache.head import publish_head, read_head, whole_head
+from megakd.cache.header import Header, HeadRecord, read_header
 from megakd.cache.reader import CacheReader, check_identity
-from megakd.cache.row import Contents, Row, decode_row, encode_row
-from megakd.cache.tables import Table, build_table
+from megakd.cache.row import Contents, HiddenRow, Row, decode_row, encode_row
+from megakd.cache.tables import HiddenTable, Table, build_table
 from megakd.cache.writer import finish, publish_part, writing
 
 __all__ = [
     "CacheReader",
     "Contents",
+    "HeadRecord",
     "Header",
+    "HiddenRow",
+    "HiddenTable",
     "Row",
     "Table",
     "build_table",
@@ -17,7 +21,10 @@ __all__ = [
     "decode_row",
     "encode_row",
     "finish",
+    "publish_head",
     "publish_part",
+    "read_head",
     "read_header",
+    "whole_head",
     "writing",
 ]

@@ -196,7 +196,7 @@ def format_line(ids_S: np.ndarray, labels_S: np.ndarray, row: Row, contents: Con
 
 def check_exportable(folder, contents: Contents, mode: str) -> None:
     """Raises CacheError for a cache that the format has no words for."""
-    if contents.sampled or mode == "top_p":
+    if contents.sampled or contents.hidden_size or mode == "top_p":
         raise CacheError(
             f"{folder} was recorded with cache.mode={mode}; NeMo-Aligner's format holds the same number of most likely "
             "entries for every token",

@@ -14,7 +14,7 @@ from megakd.errors import CacheError
 
 HEADER_FILE = "cache.json"
 FORMAT = "megakd logit cache"
-FORMAT_VERSION = 1
+ENTRIES_VERSION, HIDDEN_VERSION = 1, 2  # a cache of entries is what it has always been; hidden states came with 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +52,46 @@ class IndexRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadRecord:
+    """The teacher's output layer, which a cache of hidden states holds once: `cache.head`.
+
+    Attributes:
+        file: name inside the folder.
+        bytes: of the file.
+        chunks: digests of its chunks of 4 MiB in a row (`megakd.digests`), so that a rank checks what it reads.
+        dtype: of the weight: bf16 or fp32, little-endian, [rows, hidden_size].
+        rows, hidden_size: the real vocabulary, without padding; channels.
+        softcap: c of logits that are c * tanh(product / c); None: they are the product.
+        teacher_fingerprint: of the teacher's weight files.
+    """
+
+    file: str
+    bytes: int
+    chunks: str
+    dtype: str
+    rows: int
+    hidden_size: int
+    softcap: float | None
+    teacher_fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Header:
     """All of `cache.json`.
 
     Attributes:
         contents: what every row holds.
-        mode: how entries were chosen: top_k, top_p, sampled, hybrid or imported.
+        mode: how entries were chosen: top_k, top_p, sampled, hybrid or imported; or hidden, without entries.
         options: the mode's own numbers (`top_p`, `draws`, `head`, `keep_label`), and the precision the teacher ran in.
         tail: "measured" (summed directly), "derived" (1 minus the entries, of imported logits) or "none" (drawn
-            entries stand for the whole vocabulary).
+            entries stand for the whole vocabulary, hidden states give all of it).
         tokenizer_fingerprint: of the tokenizer of the ids.
         teacher_fingerprint: of the teacher's weight files; "" for an imported cache.
         data: what was recorded, for messages and for refusing another recording into the same folder.
         parts: number of parts the recording consists of.
         created: command, megakd version.
         finished: all parts are there, and the index.
-        shards, index: as published.
+        shards, index, head: as published; head: of hidden states only.
     """
 
     contents: Contents
@@ -82,11 +106,12 @@ class Header:
     finished: bool = False
     shards: tuple[ShardRecord, ...] = ()
     index: IndexRecord | None = None
+    head: HeadRecord | None = None
 
     def identity(self) -> dict:
         """What two recordings must share to be one, as flat names and values."""
         flat = dataclasses.asdict(self)
-        for name in ("created", "finished", "shards", "index"):
+        for name in ("created", "finished", "shards", "index", "head"):
             del flat[name]
         for name in ("contents", "options", "data"):
             flat |= {f"{name}.{key}": value for key, value in flat.pop(name).items()}
@@ -124,7 +149,11 @@ def digest_of(pieces: Iterable) -> str:
 
 def write_header(folder, header: Header) -> None:
     """Publish `cache.json` by rename; the last field is the digest of the others."""
-    record = {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(header)
+    record = {"format": FORMAT, "format_version": HIDDEN_VERSION} | dataclasses.asdict(header)
+    if not header.contents.hidden_size:  # as those read it who know of nothing else
+        record["format_version"] = ENTRIES_VERSION
+        record["contents"] = {name: value for name, value in record["contents"].items() if name != "hidden_size"}
+        del record["head"]
     record["digest"] = digest_of([_canonical(record)])
     write_json(pathlib.Path(folder) / HEADER_FILE, record)
 
@@ -148,11 +177,11 @@ def read_header(folder) -> Header:
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from error
-    if version != FORMAT_VERSION:
+    if version not in (ENTRIES_VERSION, HIDDEN_VERSION):
         created = record.get("created")
         writer = created.get("megakd_version", "unknown") if isinstance(created, dict) else "unknown"
         raise CacheError(
-            f"{path} has cache format {version}, this megakd ({__version__}) reads {FORMAT_VERSION}",
+            f"{path} has cache format {version}, this megakd ({__version__}) reads up to {HIDDEN_VERSION}",
             hint=f"use the megakd that wrote it ({writer}) or a later one",
         )
     seen = record.pop("digest", None)

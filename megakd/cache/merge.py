@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
 
 from megakd import __version__
+from megakd.cache.head import add_head, link_or_copy, whole_head
 from megakd.cache.header import Header, ShardRecord, read_header
 from megakd.cache.index import Index
 from megakd.cache.publish import publishing
@@ -15,7 +14,7 @@ from megakd.cache.shard import check_head
 from megakd.cache.writer import finish, shard_file, write_record, writing
 from megakd.errors import CacheError
 
-SAME = ("contents", "mode", "options", "tail", "tokenizer_fingerprint", "teacher_fingerprint")
+SAME = ("contents", "mode", "options", "tail", "tokenizer_fingerprint", "teacher_fingerprint", "head")
 
 
 def merge(output, inputs: list, command: str, *, same_teacher: bool = False) -> tuple[Header, int]:
@@ -55,12 +54,15 @@ def merge(output, inputs: list, command: str, *, same_teacher: bool = False) -> 
         finished=False,
         shards=(),
         index=None,
+        head=None,
     )
     output = pathlib.Path(output)
     with writing(output, merged) as whole:
         for part, (source, record) in enumerate(sources):
             if part not in whole:
                 add_shard(output, part, source, record)
+        if headers[0].head and whole_head(output, merged) is None:
+            add_head(output, inputs[0], headers[0].head)
         merged = finish(output, merged)
     return merged, Index(output, merged).duplicates()
 
@@ -81,8 +83,5 @@ def add_shard(output: pathlib.Path, part: int, source: pathlib.Path, record: Sha
     check_head(source, record)
     target = output / shard_file(part)
     with publishing(target) as partial:
-        try:
-            os.link(source, partial)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source, partial)
+        link_or_copy(source, partial)
     write_record(output, dataclasses.replace(record, file=target.name, part=part))

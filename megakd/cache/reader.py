@@ -10,11 +10,12 @@ from collections import OrderedDict
 
 import numpy as np
 
+from megakd.cache.head import check_head_fits
 from megakd.cache.header import Header, read_header
 from megakd.cache.index import Index
-from megakd.cache.row import NO_LABEL, EncodedRow, Row, decode_mask, decode_row
+from megakd.cache.row import NO_LABEL, EncodedRow, HiddenRow, Row, decode_mask, decode_row
 from megakd.cache.shard import Shard, damaged
-from megakd.cache.tables import Table, build_table
+from megakd.cache.tables import HiddenTable, Table, build_table
 from megakd.errors import CacheError
 
 OPEN_SHARDS = 256  # at a time; each holds a file descriptor and its rows' keys and masks
@@ -26,8 +27,8 @@ class CacheReader:
 
     Args:
         folder: of the cache.
-        temperature: one of the recorded ones.
-        top_k: most entries to give per token; None gives all that are stored.
+        temperature: one of the recorded ones; of hidden states any.
+        top_k: most entries to give per token; None gives all that are stored. Hidden states are given as they are.
         check_all: compare the checksum of every row; False: of one in 16.
     Raises:
         CacheError: it is missing, damaged, unfinished, or was not recorded for this.
@@ -38,7 +39,10 @@ class CacheReader:
         self.temperature = temperature
         self.top_k = None if self.header.contents.sampled else top_k  # draws are taken all or not at all
         check_finished(self.folder, self.header)
-        check_fits(self.folder, self.header, temperature, top_k)
+        if self.header.contents.hidden_size:
+            check_head_fits(self.folder, self.header)
+        else:
+            check_fits(self.folder, self.header, temperature, top_k)
         self.index = Index(folder, self.header)
         self._check_every, self._count = 1 if check_all else CHECK_EVERY, itertools.count()
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -49,12 +53,12 @@ class CacheReader:
         """Samples."""
         return len(self.index)
 
-    def row(self, shard: int, row: int) -> Row:
+    def row(self, shard: int, row: int) -> Row | HiddenRow:
         """A row by its place, decoded at the reader's temperature."""
         opened = self.shard(shard)
         return self._decode(opened, row, opened.row(row))
 
-    def table(self, key: bytes, mask_S: np.ndarray, last_label: int) -> Table | None:
+    def table(self, key: bytes, mask_S: np.ndarray, last_label: int) -> Table | HiddenTable | None:
         """What the teacher said at the supervised positions of a sample, in their order.
 
         Args:
@@ -69,10 +73,10 @@ class CacheReader:
         row = self.find(key, mask_S, last_label)
         if row is None:
             return None
-        table = build_table(row, self.top_k)
-        return table if len(row.counts_T) == int(mask_S.sum()) else table.rows(mask_S[row.mask_S])
+        table = HiddenTable(row.hidden_TH) if isinstance(row, HiddenRow) else build_table(row, self.top_k)
+        return table if row.tokens == int(mask_S.sum()) else table.rows(mask_S[row.mask_S])
 
-    def find(self, key: bytes, mask_S: np.ndarray, last_label: int) -> Row | None:
+    def find(self, key: bytes, mask_S: np.ndarray, last_label: int) -> Row | HiddenRow | None:
         """The row of a sample, with all its recorded positions; otherwise as `table`."""
         found = self.index.find(key)
         for shard, number in found:
@@ -101,7 +105,7 @@ class CacheReader:
                 self._open.popitem(last=False)
         return shard
 
-    def _decode(self, opened: Shard, number: int, encoded: EncodedRow) -> Row:
+    def _decode(self, opened: Shard, number: int, encoded: EncodedRow) -> Row | HiddenRow:
         check = next(self._count) % self._check_every == 0
         try:
             return decode_row(encoded, self.header.contents, self.temperature, check=check)

@@ -10,7 +10,9 @@ float32:
     ids                         `elias_fano`
     top_id                      `bits`, as many as V - 1 has: the teacher's most likely id
 
-Sizes: S ids of the sample, T of them supervised, N entries of all tokens together, X recorded temperatures.
+or, of a cache of hidden states, those alone (`hidden`).
+
+Sizes: S ids of the sample, T of them supervised, N entries of all tokens together, X recorded temperatures, H channels.
 """
 
 import dataclasses
@@ -19,9 +21,11 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from megakd.cache.bits import pack, packed_bytes, unpack
 from megakd.cache.elias_fano import decode_ids, encode_ids, ids_bytes
+from megakd.cache.hidden import decode_hidden, encode_hidden, hidden_bytes
 from megakd.cache.logprobs import decode_logprobs, encode_logprobs, log_mass, logprobs_bytes
 from megakd.errors import CacheError
 
@@ -34,11 +38,13 @@ class Contents:
 
     Attributes:
         vocab_size: V; every id is below it.
-        top_k: most entries that a token has.
+        top_k: most entries that a token has; 0 of hidden states.
         temperatures: what the teacher's logits were divided by, each with its own tail; entries are at the first.
-        codec: of the log-probabilities, one of `logprobs.CODECS`.
+            None of hidden states, which give any.
+        codec: of the log-probabilities, one of `logprobs.CODECS`; of hidden states, of `hidden`.
         sampled: entries stand for the whole vocabulary (no tail), and the teacher's exact entropy is stored.
         draws: of a codec that counts them, else 0.
+        hidden_size: channels of the teacher's last hidden states, which are all that is stored; 0 of entries.
     """
 
     vocab_size: int
@@ -47,6 +53,26 @@ class Contents:
     codec: str
     sampled: bool = False
     draws: int = 0
+    hidden_size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenRow:
+    """What the teacher's output layer is given for one sample.
+
+    Attributes:
+        key, mask_S, last_label: as of `Row`.
+        hidden_TH: of the supervised positions, on the CPU; what `decode_hidden` gives where it was read.
+    """
+
+    key: bytes
+    mask_S: np.ndarray
+    last_label: int
+    hidden_TH: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.hidden_TH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +103,10 @@ class Row:
     top_id_T: np.ndarray
     entropy_T: np.ndarray | None = None
 
+    @property
+    def tokens(self) -> int:
+        return len(self.counts_T)
+
 
 class EncodedRow(NamedTuple):
     """A row as it stands in a shard."""
@@ -91,8 +121,19 @@ class EncodedRow(NamedTuple):
     payload: memoryview
 
 
-def encode_row(row: Row, contents: Contents) -> EncodedRow:
+def encode_row(row: Row | HiddenRow, contents: Contents) -> EncodedRow:
     """Raises ValueError for a row that breaks what `Row` and `Contents` say."""
+    if contents.hidden_size:
+        payload, entries = hidden_payload(row, contents), 0
+    else:
+        payload, entries = entries_payload(row, contents), len(row.ids_N)
+    payload += bytes(-len(payload) % 8)
+    mask = zlib.compress(np.packbits(row.mask_S, bitorder="little").tobytes(), 9)
+    plain = (row.key, len(row.mask_S), row.tokens, entries, row.last_label, mask)
+    return EncodedRow(*plain, row_checksum(*plain, payload), memoryview(payload))
+
+
+def entries_payload(row: Row, contents: Contents) -> bytes:
     check_row(row, contents)
     parts = [row.log_tail_XT.astype("<f4").tobytes(), row.label_logprob_T.astype("<f4").tobytes()]
     if contents.sampled:
@@ -100,39 +141,59 @@ def encode_row(row: Row, contents: Contents) -> EncodedRow:
     parts.append(encode_logprobs(row.logprobs_N, row.counts_T, contents.codec, contents.draws))
     parts.append(encode_ids(row.ids_N, row.counts_T, contents.vocab_size))
     parts.append(pack(row.top_id_T, _id_bits(contents)))
-    payload = b"".join(parts)
-    payload += bytes(-len(payload) % 8)
-    mask = zlib.compress(np.packbits(row.mask_S, bitorder="little").tobytes(), 9)
-    plain = (row.key, len(row.mask_S), len(row.counts_T), len(row.ids_N), row.last_label, mask)
-    return EncodedRow(*plain, row_checksum(*plain, payload), memoryview(payload))
+    return b"".join(parts)
 
 
-def decode_row(encoded: EncodedRow, contents: Contents, temperature: float | None = None, *, check: bool = True) -> Row:
-    """The row of an encoded one.
+def hidden_payload(row: HiddenRow, contents: Contents) -> bytes:
+    supervised = int(row.mask_S.sum())
+    if row.hidden_TH.shape != (supervised, contents.hidden_size):
+        raise ValueError(
+            f"hidden states {list(row.hidden_TH.shape)} of {supervised} supervised positions and "
+            f"{contents.hidden_size} channels cannot be stored"
+        )
+    return encode_hidden(row.hidden_TH, contents.codec)
+
+
+def decode_row(
+    encoded: EncodedRow, contents: Contents, temperature: float | None = None, *, check: bool = True
+) -> Row | HiddenRow:
+    """The row of an encoded one; what it is, `contents` says.
 
     Args:
         temperature: one of the recorded ones; entries are given at it, and log_tail_XT is the one of it, [1, T]. None
-            gives entries at the first and the tails of all.
+            gives entries at the first and the tails of all. Hidden states have none.
         check: compare the checksum first.
     Raises:
         CacheError: the bytes are damaged.
     """
-    tokens, entries = encoded.tokens, encoded.entries
     if check and row_checksum(*encoded[:6], encoded.payload) != encoded.checksum:
         raise damaged("its checksum differs")
     try:
-        log_tail_XT, label_logprob_T, entropy_T, logprobs, ids, top_ids = _split(encoded, contents)
         mask_S = decode_mask(encoded.mask, encoded.length)
-        ids_N, counts_T = decode_ids(ids, tokens, entries, contents.vocab_size)
-        at = 0 if temperature is None else contents.temperatures.index(temperature)
-        log_mass_T = np.zeros(tokens) if contents.sampled else log_mass(log_tail_XT[at])
-        scale = contents.temperatures[0] / contents.temperatures[at]
-        logprobs_N = decode_logprobs(logprobs, counts_T, contents.codec, log_mass_T, scale)
-        top_id_T = unpack(top_ids, tokens, _id_bits(contents)).astype(np.int64)
+        if contents.hidden_size:
+            check_size(encoded, contents)
+            used = encoded.payload[: part_bytes(encoded.tokens, 0, contents)[0]]
+            hidden_TH = decode_hidden(used, contents.codec, encoded.tokens, contents.hidden_size)
+            row = HiddenRow(encoded.key, mask_S, encoded.last_label, hidden_TH)
+        else:
+            row = decode_entries(encoded, contents, mask_S, temperature)
     except (ValueError, IndexError, zlib.error) as error:
         raise damaged(str(error)) from error
-    if int(mask_S.sum()) != tokens:
-        raise damaged(f"{int(mask_S.sum())} positions are supervised where {tokens} are recorded")
+    if int(mask_S.sum()) != encoded.tokens:
+        raise damaged(f"{int(mask_S.sum())} positions are supervised where {encoded.tokens} are recorded")
+    return row
+
+
+def decode_entries(encoded: EncodedRow, contents: Contents, mask_S: np.ndarray, temperature: float | None) -> Row:
+    """As `decode_row`; raises what damaged bytes lead to."""
+    tokens, entries = encoded.tokens, encoded.entries
+    log_tail_XT, label_logprob_T, entropy_T, logprobs, ids, top_ids = _split(encoded, contents)
+    ids_N, counts_T = decode_ids(ids, tokens, entries, contents.vocab_size)
+    at = 0 if temperature is None else contents.temperatures.index(temperature)
+    log_mass_T = np.zeros(tokens) if contents.sampled else log_mass(log_tail_XT[at])
+    scale = contents.temperatures[0] / contents.temperatures[at]
+    logprobs_N = decode_logprobs(logprobs, counts_T, contents.codec, log_mass_T, scale)
+    top_id_T = unpack(top_ids, tokens, _id_bits(contents)).astype(np.int64)
     if temperature is not None and not contents.sampled:
         log_tail_XT = log_tail_XT[at : at + 1]
     return Row(
@@ -184,6 +245,8 @@ def _id_bits(contents: Contents) -> int:
 
 def part_bytes(tokens: int, entries: int, contents: Contents) -> list[int]:
     """Bytes of each part of a payload, in order; a part that is absent has 0."""
+    if contents.hidden_size:
+        return [hidden_bytes(contents.codec, tokens, contents.hidden_size)]
     return [
         0 if contents.sampled else 4 * tokens * len(contents.temperatures),
         4 * tokens,
@@ -200,12 +263,20 @@ def row_bytes(tokens: int, entries: int, contents: Contents) -> int:
     return used + -used % 8
 
 
+def check_size(encoded: EncodedRow, contents: Contents) -> None:
+    """Raises ValueError unless the payload has as many bytes as its tokens and entries take."""
+    size, wanted = len(encoded.payload), row_bytes(encoded.tokens, encoded.entries, contents)
+    if size != wanted:
+        raise ValueError(
+            f"{size} bytes are stored, {encoded.tokens} tokens with {encoded.entries} entries take {wanted}"
+        )
+
+
 def _split(encoded: EncodedRow, contents: Contents) -> tuple:
     """The parts of the payload."""
+    check_size(encoded, contents)
     tokens, entries, payload = encoded.tokens, encoded.entries, memoryview(encoded.payload)
     sizes = part_bytes(tokens, entries, contents)
-    if len(payload) != row_bytes(tokens, entries, contents):
-        raise ValueError(f"{len(payload)} bytes are stored, {tokens} tokens with {entries} entries take {sum(sizes)}")
     ends = np.cumsum(sizes).tolist()
     parts = [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
     tails = 0 if contents.sampled else len(contents.temperatures)

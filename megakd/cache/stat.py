@@ -8,7 +8,9 @@ import numpy as np
 from megakd.cache.header import Header, read_header
 from megakd.cache.publish import publishing
 from megakd.cache.reader import CacheReader
+from megakd.cache.row import row_bytes
 from megakd.cache.segments import reduce_tokens
+from megakd.errors import CacheError
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -37,7 +39,9 @@ class Statistics:
 
     @property
     def bytes_per_token(self) -> float:
-        return self.file_bytes / max(self.header.tokens, 1)
+        """Without the output layer, which is there once for all tokens."""
+        head = self.header.head.bytes if self.header.head else 0
+        return (self.file_bytes - head) / max(self.header.tokens, 1)
 
 
 def measure(folder, most_rows: int = 2000) -> Statistics:
@@ -47,8 +51,10 @@ def measure(folder, most_rows: int = 2000) -> Statistics:
         CacheError: as the reader's.
     """
     header = read_header(folder)
-    reader = CacheReader(folder, temperature=header.contents.temperatures[0])
+    reader = CacheReader(folder, temperature=next(iter(header.contents.temperatures), 1.0))
     places = [(shard, row) for shard, record in enumerate(header.shards) for row in range(record.rows)]
+    if header.contents.hidden_size:
+        places = []  # they hold all of the teacher's mass
     chosen = np.unique(np.linspace(0, len(places) - 1, min(most_rows, len(places))).astype(int)) if places else []
     rows = [reader.row(*places[i]) for i in chosen]
     masses = [reduce_tokens(np.add, np.exp(row.logprobs_N.astype(np.float64)), row.counts_T) for row in rows]
@@ -66,9 +72,12 @@ def measure(folder, most_rows: int = 2000) -> Statistics:
 def describe(stats: Statistics) -> str:
     """The figures as lines of text."""
     header, contents = stats.header, stats.header.contents
-    temperatures = ", ".join(f"{t:g}" for t in contents.temperatures)
+    temperatures = ", ".join(f"{t:g}" for t in contents.temperatures) or "any"
+    kept = f"at most {contents.top_k} entries a token"
+    if header.head:
+        kept = f"{contents.hidden_size:,} channels a token ({row_bytes(8, 0, contents) / 8:,.0f} bytes)"
     lines = [
-        f"mode          {header.mode}, at most {contents.top_k} entries a token, codec {contents.codec}",
+        f"mode          {header.mode}, {kept}, codec {contents.codec}",
         f"temperature   {temperatures}",
         f"tail          {header.tail}",
         f"vocabulary    {contents.vocab_size:,} ids, tokenizer {header.tokenizer_fingerprint[:12]}",
@@ -77,6 +86,12 @@ def describe(stats: Statistics) -> str:
         f"tokens        {header.tokens:,} supervised",
         f"bytes         {stats.file_bytes:,}, {stats.bytes_per_token:.1f} a token",
     ]
+    if head := header.head:
+        cap = f", soft cap {head.softcap:g}" if head.softcap else ""
+        lines[-1] += " beside the output layer"
+        lines.append(
+            f"output layer  {head.rows:,} x {head.hidden_size:,} in {head.dtype}{cap}, {head.bytes:,} bytes, once"
+        )
     if len(stats.mass_T):
         points = np.percentile(stats.mass_T, PERCENTILES)
         spread = "  ".join(f"p{p} {value:.4f}" for p, value in zip(PERCENTILES, points, strict=True))
@@ -95,8 +110,13 @@ def plot(stats: Statistics, path) -> None:
     """Writes the picture of `draw` as a PNG.
 
     Raises:
-        CacheError: it cannot be written.
+        CacheError: it cannot be written; hidden states leave nothing out, of which it would be one.
     """
+    if stats.header.contents.hidden_size:
+        raise CacheError(
+            "the cache holds hidden states, which give the whole of the teacher's distribution: no mass is missing",
+            hint="leave --plot out; it shows what entries leave out",
+        )
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,13 @@
 """A row's entries as tables with a fixed number of slots, which is what the losses read; exact truncation to fewer.
 
-Sizes: T tokens of one sample, K slots, N entries of all tokens together.
+Sizes: T tokens of one sample, H channels, K slots, N entries of all tokens together.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megakd.cache.row import Row
 from megakd.cache.segments import spread, starts, uniform_count
@@ -29,6 +31,16 @@ class Table(NamedTuple):
     def rows(self, index_T: np.ndarray) -> "Table":
         """Some tokens."""
         return Table(*(None if column is None else column[index_T] for column in self))
+
+
+class HiddenTable(NamedTuple):
+    """What the teacher's output layer is given for T tokens, on the CPU."""
+
+    hidden_TH: Tensor
+
+    def rows(self, index_T: np.ndarray) -> "HiddenTable":
+        """Some tokens."""
+        return HiddenTable(self.hidden_TH[torch.from_numpy(index_T)])
 
 
 def build_table(row: Row, top_k: int | None = None) -> Table:

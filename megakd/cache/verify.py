@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megakd.cache.head import check_head_file, check_head_fits
 from megakd.cache.header import Header, ShardRecord, read_header
 from megakd.cache.index import Index
 from megakd.cache.reader import check_finished
-from megakd.cache.row import decode_row
+from megakd.cache.row import HiddenRow, decode_row
 from megakd.cache.shard import Shard, check_file
 from megakd.cache.tables import build_table
 from megakd.errors import CacheError
@@ -33,6 +34,12 @@ def verify(folder, progress: Callable[[ShardRecord], None] = lambda record: None
     index, problems = Index(folder, header), []
     if len(index) != header.rows:
         problems.append(f"the index has {len(index)} rows, the shards {header.rows}")
+    if header.contents.hidden_size:
+        try:
+            check_head_fits(folder, header)
+            check_head_file(folder, header.head)
+        except CacheError as error:
+            problems.append(error.args[0])
     for number, record in enumerate(header.shards):
         try:
             check_file(folder, record)
@@ -63,6 +70,8 @@ def check_rows(shard: Shard, number: int, header: Header, index: Index) -> list[
             continue
         if (number, row_number) not in index.find(encoded.key):
             problems.append(f"{where}: the index does not find its key")
+        if isinstance(row, HiddenRow):
+            continue
         table = build_table(row)
         mass_T = np.exp(table.logprobs_TK.astype(np.float64)).sum(1) + np.exp(table.log_tail_T.astype(np.float64))
         wrong_T = ~(np.abs(mass_T - 1) <= MASS_TOLERANCE)

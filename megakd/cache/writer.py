@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 
+from megakd.cache.head import RECORD_FILE, whole_head, write_head_record
 from megakd.cache.header import HEADER_FILE, Header, ShardRecord, load_record, read_header, write_header, write_json
 from megakd.cache.index import has_index, write_index
 from megakd.cache.publish import unwritable
@@ -75,9 +76,13 @@ def _open(folder: pathlib.Path, header: Header) -> dict[int, ShardRecord]:
     for stray in folder.glob(f"*{INCOMPLETE}"):  # of a writer that was killed
         stray.unlink(missing_ok=True)
     whole = whole_parts(folder, old)
-    if not (old.finished and len(whole) == header.parts and has_index(folder, old)):
+    head = whole_head(folder, old)
+    has_head = head is not None or not header.contents.hidden_size
+    if not (old.finished and len(whole) == header.parts and has_index(folder, old) and has_head):
         for record in whole.values():
             write_record(folder, record)
+        if head:
+            write_head_record(folder, head)
         write_header(folder, dataclasses.replace(header, created=old.created))
     return whole
 
@@ -141,11 +146,16 @@ def finish(folder, header: Header) -> Header:
             f"{folder} lacks {len(missing)} of {header.parts} parts, first part {missing[0]}",
             hint="start the same `megakd cache` again: it records what is missing",
         )
+    head = whole_head(folder, old) if header.contents.hidden_size else None
+    if header.contents.hidden_size and head is None:
+        raise CacheError(
+            f"{folder} lacks the teacher's output layer", hint="start the same `megakd cache` again: it records it"
+        )
     shards = tuple(whole[part] for part in range(header.parts))
     header = dataclasses.replace(
-        header, created=old.created, finished=True, shards=shards, index=write_index(folder, shards)
+        header, created=old.created, finished=True, shards=shards, index=write_index(folder, shards), head=head
     )
     write_header(folder, header)
-    for path in [*folder.glob("shard-*.json"), *folder.glob(f"*{INCOMPLETE}")]:
+    for path in [*folder.glob("shard-*.json"), folder / RECORD_FILE, *folder.glob(f"*{INCOMPLETE}")]:
         path.unlink(missing_ok=True)
     return header

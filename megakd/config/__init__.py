@@ -30,6 +30,7 @@ from megakd.config.sections import (
     Teacher,
     Train,
 )
+from megakd.config.teachers import NamedTeacher, paths_of
 
 __all__ = [
     "MLA",
@@ -45,6 +46,7 @@ __all__ = [
     "Loss",
     "MoE",
     "Model",
+    "NamedTeacher",
     "Optimizer",
     "Parallel",
     "Pipeline",
@@ -65,5 +67,6 @@ __all__ = [
     "check_ranks",
     "check_vocab",
     "format_reference",
+    "paths_of",
     "section_summaries",
 ]

@@ -12,20 +12,23 @@ from megakd.config.section import Count, CountOrZero, Positive, Section, Share, 
 class Cache(Section):
     """What `megakd cache` records into teacher.cache, of the samples that this config would train and validate on"""
 
-    mode: Literal["top_k", "top_p", "sampled", "hybrid"] = "top_k"
+    mode: Literal["top_k", "top_p", "sampled", "hybrid", "hidden"] = "top_k"
     """Which entries of the teacher's distribution are kept per token: the top_k most likely; the most likely that
-    together reach top_p; draws from the whole distribution; or the top_k most likely and draws from the rest."""
+    together reach top_p; draws from the whole distribution; or the top_k most likely and draws from the rest. hidden:
+    the whole distribution, as the teacher's last hidden states, with its output layer once: it serves every
+    loss.targets at every temperature."""
     top_k: Count | None = None
-    """Most entries kept per token (not of mode sampled, which has draws only); null: loss.top_k. Training may use
-    fewer."""
+    """Most entries kept per token (not of the modes sampled and hidden); null: loss.top_k. Training may use fewer."""
     top_p: Share | None = None
     """Mass that the entries reach, with top_k as their limit (top_p only, and needed there)."""
     draws: Annotated[int, Field(ge=1, lt=2**16)] | None = None
     """Draws per token (sampled and hybrid only, and needed there)."""
-    codec: Literal["fp32", "fp16", "q8"] = "fp16"
-    """How log-probabilities are stored: exactly, as float16, or in 8 bits. Sampled entries are counts, always exact."""
+    codec: Literal["fp32", "fp16", "bf16", "q8"] | None = None
+    """How log-probabilities are stored: exactly, as float16, or in 8 bits; null: fp16. Sampled entries are counts,
+    always exact. How hidden states are: fp32, bf16, or in 8 bits; null: bf16, which is exact of a bf16 teacher."""
     temperatures: list[Positive] = Field(default=[])
-    """Temperatures that training may use, each with a tail of its own; empty: loss.temperature. Draws have one only."""
+    """Temperatures that training may use, each with a tail of its own; empty: loss.temperature. Draws have one only,
+    hidden states need none named."""
     keep_label: bool = False
     """The data's next token is always among the entries, in place of the least likely one (top_k and top_p only)."""
     start: CountOrZero = 0
@@ -47,6 +50,7 @@ class Cache(Section):
             yield "draws", f"{seen}; only the modes sampled and hybrid have it, and need it"
         if self.mode == "sampled" and self.top_k is not None:
             yield "top_k", f"{self.top_k} has no effect with mode sampled, which has draws only; expected null"
+        yield from self._hidden_problems()
         if drawn and len(self.temperatures) > 1:
             yield "temperatures", f"{self.temperatures}; draws are made at one temperature"
         if len(set(self.temperatures)) < len(self.temperatures):
@@ -61,6 +65,15 @@ class Cache(Section):
                 yield "share", f"{self.share!r}; expected I/N with I from 0 to N - 1, such as 0/4"
             if self.start or self.end:
                 yield "share", f"{self.share} and start or end; expected one or the other"
+
+    def _hidden_problems(self) -> Iterator[tuple[str, str]]:
+        if (self.codec == "bf16" and self.mode != "hidden") or (self.codec == "fp16" and self.mode == "hidden"):
+            expected = "fp32, bf16 or q8" if self.mode == "hidden" else "fp32, fp16 or q8"
+            yield "codec", f"{self.codec}; expected {expected} with mode {self.mode}"
+        if self.mode == "hidden":
+            for name, none in (("top_k", None), ("temperatures", []), ("keep_label", False)):
+                if getattr(self, name) != none:
+                    yield name, f"{getattr(self, name)} has no effect with mode hidden, which keeps the whole"
 
     def bounds(self, samples: int) -> tuple[int, int]:
         """First sample to record, and the one to stop before, of so many."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from megakd.config import sections
 from megakd.config.cache import Cache
@@ -21,6 +21,7 @@ from megakd.config.problems import explain, nearest_key, problems_error
 from megakd.config.prune import Prune
 from megakd.config.rollouts import Rollouts
 from megakd.config.routing import Routing
+from megakd.config.teachers import NamedTeacher, paths_of, teachers_problems
 from megakd.config.yaml12 import format_yaml, parse_yaml
 from megakd.errors import ConfigError
 from megakd.publish import publish_text
@@ -35,6 +36,7 @@ class Config(sections.Section):
     parallel: Parallel = Parallel()
     student: sections.Student
     teacher: sections.Teacher | None = None
+    teachers: list[NamedTeacher] = Field([])
     loss: Loss = Loss()
     features: Features | None = None
     routing: Routing = Routing()
@@ -49,6 +51,14 @@ class Config(sections.Section):
     checkpoint: sections.Checkpoint = sections.Checkpoint()
     export: sections.Export = sections.Export()
     log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several_teachers(cls, values: Any) -> Any:
+        """What holds for all of several teachers stands in the teacher section, which is there where they are."""
+        if isinstance(values, Mapping) and values.get("teachers") and values.get("teacher") is None:
+            return {**values, "teacher": {}}
+        return values
 
     @classmethod
     def load(cls, path: str | os.PathLike, overrides: Sequence[str] = ()) -> "Config":
@@ -136,6 +146,7 @@ class Config(sections.Section):
             yield "parallel.vpp", f"{self.parallel.vpp}, but parallel.pp is 1; layers go round the ranks of a pipeline"
         if self.parallel.vpp > 1 and self.features is not None:
             yield "features", "given with parallel.vpp; the pair of a layer is then on another rank, expected vpp = 1"
+        yield from self._teacher_problems()
         yield from self._fsdp_problems()
         if self.student.model is not None:
             length, pipeline = self.data.sequence_length, self.student.pipeline
@@ -148,14 +159,13 @@ class Config(sections.Section):
                     "null, and a student.model has no tokenizer of its own; expected a tokenizer file",
                 )
         yield from self._sequence_problems()
-        if self.loss.ramps.temperature is not None and self.teacher is not None and self.teacher.cache is not None:
-            yield "loss.ramps.temperature", "given with teacher.cache, which was recorded at fixed temperatures"
-        if self.loss.targets != "top_k" and self.teacher is not None and self.teacher.cache is not None:
-            yield "loss.targets", f"{self.loss.targets}, but teacher.cache says what is compared; expected top_k"
         if self.loss.targets == "sampled" and self.parallel.cp > 1:
             yield "loss.targets", f"sampled, but parallel.cp = {self.parallel.cp} cuts the samples that draws are of"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
-            yield "features", "given with teacher.cache; hidden states are not recorded, expected a live teacher"
+            yield (
+                "features",
+                "given with teacher.cache; hidden states of layers are not recorded, expected a live teacher",
+            )
         yield from self.eval.problems_in(self)
         if self.export.checkpoint == "best" and (self.data.validation is None or not self.checkpoint.keep_best):
             lacks = "data.validation is null" if self.data.validation is None else "checkpoint.keep_best is false"
@@ -166,6 +176,23 @@ class Config(sections.Section):
             yield "data.train", "missing; only a run whose rollouts.fraction is 1 does without"
         yield from self._schedule_problems(self.train.steps)
         yield from self._allow_change_problems()
+
+    def _teacher_problems(self) -> Iterator[tuple[str, str]]:
+        teacher = self.teacher
+        if teacher is None:
+            return
+        if not self.teachers:
+            if teacher.checkpoint is None and teacher.cache is None:
+                yield "teacher.checkpoint", "neither checkpoint nor cache is given; expected one of them or both"
+            return
+        for key in ("checkpoint", "cache"):
+            if getattr(teacher, key) is not None:
+                yield f"teacher.{key}", f"{getattr(teacher, key)}, but teachers are given, which have their own"
+        for key in ("features", "rollouts"):
+            if getattr(self, key) is not None:
+                yield key, "given with teachers, which teach sources of data; expected one teacher"
+        sources = {f"data.{key}": paths_of(getattr(self.data, key)) for key in ("train", "validation")}
+        yield from teachers_problems(self.teachers, sources)
 
     def _fsdp_problems(self) -> Iterator[tuple[str, str]]:
         parallel = self.parallel
@@ -238,7 +265,11 @@ def _flat(section: sections.Section, prefix: str) -> dict[str, Any]:
     values = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if section_of(field.annotation) and value is not None:
+        if isinstance(value, list):
+            values[prefix + name] = [
+                item.model_dump() if isinstance(item, sections.Section) else item for item in value
+            ]
+        elif section_of(field.annotation) and value is not None:
             values |= _flat(value, f"{prefix}{name}.")
         else:
             values[prefix + name] = value

@@ -18,7 +18,7 @@ class Ramps(Section):
     ce_weight: Ramp | None = None
     """Of ce_weight."""
     temperature: Ramp | None = None
-    """Of temperature. A recorded teacher has the temperatures of its recording only."""
+    """Of temperature. A recorded teacher has the temperatures of its recording only, recorded hidden states all."""
 
 
 class Loss(Section):
@@ -42,7 +42,7 @@ class Loss(Section):
     """What is compared per token: the teacher's top_k entries and its tail; its whole distribution, exactly, from its
     final hidden states, with both models' logits in blocks of tokens that are not kept; or draws from it, new ones in
     every step, whose loss and gradient are unbiased (forward_kl only; another parallel.tp makes others). The last two
-    want a live teacher."""
+    want a live teacher, or recorded hidden states."""
     draws: Count | None = None
     """Draws per token (targets sampled only, and needed there)."""
     top_k: Count = 64

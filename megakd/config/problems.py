@@ -174,7 +174,8 @@ def _expected_at(location: tuple[str | int, ...], root: type[Section]) -> str:
     section, words = root, ""
     for part in location:
         if isinstance(part, int):
-            return words.removeprefix("list of ")
+            words = words.removeprefix("list of ")
+            continue
         field = section.model_fields[part]
         words = expected(field)
         section = section_of(field.annotation) or section

@@ -95,8 +95,6 @@ class Teacher(Section):
     teacher's phase of every step, layer by layer while it runs."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.checkpoint is None and self.cache is None:
-            yield "checkpoint", "neither checkpoint nor cache is given; expected one of them or both"
         if self.offload and self.cache is not None:
             yield "offload", "true, but what is in a cache is said without the teacher's weights; expected false"
         if self.cache == []:

@@ -6,18 +6,17 @@ Legend: T tokens, B micro-batch, S sequence, H hidden, V vocabulary, W this rank
 import logging
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megakd.config import Pipeline
 from megakd.kernels import VocabShard
-from megakd.kernels.paths import softcap_passes
 from megakd.models.architecture import DTYPES, layer_specs, transformer_config
 from megakd.models.blocks import needs_own_layers
 from megakd.models.initialization import initialize_weights
 from megakd.models.moe import keep_router_biases_whole, share_key_gradients
+from megakd.models.output_layer import OutputLayer
 from megakd.models.rotary import inverse_frequencies
 
 try:
@@ -31,7 +30,7 @@ LOG = logging.getLogger("megakd")
 VOCAB_MULTIPLE = 1024  # of the padded vocabulary, whatever the layout, so that weights do not depend on it
 
 
-class GPT(GPTModel):
+class GPT(OutputLayer, GPTModel):
     """A GPTModel whose forward ends at the final norm: the head is run by the loss, on supervised rows only.
 
     Megatron's own forward computes logits for every position, transposes them and copies them once more. Here the
@@ -82,29 +81,24 @@ class GPT(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def block_tokens(self, budget_bytes: int) -> int:
-        """Tokens whose logits on this rank fit into a number of bytes; at least 1."""
-        width, size = self.shard.stop - self.shard.start, self.config.params_dtype.itemsize
-        return max(budget_bytes // (width * size), 1)
-
     def logits(self, hidden_SBH: Tensor, rows_T: Tensor | None = None) -> Tensor:
         """[T, W]: this rank's columns, padded ones included (the kernels leave those out)."""
         return self.logits_of(self.head_input(hidden_SBH, rows_T))
-
-    def logits_of(self, hidden_TH: Tensor) -> Tensor:
-        """The same, of what `head_input` gives."""
-        logits_TW = F.linear(hidden_TH, self.head_weight)
-        if self.softcap is None:
-            return logits_TW
-        if torch.is_grad_enabled():
-            return self.softcap * torch.tanh(logits_TW / self.softcap)
-        softcap_passes(logits_TW).cap(logits_TW, self.softcap, logits_TW)
-        return logits_TW
 
     @property
     def softcap(self) -> float | None:
         """Of the logits."""
         return self.config.model.logit_softcap
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of one logit; stages without an output layer know it too."""
+        return self.config.params_dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a token's hidden state, wherever the weights are."""
+        return self.config.hidden_size * self.config.params_dtype.itemsize
 
 
 def multiply_output(embedding, args, hidden_SBH: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class MicroBatch:
         segments: lengths of the parts of the one row; None when every row is one sequence.
         samples: (row, start, stop) of each sample; what lies outside fills rows up. None: every row is one sample.
         cut: (this rank, ranks) that the sequences are cut over; ids and labels are whole, rows and models see a part.
+        teachers: of each sample, the number of the teacher of its source, -1 where nothing of its row is supervised;
+            None where there is one teacher.
     """
 
     ids_BS: Tensor
@@ -35,6 +37,7 @@ class MicroBatch:
     segments: tuple[int, ...] | None = None
     samples: tuple[tuple[int, int, int], ...] | None = None
     cut: tuple[int, int] = (0, 1)
+    teachers: tuple[int, ...] | None = None
 
     def __post_init__(self):
         assert self.cut[1] == 1 or self.segments is None, "packed rows are not cut"
@@ -72,6 +75,14 @@ class MicroBatch:
         return self.own(self.labels_BS).T.flatten()[self.rows_T]
 
     @functools.cached_property
+    def teachers_T(self) -> Tensor:
+        """The teacher of each supervised row, where there are several."""
+        teachers_BS = torch.full_like(self.ids_BS, -1)
+        for (row, start, stop), teacher in zip(self.parts(), self.teachers, strict=True):
+            teachers_BS[row, start:stop] = teacher
+        return self.own(teachers_BS).T.flatten()[self.rows_T]
+
+    @functools.cached_property
     def position_ids_BS(self) -> Tensor:
         """Positions; they start again at every segment."""
         batch, length = self.ids_BS.shape
@@ -99,16 +110,19 @@ class MicroBatch:
         return list(self.samples) if self.samples is not None else [(row, 0, length) for row in range(batch)]
 
 
-def build_micro_batch(loaded: dict, *, packed: bool, cut: tuple[int, int] = (0, 1)) -> MicroBatch:
+def build_micro_batch(
+    loaded: dict, *, packed: bool, cut: tuple[int, int] = (0, 1), teachers: list[int] | None = None
+) -> MicroBatch:
     """A micro-batch from what `megakd.data.dataset.load_batch` returns.
 
     Args:
         packed: lay the rows out as one, cut into segments; the same for all micro-batches of a step, and needed when
             a row may hold several samples.
         cut: see MicroBatch.
+        teachers: the number of each row's teacher, where there are several.
     """
     ids_BS, labels_BS = loaded["ids"], loaded["labels"]
-    length, samples, segments = ids_BS.shape[1], [], []
+    length, samples, segments, of_samples = ids_BS.shape[1], [], [], []
     assert packed or all(len(row) == 1 for row in loaded["segments"]), "rows of several samples must be packed"
     for row, (lengths, used) in enumerate(zip(loaded["segments"], loaded["lengths"], strict=True)):
         ends = list(itertools.accumulate(lengths))
@@ -116,9 +130,12 @@ def build_micro_batch(loaded: dict, *, packed: bool, cut: tuple[int, int] = (0, 
             shift = row * length if packed else 0
             samples.append((0 if packed else row, shift + start, shift + min(stop, used)))
         segments += lengths
+        if teachers is not None:
+            of_samples += [teachers[row] if (labels_BS[row] != MASKED).any() else -1] * len(lengths)
+    how = tuple(samples), cut, None if teachers is None else tuple(of_samples)
     if not packed:
-        return MicroBatch(ids_BS, labels_BS, None, tuple(samples), cut)
-    return MicroBatch(ids_BS.reshape(1, -1), labels_BS.reshape(1, -1), tuple(segments), tuple(samples), cut)
+        return MicroBatch(ids_BS, labels_BS, None, *how)
+    return MicroBatch(ids_BS.reshape(1, -1), labels_BS.reshape(1, -1), tuple(segments), *how)
 
 
 def forward(gpt, micro_batch: MicroBatch) -> Tensor:

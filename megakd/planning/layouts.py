@@ -1,7 +1,7 @@
 """Layouts in which a run fits into the memory of so many GPUs."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megakd.config import Config, Model, check_ranks
 from megakd.config.fit import model_problems
@@ -37,23 +37,41 @@ class Layout:
         return f"{axes or 'tp 1'}, dp {self.dp}{', sp' if parallel.sp else ''}, recompute {self.config.train.recompute}"
 
 
-def fullest_stage(config: Config, student: Model, teacher: Model | None, dp: int) -> tuple[int, Memory]:
-    """The pipeline stage with the most memory, and what it is."""
-    stages = [(stage, rank_memory(config, student, teacher, dp, stage)) for stage in range(config.parallel.pp)]
+def fullest_stage(
+    config: Config, student: Model, teacher: Model | None, dp: int, others: Sequence[Model] = ()
+) -> tuple[int, Memory]:
+    """The pipeline stage with the most memory, and what it is.
+
+    Args:
+        others: of several teachers, those that are not `teacher`.
+    """
+    stages = [(stage, stage_memory(config, student, teacher, dp, stage, others)) for stage in range(config.parallel.pp)]
     return max(stages, key=lambda pair: pair[1].total)
 
 
-def problems_of(config: Config, student: Model, teacher: Model | None, world_size: int) -> list[str]:
+def stage_memory(
+    config: Config, student: Model, teacher: Model | None, dp: int, stage: int, others: Sequence[Model]
+) -> Memory:
+    """Of a rank: the weights of all teachers, or with teacher.offload of the largest; they run one after the other."""
+    each = [rank_memory(config, student, one, dp, stage) for one in (teacher, *others)]
+    together = max if config.teacher is not None and config.teacher.offload else sum
+    most = {name: max(getattr(memory, name) for memory in each) for name in ("lessons", "working", "teacher_pass")}
+    return replace(each[0], teacher=together([memory.teacher for memory in each]), **most)
+
+
+def problems_of(
+    config: Config, student: Model, teacher: Model | None, world_size: int, others: Sequence[Model] = ()
+) -> list[str]:
     """What of a config and its models does not fit so many ranks, in the words of the launch itself."""
     found, length = [], config.data.sequence_length
     models = [(student, config.student.pipeline, "student", True)]
     if teacher:
-        models.append((teacher, config.teacher.pipeline, "teacher", False))
+        models += [(one, config.teacher.pipeline, "teacher", False) for one in (teacher, *others)]
     for model, pipeline, whose, trained in models:
         problems = model_problems(model, config.parallel, length, pipeline, trained=trained)
         found += [f"{whose}: {key}: {text}" for key, text in problems]
     found += [f"{key}: {text}" for key, text in config.problems()]
-    padded = padded_vocab(max(model.vocab_size for model in (student, teacher) if model))
+    padded = padded_vocab(max(model.vocab_size for model in (student, teacher, *others) if model))
     if padded % config.parallel.tp:
         found.append(
             f"the padded vocabulary of {padded} columns does not divide over parallel.tp = {config.parallel.tp}"
@@ -66,7 +84,13 @@ def problems_of(config: Config, student: Model, teacher: Model | None, world_siz
 
 
 def fitting_layouts(
-    config: Config, student: Model, teacher: Model | None, nodes: int, gpus: int, memory_bytes: int
+    config: Config,
+    student: Model,
+    teacher: Model | None,
+    nodes: int,
+    gpus: int,
+    memory_bytes: int,
+    others: Sequence[Model] = (),
 ) -> list[Layout]:
     """Those that fit, the one with the fewest ranks to a model first: what is left is data parallel, which costs least.
 
@@ -75,7 +99,7 @@ def fitting_layouts(
     """
     fitting = [
         layout
-        for layout in possible_layouts(config, student, teacher, nodes, gpus)
+        for layout in possible_layouts(config, student, teacher, nodes, gpus, others)
         if layout.memory.total <= memory_bytes * PLANNED_SHARE
     ]
     return sorted(
@@ -89,17 +113,19 @@ def fitting_layouts(
     )
 
 
-def possible_layouts(config: Config, student: Model, teacher: Model | None, nodes: int, gpus: int) -> Iterator[Layout]:
+def possible_layouts(
+    config: Config, student: Model, teacher: Model | None, nodes: int, gpus: int, others: Sequence[Model] = ()
+) -> Iterator[Layout]:
     """Layouts that the checks accept, with the config's own recomputation and with that of whole layers."""
     kinds = dict.fromkeys((config.train.recompute, "full"))
     for tp in (2**power for power in range(gpus.bit_length())):
         for pp in range(1, nodes * gpus // tp + 1):
             parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "vpp": 1, "sp": tp > 1})
             tried, size = config.model_copy(update={"parallel": parallel}), tp * pp * parallel.cp
-            if (nodes * gpus) % size or problems_of(tried, student, teacher, nodes * gpus):
+            if (nodes * gpus) % size or problems_of(tried, student, teacher, nodes * gpus, others):
                 continue
             dp = nodes * gpus // size
             for kind in kinds:
                 train = config.train.model_copy(update={"recompute": kind})
                 one = tried.model_copy(update={"train": train})
-                yield Layout(one, dp, fullest_stage(one, student, teacher, dp)[1])
+                yield Layout(one, dp, fullest_stage(one, student, teacher, dp, others)[1])

@@ -146,8 +146,11 @@ def checkpoint_bytes(config: Config, student: Model) -> int:
 
 
 def lesson_bytes(config: Config, teacher: Model | None, tokens: int, micro_batches: int) -> int:
-    """Of a step: the teacher's entries, or, for its whole distribution, what its head is given."""
-    if config.teacher is None:
+    """Of a step: the teacher's entries, or, for its whole distribution, what its head is given.
+
+    Of recorded hidden states 0: how wide they are, the config does not say.
+    """
+    if config.teacher is None or (config.loss.targets == "whole" and teacher is None):
         return 0
     if config.loss.targets == "whole":
         return tokens * micro_batches * teacher.hidden_size * BYTES[config.teacher_train.precision]

@@ -4,8 +4,9 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
-from megakd.cache import Contents, Row, decode_row, encode_row, publish_part
+from megakd.cache import Contents, HiddenRow, Row, decode_row, encode_row, publish_part
 from megakd.cache.segments import reduce_tokens
 from megakd.cache.shard import ShardWriter
 
@@ -46,7 +47,7 @@ class PartWriter:
         """Payload of the rows written so far; nan before the first."""
         return self.bytes / self.tokens if self.tokens else float("nan")
 
-    def add(self, rows: list[Row]) -> None:
+    def add(self, rows: list[Row | HiddenRow]) -> None:
         """Append rows to the part; returns when the rows before these are encoded.
 
         Raises:
@@ -75,7 +76,7 @@ class PartWriter:
             self.publishing.result()
             self.publishing = None
 
-    def _add(self, rows: list[Row]) -> None:
+    def _add(self, rows: list[Row | HiddenRow]) -> None:
         for row in rows:
             encoded = encode_row(row, self.contents)
             self.shard.add(encoded)
@@ -83,10 +84,18 @@ class PartWriter:
             self.bytes += len(encoded.payload)
         if not self.measured:
             self.measured = True
-            mean, most = codec_error(rows, self.contents)
-            LOG.info(
-                "codec %s: KL(teacher || stored) mean %.2e, most %.2e nats a token", self.contents.codec, mean, most
-            )
+            LOG.info("codec %s: %s", self.contents.codec, describe_error(rows, self.contents))
+
+
+def describe_error(rows: list[Row | HiddenRow], contents: Contents) -> str:
+    """What the codec costs, of some rows."""
+    if contents.hidden_size:
+        exact_TH = torch.cat([row.hidden_TH for row in rows]).double()
+        got_TH = torch.cat([decode_row(encode_row(row, contents), contents).hidden_TH for row in rows]).double()
+        share = float((got_TH - exact_TH).norm() / exact_TH.norm().clamp(min=1e-300))
+        return f"hidden states are stored to {share:.1e} of their norm"
+    mean, most = codec_error(rows, contents)
+    return f"KL(teacher || stored) mean {mean:.2e}, most {most:.2e} nats a token"
 
 
 def codec_error(rows: list[Row], contents: Contents) -> tuple[float, float]:

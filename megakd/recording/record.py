@@ -18,7 +18,7 @@ from megakd import __version__
 from megakd.assembly.architectures import check_padding, check_teacher, choose_tokenizer, read_both, with_vocab
 from megakd.assembly.data import open_both
 from megakd.assembly.models import build_model
-from megakd.cache import Contents, Header, finish, read_header, writing
+from megakd.cache import Contents, Header, finish, read_header, whole_head, writing
 from megakd.cache.fingerprint import folder_fingerprint
 from megakd.cache.row import row_bytes
 from megakd.checkpoints.folder import Checkpoint
@@ -31,9 +31,10 @@ from megakd.models.micro_batch import build_micro_batch
 from megakd.models.sharding import is_sharded
 from megakd.progress import progress_bar
 from megakd.ranks import Ranks, from_rank_0
+from megakd.recording.output_layer import record_output_layer
 from megakd.recording.part_writer import PartWriter
 from megakd.recording.reading_order import Samples
-from megakd.recording.recorder import Recorder
+from megakd.recording.recorder import HiddenRecorder, Recorder
 from megakd.stopped import clear_stopped, write_stopped
 from megakd.teachers.entries import Recipe
 
@@ -75,7 +76,13 @@ def record(config: Config, ranks: Ranks, command: str) -> None:
         ranks.on_early_stop(lambda: write_stopped(folder, finished=False))
         LOG.info("recording samples %d to %d into %s", setup.samples.start, setup.samples.end, folder)
         missing = [part for part in range(header.parts) if part not in whole]
-        done = not missing or Recording(setup, header, folder, ranks).run(missing)
+        headless = header.contents.hidden_size > 0 and from_rank_0(lambda: whole_head(folder, header) is None)
+        done = True
+        if missing or headless:
+            recording = Recording(setup, header, folder, ranks)
+            if headless:
+                record_output_layer(folder, header, recording.recorder, setup.groups)
+            done = recording.run(missing)
         dist.barrier()
         if dist.get_rank() == 0:
             if not read_header(folder).finished and done:
@@ -182,13 +189,15 @@ def build_recording(config: Config, device: torch.device) -> RecordingSetup:
         padded_size=padded_size,
         samples=Samples(train_data, validation_data, config),
         recipe=recipe,
-        contents=make_contents(recipe, config.cache.codec, vocab_size),
+        contents=make_contents(recipe, config.cache.codec, vocab_size, teacher_from.model.hidden_size),
     )
 
 
 def make_recipe(config: Config, vocab_size: int) -> Recipe:
     """What the cache section asks to keep; its open ends come from the loss section."""
     cache = config.cache
+    if cache.mode == "hidden":
+        return Recipe(cache.mode, 0, ())
     top_k = cache.top_k or config.loss.top_k
     if top_k > vocab_size:
         raise ConfigError(
@@ -198,8 +207,16 @@ def make_recipe(config: Config, vocab_size: int) -> Recipe:
     return Recipe(cache.mode, top_k, temperatures, cache.top_p, cache.keep_label, cache.draws or 0)
 
 
-def make_contents(recipe: Recipe, codec: str, vocab_size: int) -> Contents:
-    """What the rows of a recipe hold; pure draws are counted, and a count fits 8 bits when their number does."""
+def make_contents(recipe: Recipe, codec: str | None, vocab_size: int, hidden_size: int) -> Contents:
+    """What the rows of a recipe hold; pure draws are counted, and a count fits 8 bits when their number does.
+
+    Args:
+        codec: of the cache section.
+        vocab_size, hidden_size: of the teacher.
+    """
+    if recipe.mode == "hidden":
+        return Contents(vocab_size, 0, (), codec or "bf16", hidden_size=hidden_size)
+    codec = codec or "fp16"
     if recipe.mode == "sampled":
         codec = "count8" if recipe.draws < 256 else "count16"
         return Contents(vocab_size, recipe.slots, recipe.temperatures, codec, sampled=True, draws=recipe.draws)
@@ -218,7 +235,7 @@ def make_header(setup: RecordingSetup, command: str) -> Header:
             "draws": cache.draws,
             "precision": setup.config.teacher_train.precision,
         },
-        tail="none" if setup.contents.sampled else "measured",
+        tail="none" if setup.contents.sampled or setup.contents.hidden_size else "measured",
         tokenizer_fingerprint=setup.tokenizer_fingerprint,
         teacher_fingerprint=folder_fingerprint(setup.teacher_from.path),
         data=setup.samples.describe() | {"shard_samples": setup.shard_samples},
@@ -237,7 +254,8 @@ class Recording:
 
     def __init__(self, setup: RecordingSetup, header: Header, folder: pathlib.Path, ranks: Ranks):
         self.setup, self.header, self.folder, self.ranks = setup, header, folder, ranks
-        self.recorder = Recorder(setup.load_teacher(), setup.recipe, setup.groups, setup.config.run.seed)
+        kind = HiddenRecorder if setup.contents.hidden_size else Recorder
+        self.recorder = kind(setup.load_teacher(), setup.recipe, setup.groups, setup.config.run.seed)
         train = setup.config.train
         in_flight = 1 if setup.groups.pp.size() == 1 else 4 * setup.groups.pp.size()
         self.group_samples = in_flight * train.micro_batch_size
@@ -300,7 +318,7 @@ class Recording:
             ) from error
         writer.add(rows)
         if not bar.disable:
-            self.tokens += sum(len(row.counts_T) for row in rows)
+            self.tokens += sum(row.tokens for row in rows)
             rate = self.tokens * self.setup.groups.dp.size() / (time.perf_counter() - self.started)
             bar.set_postfix_str(f"{rate:,.0f} tok/s, {writer.bytes_per_token:.1f} B/tok", refresh=False)
             bar.update(len(numbers))

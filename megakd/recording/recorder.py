@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megakd.cache import Row
+from megakd.cache import HiddenRow, Row
 from megakd.cache.samples import Sample
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
@@ -50,6 +50,19 @@ class Recorder:
         else:
             entries = choose_entries(logits_TW, micro_batch.labels_T, self.gpt.shard, self.recipe)
         return build_rows(entries, samples) if self.writes else []
+
+
+class HiddenRecorder(Recorder):
+    """Keeps what the teacher's output layer is given, which it does not apply."""
+
+    def _keep(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> list[HiddenRow]:
+        hidden_TH = self.gpt.head_input(hidden_SBH, micro_batch.rows_T)
+        if not hidden_TH.isfinite().all():  # on all ranks of tp alike, which hold the same
+            raise ValueError("the teacher's last hidden states hold NaN or infinity")
+        if not self.writes:
+            return []
+        hidden_TH = hidden_TH.cpu()
+        return [HiddenRow(*sample, hidden_TH[mine_T]) for sample, mine_T in find_samples(micro_batch)]
 
 
 def build_rows(entries: Entries, samples: list[tuple[Sample, np.ndarray]]) -> list[Row]:

@@ -2,8 +2,9 @@
 
 The student is the last checkpoint of `run.dir` if there is one, else what the student section says; or, with --model,
 every checkpoint, run folder and Hugging Face folder that is named, one after the other. The divergence `kd` is taken
-over `loss.top_k` entries; with a teacher that runs, the exact KL is given both ways beside it. A student of the run
-itself is also appended, as one JSON line, to `evaluations.jsonl` in the run folder.
+over `loss.top_k` entries; with a teacher that runs, or whose hidden states were recorded, the exact KL is given both
+ways beside it. A student of the run itself is also appended, as one JSON line, to `evaluations.jsonl` in the run
+folder.
 """
 
 import argparse
@@ -101,17 +102,15 @@ def evaluate(config: Config, path: str, ranks) -> dict:
     """The figures of one model."""
     from megakd.assembly.setup import build_setup
     from megakd.models.groups import destroy_groups
-    from megakd.teachers.online import OnlineTeacher
-    from megakd.teachers.whole import WholeTeacher
+    from megakd.teachers.whole import whole_of
     from megakd.training.evaluation import Evaluation, id_bytes
 
     student = config.student.model_copy(update={"checkpoint": path, "model": None})
     alone = {"rollouts": None, "eval": config.eval.model_copy(update={"generate": None, "tasks": []})}
     config = config.model_copy(update={"student": student, **alone})
     setup = build_setup(config, ranks.device)
-    teacher = WholeTeacher.of(setup.teacher) if isinstance(setup.teacher, OnlineTeacher) else setup.teacher
     id_bytes_V = id_bytes(setup.tokenizer, ranks.device)
-    evaluation = Evaluation(setup.student, teacher, setup.loss, setup.groups, id_bytes_V)
+    evaluation = Evaluation(setup.student, whole_of(setup.teacher), setup.loss, setup.groups, id_bytes_V)
     started = time.perf_counter()
     with progress_bar(setup.validation_samples, "evaluating", shown=ranks.is_main and config.log.progress) as bar:
         metrics = evaluation(counted(setup.validation_batches(), bar, config), ranks.device)

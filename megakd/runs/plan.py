@@ -41,14 +41,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def plan(arguments: argparse.Namespace, words: list[str]) -> int:
     """Prints the plan; 0 where the run fits as it is configured, else 1."""
     config = Config.from_arguments(words)
-    student, teacher = models_of(config)
-    found = Plan(config, student, teacher, arguments)
+    student, teachers = models_of(config)
+    found = Plan(config, student, teachers, arguments)
     print(json.dumps(found.as_json()) if arguments.json else found.text(words))
     return int(not found.fits)
 
 
-def models_of(config: Config) -> tuple[Model, Model | None]:
-    """The student, and the teacher if one runs, with their vocabulary; no weights are read."""
+def models_of(config: Config) -> tuple[Model, list[Model]]:
+    """The student, and the teachers that run, with their vocabulary; no weights are read."""
     from megakd.assembly.architectures import with_vocab
     from megakd.checkpoints.folder import tokenizer_path
     from megakd.converters.direct import section_of
@@ -58,8 +58,10 @@ def models_of(config: Config) -> tuple[Model, Model | None]:
     student = config.student.model if path is None else section_of(path)
     if student.vocab_size is None:
         student = with_vocab(student, load_tokenizer(tokenizer_path(config.data.tokenizer)), "the student")
-    runs = config.teacher is not None and config.teacher.cache is None
-    return student, section_of(config.teacher.checkpoint) if runs else None
+    paths = [teacher.checkpoint for teacher in config.teachers]
+    if not paths and config.teacher is not None and config.teacher.cache is None:
+        paths = [config.teacher.checkpoint]
+    return student, [section_of(path) for path in paths]
 
 
 class Plan:
@@ -67,12 +69,15 @@ class Plan:
 
     Attributes:
         problems: what of it does not fit so many ranks; where there is one, nothing but layouts is known.
+        teacher: the largest of the teachers; traffic and speed are told as if all samples were its.
         stage, memory: of the fullest rank.
         layouts: that fit.
     """
 
-    def __init__(self, config: Config, student: Model, teacher: Model | None, arguments: argparse.Namespace):
-        self.config, self.student, self.teacher = config, student, teacher
+    def __init__(self, config: Config, student: Model, teachers: list[Model], arguments: argparse.Namespace):
+        self.config, self.student, self.teachers = config, student, teachers
+        *others, teacher = sorted(teachers, key=whole_parameters) or [None]
+        self.teacher = teacher
         self.nodes, self.gpus, self.mfu = arguments.nodes, arguments.gpus_per_node, arguments.mfu
         self.gpu = ACCELERATORS[arguments.gpu]
         self.memory_bytes = arguments.gpu_memory or self.gpu.memory_bytes
@@ -83,14 +88,14 @@ class Plan:
                 hint="megakd check --help",
             )
         self.world_size = self.nodes * self.gpus
-        self.problems = problems_of(config, student, teacher, self.world_size)
+        self.problems = problems_of(config, student, teacher, self.world_size, others)
         shape = (student, teacher, self.nodes, self.gpus, self.memory_bytes)
-        self.layouts = fitting_layouts(config, *shape)
+        self.layouts = fitting_layouts(config, *shape, others)
         self.memory = None
         if not self.problems:
             parallel = config.parallel
             self.dp = self.world_size // (parallel.tp * parallel.pp * parallel.cp)
-            self.stage, self.memory = fullest_stage(config, student, teacher, self.dp)
+            self.stage, self.memory = fullest_stage(config, student, teacher, self.dp, others)
 
     @property
     def fits(self) -> bool:
@@ -98,7 +103,7 @@ class Plan:
 
     def traffic(self) -> dict[str, int]:
         parallel, pipeline = self.config.parallel, self.config.student.pipeline
-        padded = padded_vocab(max(model.vocab_size for model in (self.student, self.teacher) if model))
+        padded = padded_vocab(max(model.vocab_size for model in (self.student, *self.teachers)))
         mine = rank_parameters(self.student, parallel, padded, self.stage, pipeline)
         return step_traffic(self.config, self.student, self.teacher, mine, self.dp, self.stage)
 
@@ -111,7 +116,7 @@ class Plan:
     def as_json(self) -> dict:
         found = {
             "student_parameters": whole_parameters(self.student),
-            "teacher_parameters": whole_parameters(self.teacher) if self.teacher else None,
+            "teacher_parameters": sum(map(whole_parameters, self.teachers)) if self.teachers else None,
             "world_size": self.world_size,
             "problems": self.problems,
             "fits": self.fits,
@@ -132,10 +137,19 @@ class Plan:
 
     def text(self, words: list[str]) -> str:
         lines = [f"student    {describe(self.student)}"]
-        if self.teacher:
+        if self.config.teachers:
+            lines += [
+                f"teacher    {describe(model)}, {named.name} (weight {named.weight:g})"
+                for named, model in zip(self.config.teachers, self.teachers, strict=True)
+            ]
+            lines.append("           each sample goes through one of them; traffic and speed are told of the largest")
+        elif self.teacher:
             lines.append(f"teacher    {describe(self.teacher)}, beside it")
         elif self.config.teacher:
-            lines.append("teacher    recorded; it does not run")
+            of_states = (
+                "; its states and output layer are not counted below" if self.config.loss.targets == "whole" else ""
+            )
+            lines.append(f"teacher    recorded; it does not run{of_states}")
         lines.append(f"on         {self.nodes} x {self.gpus} GPUs of {gigabytes(self.memory_bytes)} GB")
         if self.problems:
             lines += ["", "as it is configured it does not fit these ranks:", *(f"  {text}" for text in self.problems)]
@@ -148,7 +162,7 @@ class Plan:
         config = self.config
         layout = Layout(config, self.dp, self.memory)
         where = f", stage {self.stage}" if config.parallel.pp > 1 else ""
-        padded = padded_vocab(max(model.vocab_size for model in (self.student, self.teacher) if model))
+        padded = padded_vocab(max(model.vocab_size for model in (self.student, *self.teachers)))
         size, tokens = BYTES[config.train.precision], config.train.micro_batch_size * config.data.sequence_length
         fused = is_fused(config, self.student, padded, tokens // config.parallel.cp, size)
         cut = f", over {self.dp} ranks" if config.optimizer.distributed and self.dp > 1 else ""
@@ -158,7 +172,7 @@ class Plan:
             "weights": f"{kept}, of the student{fsdp['student']}",
             "gradients": "float32",
             "optimizer": f"moments and float32 weights{cut}",
-            "teacher": f"its weights{fsdp['teacher']}",
+            "teacher": f"{self.whose_weights()}{fsdp['teacher']}",
             "gathered": "whole at one time",
             "lessons": f"of every token of the step: {LESSONS[config.loss.targets]}",
             "activations": f"recompute {config.train.recompute}",
@@ -183,6 +197,11 @@ class Plan:
             f"  {'most at once':<13}{gigabytes(self.memory.total):>8}  {verdict}: {left}",
             *untried,
         ]
+
+    def whose_weights(self) -> str:
+        if not self.config.teachers:
+            return "its weights"
+        return "weights of the largest, for they are offloaded" if self.config.teacher.offload else "weights of all"
 
     def other_lines(self) -> list[str]:
         sent = ", ".join(f"{axis} {gigabytes(number)}" for axis, number in self.traffic().items()) or "nothing"

@@ -55,32 +55,38 @@ class CachedTeacher:
             self.prefetch(micro_batches)
         _, futures = self.ahead.pop(id(micro_batches))
         device = micro_batches[0].ids_BS.device
-        return [to_device(future.result(), device) for future in futures]
+        return [self.to_device(future.result(), device) for future in futures]
 
     def lesson(self, micro_batch: MicroBatch) -> Lesson:
         """One micro-batch's, on the host."""
         ids_BS, labels_BS = micro_batch.ids_BS.cpu().numpy(), micro_batch.labels_BS.cpu().numpy()
-        batch, places, tables = len(ids_BS), [], []
+        batch, places, found = len(ids_BS), [np.empty(0, np.int64)], []
         for b, start, stop in micro_batch.parts():
             ids_S, labels_S = ids_BS[b, start:stop], labels_BS[b, start:stop]
             if (labels_S == MASKED).all():  # what fills up a batch, without a single id, too
                 continue
             sample = read_sample(ids_S, labels_S)
-            tables.append(self.table(sample, ids_S))
+            found.append(self.table(sample, ids_S))
             places.append((start + np.flatnonzero(sample.mask_S)) * batch + b)
-        if not tables:
-            tables, places = [empty_table(self.readers[0].header.contents.sampled)], [np.empty(0, np.int64)]
         place_T = np.concatenate(places)
         order_T = np.argsort(place_T)
         if micro_batch.own_S is not None:
             order_T = order_T[np.isin(place_T[order_T], micro_batch.whole_rows_T.cpu().numpy())]
+        return self.build(found, order_T)
+
+    def build(self, found: list[tuple[CacheReader, Table]], order_T: np.ndarray) -> Lesson:
+        """Tables of several samples as one lesson, on the host; `order_T` as of `build_lesson`."""
+        tables = [table for _, table in found] or [empty_table(self.readers[0].header.contents.sampled)]
         return build_lesson(tables, order_T, self.readers[0].temperature)
 
-    def table(self, sample: Sample, ids_S: np.ndarray) -> Table:
-        """The sample's row, or an error that says why it may be missing."""
+    def to_device(self, lesson: Lesson, device) -> Lesson:
+        return Lesson(lesson.targets.to(device), lesson.label_logprob_T.to(device), lesson.id_T.to(device))
+
+    def table(self, sample: Sample, ids_S: np.ndarray) -> tuple[CacheReader, Table]:
+        """The sample's row and whose it is, or an error that says why it may be missing."""
         found = [(reader, table) for reader in self.readers if (table := reader.table(*sample)) is not None]
         if len(found) == 1:
-            return found[0][1]
+            return found[0]
         asked = f"the sample that begins with ids {ids_S[:6].tolist()}"
         if found:
             raise CacheError(
@@ -146,10 +152,6 @@ def build_lesson(tables: list[Table], order_T: np.ndarray, temperature: float) -
     )
     label_logprob_T = join([table.label_logprob_T for table in tables])
     return Lesson(targets, label_logprob_T, join([table.top_id_T for table in tables]))
-
-
-def to_device(lesson: Lesson, device) -> Lesson:
-    return Lesson(lesson.targets.to(device), lesson.label_logprob_T.to(device), lesson.id_T.to(device))
 
 
 def empty_table(sampled: bool) -> Table:

@@ -27,7 +27,7 @@ class Recipe:
     """Which entries are kept.
 
     Attributes:
-        mode: top_k, top_p, sampled or hybrid.
+        mode: top_k, top_p, sampled or hybrid; of hidden, which keeps no entries, the rest says nothing.
         top_k: most entries of a token; of hybrid, those that are not drawn.
         temperatures: each with a tail; entries are given at the first.
         top_p: mass that the entries reach, top_k permitting.

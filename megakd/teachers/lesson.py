@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megakd.config import Loss
+from megakd.errors import TrainingError
 from megakd.kernels import KDLoss, VocabShard, kd_loss
 from megakd.losses import options
 from megakd.models.micro_batch import MicroBatch
@@ -43,8 +44,8 @@ class Lesson:
 class TeacherSource(Protocol):
     """Anything that gives lessons for the micro-batches of a step, in order, on the last pipeline stage.
 
-    They are all `Lesson`, or all `teachers.whole.WholeLesson`. `step` is the optimizer step that learns from them (the
-    first is 1), 0 where none does.
+    They are `Lesson`, `teachers.whole_lesson.WholeLesson`, or `teachers.mixed.MixedLesson` of these. `step` is the
+    optimizer step that learns from them (the first is 1), 0 where none does.
     """
 
     def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list: ...
@@ -74,3 +75,8 @@ def no_lesson(tokens: int, device) -> Lesson:
         torch.zeros(tokens, device=device),
     )
     return Lesson(none, torch.zeros(tokens, device=device), torch.full((tokens,), -1, device=device))
+
+
+def not_finite(error: ValueError) -> TrainingError:
+    """What a run says of a teacher whose logits cannot be used."""
+    return TrainingError(f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision")

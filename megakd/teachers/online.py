@@ -7,13 +7,13 @@ import contextlib
 
 from torch import Tensor
 
-from megakd.errors import TrainingError
 from megakd.kernels.selection import select_and_predict
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
 from megakd.models.offload import Offload
-from megakd.teachers.lesson import Lesson, join
+from megakd.models.output_layer import OutputLayer
+from megakd.teachers.lesson import Lesson, join, not_finite
 
 
 class OnlineTeacher:
@@ -44,6 +44,11 @@ class OnlineTeacher:
         self.top_k, self.temperature, self.groups, self.step = top_k, temperature, groups, 0
         self.offload = offload
 
+    @property
+    def heads(self) -> list[OutputLayer]:
+        """Its output layer, on the last stage."""
+        return [self.gpt]
+
     def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[Lesson]:
         """As of a TeacherSource.
 
@@ -66,8 +71,3 @@ class OnlineTeacher:
         logits_TW = self.gpt.logits(hidden_SBH, rows_T)
         targets, said = select_and_predict(logits_TW, labels_T, self.top_k, self.gpt.shard, self.temperature)
         return Lesson(targets, said.label_logprob_T, said.id_T)
-
-
-def not_finite(error: ValueError) -> TrainingError:
-    """What a run says of a teacher whose logits cannot be used."""
-    return TrainingError(f"the online teacher: {error}", hint="look at the teacher's weights and at train.precision")

@@ -12,7 +12,9 @@ from megakd.kernels.sampling import sample_and_predict
 from megakd.models.micro_batch import MicroBatch
 from megakd.targets import TeacherTargets
 from megakd.teachers.lesson import Lesson, join
+from megakd.teachers.mixed import MixedLesson
 from megakd.teachers.online import OnlineTeacher
+from megakd.teachers.whole_lesson import WholeLesson
 
 NEXT_STEP = 0x9E3779B97F4A7C15  # odd: every step has seeds of its own
 
@@ -32,25 +34,46 @@ class SampledTeacher(OnlineTeacher):
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> Lesson:
         hidden_TH = self.gpt.head_input(hidden_SBH, micro_batch.rows_T)
-        device, shard, block = hidden_TH.device, self.gpt.shard, self.gpt.block_tokens(self.budget_bytes)
-        lessons, places = [], []
-        for sample, mine_T in find_samples(micro_batch):
-            generator = torch.Generator(device).manual_seed(seed_of(sample, self.seed, self.step))
-            for part_T in torch.from_numpy(mine_T).to(device).split(block):
-                logits_BW, labels_B = self.gpt.logits_of(hidden_TH[part_T]), micro_batch.labels_T[part_T]
-                given = logits_BW, labels_B, self.draws, shard, generator, self.temperature
-                targets, said = sample_and_predict(*given)
-                lessons.append(Lesson(targets, said.label_logprob_T, said.id_T))
-                places.append(part_T)
-        if not lessons:
-            return self._nothing(device)
-        return join(lessons).rows(torch.cat(places).argsort())
+        whole = WholeLesson(hidden_TH, self.gpt, self.top_k, self.temperature, self.budget_bytes)
+        block = self.gpt.block_tokens(self.budget_bytes)
+        return draw_lesson(whole, micro_batch, self.draws, self.seed, self.step, self.temperature, block)
 
-    def _nothing(self, device) -> Lesson:
-        """Of a micro-batch without supervised tokens."""
-        ids_TK, none_T = torch.empty((0, self.draws), dtype=torch.int64, device=device), torch.empty(0, device=device)
-        targets = TeacherTargets(ids_TK, torch.empty((0, self.draws), device=device), none_T, self.temperature, none_T)
-        return Lesson(targets, none_T, torch.empty(0, dtype=torch.int64, device=device))
+
+def draw_lesson(
+    lesson: WholeLesson | MixedLesson,
+    micro_batch: MicroBatch,
+    draws: int,
+    seed: int,
+    step: int,
+    temperature: float,
+    block_tokens: int,
+) -> Lesson:
+    """Draws from whole distributions.
+
+    Args:
+        lesson: about the micro-batch, with the teacher's logits.
+        draws, seed, step: N of a token, of the run, and as of `seed_of`.
+        block_tokens: whose logits exist at one time.
+    """
+    device, shard = micro_batch.labels_T.device, lesson.head.shard
+    lessons, places = [], []
+    for sample, mine_T in find_samples(micro_batch):
+        generator = torch.Generator(device).manual_seed(seed_of(sample, seed, step))
+        for part_T in torch.from_numpy(mine_T).to(device).split(block_tokens):
+            given = lesson.rows(part_T).logits(), micro_batch.labels_T[part_T], draws, shard, generator, temperature
+            targets, said = sample_and_predict(*given)
+            lessons.append(Lesson(targets, said.label_logprob_T, said.id_T))
+            places.append(part_T)
+    if not lessons:
+        return nothing_drawn(draws, temperature, device)
+    return join(lessons).rows(torch.cat(places).argsort())
+
+
+def nothing_drawn(draws: int, temperature: float, device) -> Lesson:
+    """Of a micro-batch without supervised tokens."""
+    ids_TK, none_T = torch.empty((0, draws), dtype=torch.int64, device=device), torch.empty(0, device=device)
+    targets = TeacherTargets(ids_TK, torch.empty((0, draws), device=device), none_T, temperature, none_T)
+    return Lesson(targets, none_T, torch.empty(0, dtype=torch.int64, device=device))
 
 
 def find_samples(micro_batch: MicroBatch) -> list[tuple[Sample, np.ndarray]]:

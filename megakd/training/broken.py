@@ -16,6 +16,7 @@ from megakd.errors import TrainingError
 from megakd.kernels.vocab import MASKED
 from megakd.models.forward_only import forward_only
 from megakd.models.micro_batch import MicroBatch
+from megakd.teachers.mixed import parts_of
 from megakd.training.step import StudentStep
 
 FOLDER = "broken"  # in the run folder
@@ -77,11 +78,14 @@ def token_losses(student: StudentStep, micro_batches: list[MicroBatch], step: in
     def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> Tensor:
         gpt, lesson, labels_T = student.gpt, next(lessons), micro_batch.labels_T
         loss_SB = torch.zeros(micro_batch.ids_BS.numel(), device=labels_T.device)
-        every = torch.arange(len(labels_T), device=labels_T.device)
-        for part_T in every.split(gpt.block_tokens(loss.logits_memory_budget_bytes)):
-            logits_TW = gpt.logits(hidden_SBH, micro_batch.rows_T[part_T])
-            parts = lesson.rows(part_T).losses(logits_TW, labels_T[part_T], gpt.shard, loss)
-            loss_SB[micro_batch.whole_rows_T[part_T]] = parts.loss_T
+        for part in parts_of(lesson, labels_T):
+            every = torch.arange(len(part.rows_P), device=labels_T.device)
+            for block_B in every.split(gpt.block_tokens(loss.logits_memory_budget_bytes)):
+                rows_B = part.rows_P[block_B]
+                logits_BW = gpt.logits(hidden_SBH, micro_batch.rows_T[rows_B])
+                given = logits_BW, labels_T[rows_B], gpt.shard, part.loss(loss)
+                losses = part.lesson.rows(block_B).losses(*given)
+                loss_SB[micro_batch.whole_rows_T[rows_B]] = losses.loss_T
         if student.groups.cp.size() > 1:
             dist.all_reduce(loss_SB, group=student.groups.cp)
         batch, length = micro_batch.ids_BS.shape

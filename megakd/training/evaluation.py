@@ -15,14 +15,14 @@ from megakd.config import Loss
 from megakd.kernels import select_top_k
 from megakd.kernels.dense import NotFiniteError, dense_kd_loss
 from megakd.kernels.predictions import Predictions, predict
-from megakd.losses import SUMS, means, summed
+from megakd.losses import SUMS, means, means_by_name, summed
 from megakd.models.forward_only import forward_only
 from megakd.models.gpt import GPT
 from megakd.models.groups import is_last_stage
 from megakd.models.micro_batch import MicroBatch
-from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
-from megakd.teachers.online import not_finite
-from megakd.teachers.whole import WholeLesson
+from megakd.teachers.lesson import TeacherSource, no_lesson, not_finite
+from megakd.teachers.mixed import Part, parts_of
+from megakd.teachers.whole_lesson import WholeLesson
 from megakd.training.head_loss import block_tokens_of, compare
 from megakd.training.step import reduce_sums
 
@@ -65,7 +65,8 @@ class Evaluation:
             `bits_per_byte`.
         Collectives: those of the models; three all-reduces and as many broadcasts at the end.
         """
-        totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        names = getattr(self.teacher, "names", [])
+        totals = torch.zeros(1 + len(names), len(SUMS), dtype=torch.float64, device=device)
         bins_3N = torch.zeros(3, BINS, dtype=torch.float64, device=device)
         exact = torch.zeros(len(EXACT), dtype=torch.float64, device=device)
         for micro_batches in batches:
@@ -75,8 +76,8 @@ class Evaluation:
                 totals += sums
                 bins_3N += batch_bins_3N
                 exact += batch_exact
-        totals = reduce_sums([totals] if is_last_stage(self.groups) else [], self.groups, device)
-        metrics = means(totals, self.teacher is not None)
+        totals = reduce_sums([totals] if is_last_stage(self.groups) else [], self.groups, device, len(names))
+        metrics = means(totals[0], self.teacher is not None) | means_by_name(totals, names)
         metrics |= calibration(share(bins_3N, self.groups))
         by_name = dict(zip(EXACT, share(exact, self.groups).tolist(), strict=True))
         if by_name["exact_tokens"]:
@@ -95,35 +96,40 @@ class Evaluation:
         order = iter(lessons)
 
         def keep(hidden_SBH: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-            lesson, student = next(order), self.student
-            models = (student, lesson.gpt) if isinstance(lesson, WholeLesson) else (student,)
-            block = block_tokens_of(self.loss, *models)
-            every = torch.arange(len(micro_batch.labels_T), device=micro_batch.labels_T.device)
-            totals = [self.judge_rows(hidden_SBH, micro_batch, lesson, part) for part in every.split(block)]
+            totals = []
+            for part in parts_of(next(order), micro_batch.labels_T):
+                heads = [part.lesson.head] if isinstance(part.lesson, WholeLesson) else []
+                block = block_tokens_of(self.loss, self.student, *heads)
+                every = torch.arange(len(part.rows_P), device=part.rows_P.device)
+                for block_B in every.split(block):
+                    here = dataclasses.replace(part, rows_P=part.rows_P[block_B], lesson=part.lesson.rows(block_B))
+                    totals.append(self.judge_rows(hidden_SBH, micro_batch, here))
             return tuple(sum(parts) for parts in zip(*totals, strict=True))
 
         return forward_only(self.student, micro_batches, keep, self.groups)
 
     @torch.no_grad()
-    def judge_rows(
-        self, hidden_SBH: Tensor, micro_batch: MicroBatch, lesson: Lesson | WholeLesson, part_T: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums, bins and exact sums of some of a micro-batch's supervised tokens."""
-        labels_T, shard, here = micro_batch.labels_T[part_T], self.student.shard, lesson.rows(part_T)
-        logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T[part_T])
+    def judge_rows(self, hidden_SBH: Tensor, micro_batch: MicroBatch, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums (of all teachers, and of each with a name), bins and exact sums of some of the supervised tokens."""
+        labels_T, shard = micro_batch.labels_T[part.rows_P], self.student.shard
+        logits_TW = self.student.logits(hidden_SBH, micro_batch.rows_T[part.rows_P])
+        here, loss = part.lesson, part.loss(self.loss)
         exact = torch.zeros(len(EXACT), dtype=torch.float64, device=labels_T.device)
         losses = None
         if isinstance(here, WholeLesson):
             teacher_TW = here.logits()
             exact[:3] = self.compare_whole(logits_TW, teacher_TW, labels_T)
             exact[3] = len(labels_T)
-            if self.loss.targets != "top_k":
-                losses = here.losses(logits_TW, labels_T, shard, self.loss, teacher_TW)
+            if loss.targets != "top_k":
+                losses = here.losses(logits_TW, labels_T, shard, loss, teacher_TW)
             here = here.selected(labels_T, teacher_TW)
-        _, sums = summed(losses or here.losses(logits_TW, labels_T, shard, self.loss), labels_T, None)
+        _, own = summed(losses or here.losses(logits_TW, labels_T, shard, loss), labels_T, None)
         said = predict(logits_TW, labels_T, shard)
         if self.teacher is not None:
-            compare(sums, said.id_T, here.id_T, here.label_logprob_T)
+            compare(own, said.id_T, here.id_T, here.label_logprob_T)
+        sums = own.new_zeros(1 + len(getattr(self.teacher, "names", [])), len(own))
+        for row in part.counted:
+            sums[row] = own
         if self.id_bytes_V is not None:
             exact[4] = self.id_bytes_V[labels_T].sum()
         return sums, bin_predictions(said, labels_T), exact

@@ -69,7 +69,7 @@ def train(config: Config, ranks: Ranks) -> None:
             optimizer.reload_model_params()
         if is_last_stage(setup.groups):
             tokens = config.train.micro_batch_size * config.data.sequence_length // config.parallel.cp
-            how = describe_head(setup.student, getattr(setup.teacher, "gpt", None), tokens, setup.loss)
+            how = describe_head(setup.student, getattr(setup.teacher, "heads", []), tokens, setup.loss)
             LOG.log(logging.INFO if "fused" in how else logging.DEBUG, "%s", how)
         write_run_files(config)
         log = MetricsLog(config, progress.step, setup.steps, enabled=dist.get_rank() == 0)
@@ -268,9 +268,10 @@ class Loop:
         return TeacherCheck(
             micro_batches,
             vocab_size=self.setup.tokenizer.vocab_size,
-            source=" and ".join(teacher.caches) or teacher.checkpoint,
+            source=" and ".join(teacher.caches) or teacher.checkpoint or "",
             fresh=progress.step == progress.skipped + progress.broken,
             group=self.setup.groups.dp_cp,
+            named=tuple((named.name, named.checkpoint) for named in self.config.teachers),
         )
 
     def leave_out(self, error: BrokenBatch, micro_batches: list[MicroBatch]) -> None:
@@ -295,8 +296,9 @@ class Loop:
         """Throughput of one step; FLOP of the teacher's forward and the student's forward and backward pass."""
         setup, length = self.setup, self.config.data.sequence_length
         flops = 3 * forward_flops(setup.model, length)
-        if setup.teacher_model:
-            flops += forward_flops(setup.teacher_model, length)
+        if setup.teacher_models:  # of several, which share the samples, their mean
+            theirs = [forward_flops(model, length) for model in setup.teacher_models]
+            flops += sum(theirs) / len(theirs)
         return {
             "tflops_per_rank": positions * flops / seconds / dist.get_world_size() / 1e12,
             "tokens_per_second": tokens / seconds,

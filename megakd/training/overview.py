@@ -9,6 +9,7 @@ from megakd.assembly.setup import Setup
 from megakd.models.initialization import is_split
 from megakd.planning.words import large
 from megakd.teachers.online import OnlineTeacher
+from megakd.teachers.several import SeveralTeachers
 from megakd.training.optimizer import memory_peak_bytes
 
 
@@ -19,14 +20,17 @@ def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> st
         steps_left: after the step that was just done.
         tokens: supervised ones in its global batch.
         seconds: that it took.
-    Collectives: at most five all-reduces of 8 bytes.
+    Collectives: three all-reduces of 8 bytes, and two for each teacher that runs.
     """
     train, device = setup.config.train, setup.device
     sizes = [f"student {large(count_parameters(setup.student, setup.groups, device))} parameters"]
-    if isinstance(setup.teacher, OnlineTeacher):
-        teacher = setup.teacher
-        elsewhere = teacher.offload.host if teacher.offload else {}
-        sizes.append(f"teacher {large(count_parameters(teacher.gpt, teacher.groups, device, elsewhere))}")
+    several = isinstance(setup.teacher, SeveralTeachers)
+    named = zip(setup.teacher.names, setup.teacher.teachers, strict=True) if several else [("", setup.teacher)]
+    for name, teacher in named:
+        if isinstance(teacher, OnlineTeacher):
+            elsewhere = teacher.offload.host if teacher.offload else {}
+            count = large(count_parameters(teacher.gpt, teacher.groups, device, elsewhere))
+            sizes.append(" ".join(("teacher", name, count) if name else ("teacher", count)))
     length = setup.config.data.sequence_length
     peak = torch.tensor(memory_peak_bytes(device), dtype=torch.int64, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megakd.config import Loss
 from megakd.errors import TrainingError
 from megakd.kernels import KDLoss
-from megakd.losses import SUMS, means
+from megakd.losses import SUMS, means, means_by_name
 from megakd.models.features import FeatureLoss
 from megakd.models.forward_only import pipeline, schedule, streams
 from megakd.models.gpt import GPT
@@ -151,7 +151,8 @@ class StudentStep:
             forward_only=False,
             **pipeline(self.gpt, self.groups),
         )
-        metrics = means(reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device), self.teacher is not None)
+        totals = reduce_sums(sums, self.groups, micro_batches[0].ids_BS.device, len(self.names))
+        metrics = means(totals[0], self.teacher is not None) | means_by_name(totals, self.names)
         self.phases.begin("other")
         if self.features:
             metrics["features"] = self.features.sum() / metrics["tokens"]
@@ -178,6 +179,11 @@ class StudentStep:
             witness.gradients(self.ddp)
         return metrics
 
+    @property
+    def names(self) -> list[str]:
+        """Of teachers that have some."""
+        return getattr(self.teacher, "names", [])
+
     def leave_out(self) -> None:
         """After a BrokenBatch: undo what the reduction of gradients has moved (biases that choose experts)."""
         if self.routing:
@@ -201,15 +207,22 @@ class StudentStep:
         micro_batch, lesson = next(iterator)
         keep = functools.partial(witness.losses, micro_batch, lesson) if witness else None
         tokens, compared = micro_batch.labels_BS.numel() // self.groups.cp.size(), measure and self.teacher is not None
-        return forward(model, micro_batch), HeadLoss(self.gpt, micro_batch, lesson, loss, tokens, compared, keep)
+        return forward(model, micro_batch), HeadLoss(
+            self.gpt, micro_batch, lesson, loss, tokens, compared, keep, len(self.names)
+        )
 
 
-def reduce_sums(sums: list[Tensor], groups, device) -> Tensor:
+def reduce_sums(sums: list[Tensor], groups, device, teachers: int = 0) -> Tensor:
     """Add up the micro-batches' sums over data-parallel ranks, and give them to all pipeline stages.
+
+    Args:
+        teachers: with names; each has a row of sums below that of all.
 
     Collectives: one all-reduce over dp on the last stage, one broadcast over pp when there is more than one stage.
     """
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    total = (
+        torch.stack(sums).sum(0) if sums else torch.zeros(1 + teachers, len(SUMS), dtype=torch.float64, device=device)
+    )
     if sums:
         dist.all_reduce(total, group=groups.dp_cp)
     if groups.pp.size() > 1:

@@ -20,6 +20,7 @@ from megakd.publish import make_folder, publish_written, remove
 from megakd.ranks import from_rank_0
 from megakd.steps.folder import WEIGHTS, step_name, write_rank, write_record
 from megakd.teachers.online import OnlineTeacher
+from megakd.teachers.several import SeveralTeachers
 from megakd.training.run_folder import versions
 from megakd.training.step import StudentStep
 from megakd.training.witness import StepWitness, unseen_axes
@@ -105,7 +106,8 @@ def fingerprint(checkpoint: pathlib.Path) -> str:
 
 def step_values(setup: Setup, step: int, metrics: dict[str, float], weights: dict[str, str]) -> dict:
     """What step.json says of a step."""
-    kind = "none" if setup.teacher is None else "online" if isinstance(setup.teacher, OnlineTeacher) else "cached"
+    live = isinstance(setup.teacher, OnlineTeacher | SeveralTeachers)
+    kind = "none" if setup.teacher is None else "online" if live else "cached"
     cuda = setup.device.type == "cuda"
     return {
         "step": step,
@@ -115,7 +117,7 @@ def step_values(setup: Setup, step: int, metrics: dict[str, float], weights: dic
         "model": setup.model.model_dump(mode="json"),
         "teacher": {
             "kind": kind,
-            "model": None if setup.teacher_model is None else setup.teacher_model.model_dump(mode="json"),
+            "model": setup.teacher_models[0].model_dump(mode="json") if len(setup.teacher_models) == 1 else None,
         },
         "data": describe_data(setup.config, setup.train_data, None),
         "tokenizer": setup.tokenizer.fingerprint,

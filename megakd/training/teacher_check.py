@@ -27,6 +27,7 @@ class TeacherCheck:
         source: the teacher's folder, for messages.
         fresh: the student is at its first step. Later it may well have overtaken its teacher on this data.
         group: data-parallel ranks.
+        named: name and folder of each of several teachers, which are judged by the tokens that they teach.
     """
 
     micro_batches: list[MicroBatch]
@@ -34,31 +35,41 @@ class TeacherCheck:
     source: str
     fresh: bool
     group: object
+    named: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, metrics: dict[str, float]) -> None:
-        """Raises TrainingError, on every rank, where the teacher is worse than what knows nothing of it.
+        """Raises TrainingError, on every rank, where a teacher is worse than what knows nothing of it.
 
-        Collectives: one all-reduce of 8 bytes an id over the group, if the batch shows the teacher's cross-entropy.
+        Collectives: for each teacher one all-reduce of 8 bytes an id over the group, if the batch shows its
+            cross-entropy.
         """
-        teacher = metrics.get("teacher_ce")
-        if teacher is None:  # a recording without the data's tokens
+        if not self.named:
+            labels = [micro_batch.labels_T for micro_batch in self.micro_batches]
+            self.judge(metrics.get("teacher_ce"), metrics["ce"], labels, self.source)
+        for number, (name, source) in enumerate(self.named):
+            labels = [micro_batch.labels_T[micro_batch.teachers_T == number] for micro_batch in self.micro_batches]
+            self.judge(metrics.get(f"{name}/teacher_ce"), metrics.get(f"{name}/ce"), labels, f"{name} ({source})")
+
+    def judge(self, teacher: float | None, student: float | None, labels: list[Tensor], source: str) -> None:
+        """One teacher, by the cross-entropies of both models on the tokens with these labels on this rank."""
+        if teacher is None:  # a recording without the data's tokens, or nothing of its sources in this batch
             return
-        labels_T = torch.cat([micro_batch.labels_T for micro_batch in self.micro_batches])
+        labels_T = torch.cat(labels)
         counts_V = torch.bincount(labels_T, minlength=self.vocab_size)
         dist.all_reduce(counts_V, group=self.group)
         counted = counted_nats(counts_V)
         if not teacher < counted:
             raise TrainingError(
                 f"the teacher's cross-entropy on the first batch is {teacher:.3f} nats; counting how often each token "
-                f"occurs in it gives {counted:.3f} (guessing: {math.log(len(counts_V)):.3f}): {self.source} knows "
+                f"occurs in it gives {counted:.3f} (guessing: {math.log(len(counts_V)):.3f}): {source} knows "
                 "nothing about this data",
                 hint="check that the teacher is trained, of this tokenizer and wholly loaded "
                 "(docs/is-my-run-right.md), or set teacher.allow_weak=true to learn from it all the same",
             )
-        if self.fresh and teacher > metrics["ce"] + MARGIN_NATS:
+        if self.fresh and teacher > student + MARGIN_NATS:
             raise TrainingError(
                 f"the teacher's cross-entropy on the first batch is {teacher:.3f} nats, the student's before any "
-                f"update {metrics['ce']:.3f}: {self.source} has nothing to teach this student about this data",
+                f"update {student:.3f}: {source} has nothing to teach this student about this data",
                 hint="is it the right teacher, converted with the right config (docs/is-my-run-right.md)? "
                 "Set teacher.allow_weak=true to learn from it all the same",
             )

@@ -15,7 +15,8 @@ from megakd.models.initialization import is_split, shared_name
 from megakd.models.micro_batch import MicroBatch
 from megakd.steps.folder import IDS, SAMPLES, TARGETS, TOKENS, RankPart
 from megakd.teachers.lesson import Lesson
-from megakd.teachers.whole import WholeLesson
+from megakd.teachers.mixed import MixedLesson
+from megakd.teachers.whole_lesson import WholeLesson
 from megakd.training.fully_sharded import FullySharded, sharded_squares
 
 
@@ -34,9 +35,9 @@ class StepWitness:
         self.tokens: dict[int, dict[str, np.ndarray]] = {}
         self.squares: dict[tuple[str, bool], float] = {}
 
-    def losses(self, micro_batch: MicroBatch, lesson: Lesson | WholeLesson, losses: KDLoss) -> None:
+    def losses(self, micro_batch: MicroBatch, lesson: Lesson | WholeLesson | MixedLesson, losses: KDLoss) -> None:
         """Keep what the last stage knows of a micro-batch, in the order of samples and positions."""
-        if isinstance(lesson, WholeLesson):
+        if not isinstance(lesson, Lesson):
             lesson = lesson.selected(micro_batch.labels_T)
         order_T, shard, targets = token_order(micro_batch), self.gpt.shard, lesson.targets
         columns = {"loss": losses.loss_T, "kd": losses.kd_T, "ce": losses.ce_T}

@@ -18,6 +18,11 @@ from megakd.errors import ConfigError
         ({"cache.temperatures": [2.0, 2.0]}, "cache.temperatures: [2.0, 2.0] names one twice"),
         ({"cache.mode": "sampled", "cache.draws": 8, "cache.keep_label": True}, "cache.keep_label: true, but mode"),
         ({"cache.start": 8, "cache.end": 8}, "cache.end: 8 must be above start = 8"),
+        ({"cache.codec": "bf16"}, "cache.codec: bf16; expected fp32, fp16 or q8 with mode top_k"),
+        ({"cache.mode": "hidden", "cache.codec": "fp16"}, "cache.codec: fp16; expected fp32, bf16 or q8 with mode"),
+        ({"cache.mode": "hidden", "cache.top_k": 5}, "cache.top_k: 5 has no effect with mode hidden"),
+        ({"cache.mode": "hidden", "cache.temperatures": [2.0]}, "cache.temperatures: [2.0] has no effect with mode"),
+        ({"cache.mode": "hidden", "cache.keep_label": True}, "cache.keep_label: True has no effect with mode hidden"),
         ({"cache.share": "4/4"}, "cache.share: '4/4'; expected I/N with I from 0 to N - 1"),
         ({"cache.share": "a third"}, "cache.share: 'a third'; expected I/N"),
         ({"cache.share": "0/4", "cache.start": 8}, "cache.share: 0/4 and start or end"),
@@ -34,6 +39,7 @@ def test_what_cannot_be_recorded_is_named(build, changes, problem):
     [
         {"teacher.cache": "cache"},
         {"teacher.cache": "cache", "teacher.checkpoint": "teacher", "cache.temperatures": [1.0, 2.0]},
+        {"teacher.cache": "cache", "cache.mode": "hidden", "cache.codec": "q8", "loss.targets": "whole"},
         {"teacher.cache": "cache", "cache.mode": "hybrid", "cache.draws": 8, "cache.top_k": 4, "cache.start": 5},
     ],
 )

@@ -1,6 +1,7 @@
 """`megakd check CONFIG.yaml`: what a run needs, from the config and the models' descriptions alone."""
 
 import json
+import pathlib
 
 import pytest
 import yaml
@@ -62,6 +63,26 @@ def test_a_run_that_fits(config, capsys):
     assert "8.03 B parameters, 32 layers of 4,096" in text and "70.6 B parameters" in text
     assert f"CONFIG={config} RUN_DIR=runs/kd sbatch --nodes=2 --gpus-per-node=8 train.sbatch" in text
     assert "torchrun --nnodes 2 --nproc-per-node 8" in text
+
+
+def test_several_teachers_are_all_counted_or_with_offload_the_largest(config, capsys):
+    values = yaml.safe_load(pathlib.Path(config).read_text(encoding="utf-8"))
+    large, little = values.pop("teacher")["checkpoint"], values["student"]["checkpoint"]
+    values["teachers"] = [
+        {"name": "prose", "checkpoint": little, "data": ["data/train"]},
+        {"name": "code", "checkpoint": large, "data": ["data/code"]},
+    ]
+    values["data"]["train"] = ["data/train", "data/code"]
+    pathlib.Path(config).write_text(yaml.safe_dump(values), encoding="utf-8")
+    _, said = plan(capsys, config, "--nodes", "2")
+    both = 8_030_261_248 + 70_553_706_496
+    assert said["teacher_parameters"] == both
+    assert said["memory_bytes"]["teacher"] == pytest.approx(2 * both / 8, rel=0.01)
+    _, said = plan(capsys, config, "teacher.offload=true", "--nodes", "2")
+    assert said["memory_bytes"]["teacher"] == pytest.approx(2 * 70_553_706_496 / 8, rel=0.01)
+    assert main(["check", config, "--nodes", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "8.03 B parameters, 32 layers of 4,096, prose (weight 1)" in text and "weights of all" in text
 
 
 def test_a_run_that_does_not_fit_is_given_a_layout_that_does(config, capsys):

@@ -98,14 +98,13 @@ def what_is_logged(rank, ranks):
     from megakd.training.head_loss import describe_head
 
     def head(softcap=None):
-        kind = SimpleNamespace(params_dtype=torch.float32)
-        gpt = SimpleNamespace(shard=SimpleNamespace(start=0, stop=1024), config=kind, softcap=softcap)
+        gpt = SimpleNamespace(shard=SimpleNamespace(start=0, stop=1024), logit_bytes=4, softcap=softcap)
         gpt.block_tokens = lambda budget: GPT.block_tokens(gpt, budget)
         return gpt
 
     small_budget, large_budget = (Loss(logits_memory_budget_bytes=b) for b in (BUDGET, 1 << 30))
     cases = (None, small_budget), (None, large_budget), (2.0, large_budget)
-    return [describe_head(head(softcap), None, 9, loss).split(":")[0] for softcap, loss in cases]
+    return [describe_head(head(softcap), [], 9, loss).split(":")[0] for softcap, loss in cases]
 
 
 def test_what_is_logged_of_the_head():

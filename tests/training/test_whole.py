@@ -99,12 +99,10 @@ def test_a_teacher_that_is_not_finite_is_named_on_every_rank():
 def test_what_it_excludes():
     for changes, message in [
         (loss("whole", tail="drop"), "loss.tail: drop, but targets whole have no tail"),
-        (loss("whole") | {"teacher__cache": "unused"}, "loss.targets: whole, but teacher.cache says"),
         (loss("most"), "loss.targets"),
         (loss("sampled"), "loss.draws: missing, but targets is sampled"),
         (loss("top_k", draws=5), "loss.draws: 5, but targets is top_k"),
         (loss("sampled", draws=5, divergence="jsd"), "loss.divergence: jsd, but draws give forward_kl only"),
-        (loss("sampled", draws=5) | {"teacher__cache": "unused"}, "loss.targets: sampled, but teacher.cache says"),
         (loss("sampled", draws=5) | {"parallel__cp": 2}, "loss.targets: sampled, but parallel.cp = 2"),
     ]:
         with pytest.raises(ConfigError, match=message):
