@@ -64,6 +64,7 @@ PACKAGES = (
     Package("tokenizers", "tokenizers", NEEDED, "tokenizers of tokenizer.json files"),
     Package("transformers", "transformers", NEEDED, "the other side of a conversion's comparison of logits"),
     Package("tensorboard", "tensorboard", NEEDED, "log.tensorboard"),
+    Package("fsspec", "fsspec", NEEDED, "finished files that go to an address elsewhere"),
     Package("tqdm", "tqdm", NEEDED, "progress bars"),
     Package("xxhash", "xxhash", NEEDED, "digests of checkpoints and data"),
     Package(
@@ -85,6 +86,8 @@ PACKAGES = (
             'those two are refused: pip install "megakd[plots]"'),
     Package("wandb", "wandb", CHOICE, "log.wandb_project", 'it is refused: pip install "megakd[wandb]"'),
     Package("lm-eval", "lm_eval", CHOICE, "evaluate --tasks", 'it is refused: pip install "megakd[eval]"'),
+    Package("nvidia-resiliency-ext", "nvidia_resiliency_ext.fault_tolerance", CHOICE, "ranks that ft_launcher starts",
+            "it watches for their exit alone; torchrun and srun do not ask for it"),
 )  # fmt: skip
 
 

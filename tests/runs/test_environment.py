@@ -22,7 +22,7 @@ def test_every_dependency_and_every_extra_is_reported_with_its_use():
     needed = {package(requirement) for requirement in PROJECT["project"]["dependencies"]}
     extras = {package(r) for name in ("plots", "cuda", "wandb", "eval") for r in EXTRAS[name]}
     assert {name for name, one in known.items() if one.kind == environment.NEEDED} == needed
-    assert extras <= known.keys() and known.keys() - needed - extras == {"apex"}
+    assert extras <= known.keys() and known.keys() - needed - extras == {"apex", "nvidia-resiliency-ext"}
     assert all(one.use for one in known.values())
     for name in ("plots", "cuda", "wandb", "eval"):
         extra = f'pip install "megakd[{name}]"'
