@@ -65,8 +65,9 @@ With a teacher, live or from a recording:
   teacher_ce       the teacher's own cross-entropy (nats)
   agreement        share of tokens where student and teacher find the same token most likely
   teacher_mass, student_mass   probability that each gives to the teacher's top_k tokens
+  NAME/kd, /ce, /teacher_ce, /agreement, /tokens   of several teachers, over the tokens NAME teaches
 
-With a live teacher, over the whole vocabulary at temperature 1:
+With a live teacher or recorded hidden states, over the whole vocabulary at temperature 1:
 
   forward_kl, reverse_kl   KL(teacher, student) and KL(student, teacher) (nats)
   top5_agreement   share of the teacher's five most likely tokens that are among the student's"""

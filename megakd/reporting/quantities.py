@@ -65,6 +65,10 @@ def quantity(key: str) -> Quantity:
     """How a metric is shown; one that is not known, by the ending of its name."""
     if key in KNOWN:
         return KNOWN[key]
+    if "/" in key:  # of the tokens that one of several teachers teaches
+        name, _, metric = key.rpartition("/")
+        of_all = quantity(metric)
+        return dataclasses.replace(of_all, title=f"{of_all.title}: {name}")
     if key.endswith("_seconds"):
         return Quantity(f"seconds: {phase(key)}", "s", from_zero=True, log_from=10)
     if key.endswith("_bytes"):

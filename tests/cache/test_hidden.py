@@ -186,6 +186,14 @@ def test_the_output_layer_of_another_teacher_is_refused(tmp_path):
             verify(tmp_path)
 
 
+def test_an_output_layer_that_was_left_by_another_teacher_does_not_count(tmp_path):
+    header = make_header(CONTENTS, 1, mode="hidden", tail="none")
+    with writing(tmp_path, header):
+        publish_head(tmp_path, [weight()], header, None)
+        assert whole_head(tmp_path, header) is not None
+        assert whole_head(tmp_path, dataclasses.replace(header, teacher_fingerprint="beef")) is None
+
+
 def test_recordings_of_one_teacher_are_merged_and_of_two_not(tmp_path, capsys):
     make_hidden(tmp_path / "a", range(5))
     make_hidden(tmp_path / "b", range(5, 8))

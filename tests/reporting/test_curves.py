@@ -195,3 +195,4 @@ def test_written_numbers():
     assert shown("kd", None) == "not measured" and shown("kd", 0.0) == "0 nats"
     assert [duration(s) for s in (42, 750, 12_240, 200_000)] == ["42 s", "12.5 min", "3.4 h", "2.31 d"]
     assert quantity("save_seconds").unit == "s" and quantity("host_bytes").factor == 1e-9
+    assert quantity("coder/kd").title == "divergence from the teacher: coder" and quantity("coder/kd").log_from == 100
