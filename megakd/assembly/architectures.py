@@ -56,12 +56,12 @@ def check_teacher(config: Config, teacher: Checkpoint, tokenizer) -> None:
             hint="logits can be compared only over one vocabulary: prepare the data with the teacher's tokenizer",
         )
     with_vocab(teacher.model, tokenizer, f"teacher {teacher.path}")
-    check_model(config, teacher.model, f"teacher {teacher.path}")
+    check_model(config, teacher.model, f"teacher {teacher.path}", beside=True)
 
 
-def check_padding(padded_size: int, tp: int) -> None:
+def check_padding(padded_size: int, tp: int, key: str = "parallel.tp") -> None:
     if padded_size % tp:
         raise ConfigError(
-            f"the padded vocabulary of {padded_size} columns does not divide over parallel.tp = {tp} ranks",
-            hint="choose a power of two for parallel.tp",
+            f"the padded vocabulary of {padded_size} columns does not divide over {key} = {tp} ranks",
+            hint=f"choose a power of two for {key}",
         )

@@ -16,7 +16,7 @@ def describe_layout(parallel: Parallel, groups, models: dict[str, GPT]) -> str:
     Collectives: one all-gather of a short text over pp.
     """
     kinds = {name: "student" if name == "student" else "teacher" for name in models}
-    ways = {name: groups.dp_cp.size() if parallel.shards(kind) else 1 for name, kind in kinds.items()}
+    ways = {name: gpt.pg_collection.dp_cp.size() if parallel.shards(kinds[name]) else 1 for name, gpt in models.items()}
     mine = {name: describe_part(gpt, ways[name]) for name, gpt in models.items()}
     stages = [None] * groups.pp.size()
     dist.all_gather_object(stages, mine, group=groups.pp)
@@ -27,7 +27,8 @@ def describe_layout(parallel: Parallel, groups, models: dict[str, GPT]) -> str:
     def line(*cells) -> str:
         return "  " + "".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
-    lines = [f"{dist.get_world_size()} ranks: {axes(parallel, groups)}", line("stage", "ranks", *mine)]
+    own = next((own_tp(parallel, gpt) for name, gpt in models.items() if kinds[name] == "teacher"), "")
+    lines = [f"{dist.get_world_size()} ranks: {axes(parallel, groups)}{own}", line("stage", "ranks", *mine)]
     for number, stage in enumerate(stages):
         first = number * ranks_of_stage
         ranks = str(first) if ranks_of_stage == 1 else f"{first} to {first + ranks_of_stage - 1}"
@@ -49,6 +50,17 @@ def axes(parallel: Parallel, groups) -> str:
         cut = "both models" if parallel.fsdp == "both" else "the teacher"
         words.append(f"FSDP of {cut} over {groups.dp_cp.size()}")
     return ", ".join(words)
+
+
+def own_tp(parallel: Parallel, teacher: GPT) -> str:
+    """What a teacher over more ranks than the student's adds."""
+    tp, fsdp = teacher.config.tensor_model_parallel_size, ""
+    if tp == parallel.tp:
+        return ""
+    if parallel.shards("teacher"):
+        fsdp = f", FSDP over {teacher.pg_collection.dp_cp.size()}"
+    cut = " with sequence parallel" if teacher.config.sequence_parallel else ""
+    return f"; teacher: tp {tp}{cut}, the ranks of {tp // parallel.tp} student replicas{fsdp}"
 
 
 def describe_part(gpt: GPT, ways: int) -> str:

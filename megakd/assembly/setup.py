@@ -29,7 +29,7 @@ from megakd.data.order import split_batch, validation_indices
 from megakd.data.prompts import Prompt
 from megakd.models.features import FeatureLoss
 from megakd.models.gpt import GPT, padded_vocab_size
-from megakd.models.groups import build_groups
+from megakd.models.groups import WiderGroups, build_groups, build_wider_groups
 from megakd.models.micro_batch import MicroBatch, build_micro_batch
 from megakd.models.offload import Offload
 from megakd.models.routing import RoutingLosses
@@ -66,6 +66,7 @@ class Setup:
         prompts: that the student completes, by their numbers; None without rollouts.
         shown: prompts that it completes at every validation, likewise.
         taught: which of several teachers teaches a sample; None where there are not several.
+        wider: groups of a teacher that is cut over the ranks of several student replicas.
         ahead: the next step's micro-batches, for a teacher that reads what it says while the student computes.
     """
 
@@ -86,6 +87,7 @@ class Setup:
     prompts: dict[int, Prompt] | None = None
     shown: dict[int, Prompt] | None = None
     taught: Taught | None = None
+    wider: WiderGroups | None = None
     ahead: dict[int, list[MicroBatch]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -148,7 +150,7 @@ class Setup:
             data: anything with `length(*index)` and `sample(*index)`.
             packed: rows may hold several samples.
         """
-        length = batch_length(data, indices, self.config.parallel.sequence_multiple)
+        length = batch_length(data, indices, self.config.sequence_multiple)
         cut = (self.groups.cp.rank(), self.groups.cp.size())
         micro_batches = []
         for part in self.split(indices, data):
@@ -187,6 +189,9 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     teacher_models = [checkpoint.model for checkpoint in teachers_from]
     check_experts(config, model, next((one for one in teacher_models if one.moe), next(iter(teacher_models), None)))
     check_padding(padded_size, config.parallel.tp)
+    wide = bool(teachers_from) and config.students_per_teacher > 1
+    if wide:
+        check_padding(padded_size, config.teacher_parallel.tp, "teacher.parallel.tp")
     prompts = open_rollout_prompts(config, tokenizer) if config.rollouts else None
     shown = config.eval.generate
     if shown is not None:
@@ -196,14 +201,15 @@ def build_setup(config: Config, device: torch.device) -> Setup:
     groups = build_groups(
         config.parallel.tp, config.parallel.pp, config.run.seed, cp=config.parallel.cp, ep=config.parallel.ep
     )
+    wider = build_wider_groups(groups, config.teacher_parallel.tp) if wide else None
 
     def build(name: str, section: Model, checkpoint: Checkpoint | None) -> GPT:
         if name == "student":
             parallel, train, pipeline = config.parallel, config.train, config.student.pipeline
             how = {}
         else:
-            parallel, train, pipeline = config.parallel.of_teacher, config.teacher_train, config.teacher.pipeline
-            how = {"sharded": parallel.shards("teacher"), "offload": config.teacher.offload}
+            parallel, train, pipeline = config.teacher_parallel, config.teacher_train, config.teacher.pipeline
+            how = {"sharded": parallel.shards("teacher"), "offload": config.teacher.offload, "wider": wider}
         return build_model(
             section, checkpoint, parallel, train, groups,
             vocab_size=vocab_size, padded_size=padded_size, device=device, seed=config.run.seed,
@@ -223,21 +229,21 @@ def build_setup(config: Config, device: torch.device) -> Setup:
         gpts = [models[name] for name in names]
         if config.features:
             features = FeatureLoss(student, gpts[0], config.features, config.run.seed)
-        teacher = teacher_of(config, gpts, loss, groups)
+        teacher = teacher_of(config, gpts, loss, groups, wider)
     routing = RoutingLosses(student, config.routing) if model.moe else None
     return Setup(
         config, device, groups, tokenizer, model, teacher_models,
         student, teacher, features, loss, train_data, validation_data, student_from.path if student_from else None,
-        routing, prompts, shown, Taught.of(config),
+        routing, prompts, shown, Taught.of(config), wider,
     )  # fmt: skip
 
 
-def teacher_of(config: Config, gpts: list[GPT], loss: Loss, groups) -> TeacherSource:
+def teacher_of(config: Config, gpts: list[GPT], loss: Loss, groups, wider: WiderGroups | None) -> TeacherSource:
     """The live teacher, or all that the teachers section names, in its order."""
-    live = []
+    live, sharing = [], wider.sharing if wider else None
     for gpt in gpts:
         offload = Offload(gpt) if config.teacher.offload and not is_sharded(gpt) else None
-        live.append(live_teacher(gpt, loss, groups, config.run.seed, offload))
+        live.append(live_teacher(gpt, loss, groups, config.run.seed, offload=offload, sharing=sharing))
     if not config.teachers:
         return live[0]
     names, weights = ([getattr(teacher, key) for teacher in config.teachers] for key in ("name", "weight"))

@@ -1,5 +1,8 @@
 """Checks of a configuration against what only the launch or a checkpoint knows: ranks, vocabulary, architecture."""
 
+import math
+from collections.abc import Iterator
+
 from megakd.config.config import Config
 from megakd.config.fit import EVEN, model_problems, nearest_divisors, stages_of
 from megakd.config.model import Model
@@ -31,7 +34,15 @@ def check_ranks(config: Config, world_size: int) -> int:
             f"= {micro * dp} ({world_size} ranks / tp {tp} / pp {pp}{cp} = dp {dp})",
             hint=f"make train.global_batch_size a multiple of {micro * dp}, or start another number of ranks",
         )
-    pp, number = config.parallel.pp, batch // (micro * dp)
+    students = config.students_per_teacher
+    if dp % students:
+        raise ConfigError(
+            f"teacher.parallel.tp {students * tp} takes the ranks of {students} student replicas, and {world_size} "
+            f"ranks / tp {tp} / pp {pp} make {dp}",
+            hint=f"start a multiple of {students * tp * pp} ranks, or set teacher.parallel.tp to "
+            f"{tp * math.gcd(dp, students)}",
+        )
+    number = batch // (micro * dp)
     if config.parallel.vpp > 1 and number % pp:
         nearest = -(-number // pp) * pp * micro * dp
         raise ConfigError(
@@ -98,7 +109,7 @@ def check_vocab(config: Config, vocab_size: int) -> None:
         )
 
 
-def check_model(config: Config, model: Model, whose: str, *, trained: bool = False) -> None:
+def check_model(config: Config, model: Model, whose: str, *, trained: bool = False, beside: bool = False) -> None:
     """Checks that an architecture read from a checkpoint fits the run's layout and sequence length.
 
     Args:
@@ -106,12 +117,17 @@ def check_model(config: Config, model: Model, whose: str, *, trained: bool = Fal
         model: architecture of the checkpoint.
         whose: what the error calls it, such as `teacher.checkpoint runs/teacher`.
         trained: it is the student.
+        beside: it is a teacher that runs beside a student, in its own layout where it has one.
 
     Raises:
         ConfigError: lists all that does not fit.
     """
     pipeline = config.student.pipeline if trained else config.teacher.pipeline if config.teacher else EVEN
-    problems = list(model_problems(model, config.parallel, config.data.sequence_length, pipeline, trained=trained))
+    length = config.data.sequence_length
+    if beside:
+        problems = list(teacher_model_problems(config, model))
+    else:
+        problems = list(model_problems(model, config.parallel, length, pipeline, trained=trained))
     if trained:
         problems += config.routing.model_problems(model)
     if problems:
@@ -119,6 +135,21 @@ def check_model(config: Config, model: Model, whose: str, *, trained: bool = Fal
             whose,
             [f"{key}: {text}" for key, text in problems],
             hint="change the parallel section, or data.sequence_length, to what this model allows",
+        )
+
+
+def teacher_model_problems(config: Config, model: Model) -> Iterator[tuple[str, str]]:
+    """Yields (key, what is wrong) with the architecture of a teacher that runs beside a student."""
+    wider, parallel = config.students_per_teacher > 1, config.teacher_parallel
+    tp_key = "teacher.parallel.tp" if wider else "parallel.tp"
+    yield from model_problems(
+        model, parallel, config.data.sequence_length, config.teacher.pipeline, trained=False, tp_key=tp_key
+    )
+    if wider and model.mla is not None and model.mla.q_lora_rank is None:
+        yield (
+            "mla.q_lora_rank",
+            f"null, but Megatron-Core cuts such a model's queries over parallel.tp = {config.parallel.tp} alone; "
+            "expected teacher.parallel = null",
         )
 
 

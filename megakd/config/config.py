@@ -1,5 +1,6 @@
 """One run's configuration: read from YAML with overrides, checked as a whole, written back resolved."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from megakd.config.eval import Eval
 from megakd.config.features import Features
 from megakd.config.fit import model_problems
 from megakd.config.keys import iter_keys, section_of
+from megakd.config.layout import layout_problems, sequence_problems
 from megakd.config.log import Log
 from megakd.config.loss import Loss
 from megakd.config.overrides import apply_overrides
@@ -121,6 +123,23 @@ class Config(sections.Section):
         return self.train.model_copy(update={"precision": precision})
 
     @property
+    def teacher_parallel(self) -> Parallel:
+        """The layout of a teacher beside a student."""
+        own = self.teacher.parallel if self.teacher is not None else None
+        changes = {} if own is None else {"tp": own.tp, "sp": self.parallel.sp if own.sp is None else own.sp}
+        return self.parallel.of_teacher.model_copy(update=changes)
+
+    @property
+    def students_per_teacher(self) -> int:
+        """Student replicas whose ranks are those of one replica of the teacher."""
+        return max(self.teacher_parallel.tp // self.parallel.tp, 1)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a row must be divisible by, for both models."""
+        return math.lcm(self.parallel.sequence_multiple, self.teacher_parallel.sequence_multiple)
+
+    @property
     def reads_no_data(self) -> bool:
         """Whether the student writes all that it learns from."""
         return self.rollouts is not None and self.rollouts.fraction == 1
@@ -140,14 +159,8 @@ class Config(sections.Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yields (dotted key, what is wrong) for every rule between sections that is broken."""
-        if self.parallel.sp and self.parallel.tp == 1:
-            yield "parallel.sp", "true, but parallel.tp is 1; sequence parallel cuts what tensor parallel ranks share"
-        if self.parallel.vpp > 1 and self.parallel.pp == 1:
-            yield "parallel.vpp", f"{self.parallel.vpp}, but parallel.pp is 1; layers go round the ranks of a pipeline"
-        if self.parallel.vpp > 1 and self.features is not None:
-            yield "features", "given with parallel.vpp; the pair of a layer is then on another rank, expected vpp = 1"
+        yield from layout_problems(self)
         yield from self._teacher_problems()
-        yield from self._fsdp_problems()
         if self.student.model is not None:
             length, pipeline = self.data.sequence_length, self.student.pipeline
             for key, text in model_problems(self.student.model, self.parallel, length, pipeline, trained=True):
@@ -158,7 +171,7 @@ class Config(sections.Section):
                     "data.tokenizer",
                     "null, and a student.model has no tokenizer of its own; expected a tokenizer file",
                 )
-        yield from self._sequence_problems()
+        yield from sequence_problems(self)
         if self.loss.targets == "sampled" and self.parallel.cp > 1:
             yield "loss.targets", f"sampled, but parallel.cp = {self.parallel.cp} cuts the samples that draws are of"
         if self.features is not None and self.teacher is not None and self.teacher.cache is not None:
@@ -193,42 +206,6 @@ class Config(sections.Section):
                 yield key, "given with teachers, which teach sources of data; expected one teacher"
         sources = {f"data.{key}": paths_of(getattr(self.data, key)) for key in ("train", "validation")}
         yield from teachers_problems(self.teachers, sources)
-
-    def _fsdp_problems(self) -> Iterator[tuple[str, str]]:
-        parallel = self.parallel
-        if parallel.fsdp == "both" and parallel.pp > 1:
-            yield (
-                "parallel.fsdp",
-                f"both, but parallel.pp = {parallel.pp} interleaves the forward and backward passes of micro-batches, "
-                "between which FSDP keeps weights gathered; expected teacher, or pp = 1",
-            )
-        if parallel.fsdp != "off" and parallel.ep > 1:
-            yield (
-                "parallel.fsdp",
-                f"{parallel.fsdp}, but parallel.ep = {parallel.ep} gives those ranks experts of their own; expected "
-                "off, or ep = 1",
-            )
-        if parallel.fsdp == "teacher" and self.teacher is None:
-            yield "parallel.fsdp", "teacher, but there is no teacher; expected off or both"
-        if parallel.fsdp == "both" and not self.optimizer.distributed:
-            yield "optimizer.distributed", "false, but parallel.fsdp = both cuts its state; expected true"
-
-    def _sequence_problems(self) -> Iterator[tuple[str, str]]:
-        length, parallel = self.data.sequence_length, self.parallel
-        if parallel.sp and length % parallel.tp:
-            yield (
-                "data.sequence_length",
-                f"{length} is not divisible by parallel.tp = {parallel.tp}, and parallel.sp is true",
-            )
-        elif length % parallel.sequence_multiple:
-            words = f"2 x parallel.cp = {2 * parallel.cp}" + (f" x parallel.tp = {parallel.tp}" if parallel.sp else "")
-            nearest = -(-length // parallel.sequence_multiple) * parallel.sequence_multiple
-            yield "data.sequence_length", f"{length} is not divisible by {words}; expected {nearest}"
-        if parallel.cp > 1 and self.data.packing:
-            yield (
-                "data.packing",
-                f"true, but parallel.cp = {parallel.cp} cuts every row as one sequence; expected false",
-            )
 
     def check_schedule(self, steps: int) -> None:
         """Checks the learning rate's schedule against a number of steps that only the data could tell (train.epochs).

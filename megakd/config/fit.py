@@ -9,22 +9,32 @@ EVEN = Pipeline()
 
 
 def model_problems(
-    model: Model, parallel: Parallel, sequence_length: int, pipeline: Pipeline = EVEN, *, trained: bool
+    model: Model,
+    parallel: Parallel,
+    sequence_length: int,
+    pipeline: Pipeline = EVEN,
+    *,
+    trained: bool,
+    tp_key: str = "parallel.tp",
 ) -> Iterator[tuple[str, str]]:
-    """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted."""
+    """Yields (key, what is wrong): keys of the model are bare, keys of the run are dotted.
+
+    Args:
+        tp_key: what gives the layout's tp.
+    """
     tp, ep = parallel.tp, parallel.ep
     if trained and tp > 1 and model.moe is not None and not parallel.sp:
-        yield "parallel.sp", f"false, but Megatron trains experts with parallel.tp = {tp} only with it"
+        yield "parallel.sp", f"false, but Megatron trains experts with {tp_key} = {tp} only with it"
     if model.mla is not None:
         shared = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
         if shared % tp:
-            yield "mla.kv_lora_rank", f"{shared} with qk_rope_head_dim; not divisible by parallel.tp = {tp}"
+            yield "mla.kv_lora_rank", f"{shared} with qk_rope_head_dim; not divisible by {tp_key} = {tp}"
         if (model.mla.q_lora_rank or 0) % tp:
-            yield "mla.q_lora_rank", f"{model.mla.q_lora_rank} is not divisible by parallel.tp = {tp}"
+            yield "mla.q_lora_rank", f"{model.mla.q_lora_rank} is not divisible by {tp_key} = {tp}"
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(model, key)
         if value is not None and value % tp:
-            yield key, f"{value} is not divisible by parallel.tp = {tp}"
+            yield key, f"{value} is not divisible by {tp_key} = {tp}"
     if model.moe is not None:
         if model.moe.num_experts % ep:
             fitting = " or ".join(str(n) for n in nearest_divisors(model.moe.num_experts, ep))
@@ -34,7 +44,7 @@ def model_problems(
             )
         for key in ("ffn_hidden_size", "shared_ffn_hidden_size") if ep == 1 else ("shared_ffn_hidden_size",):
             if (getattr(model.moe, key) or 0) % tp:
-                yield f"moe.{key}", f"{getattr(model.moe, key)} is not divisible by parallel.tp = {tp}"
+                yield f"moe.{key}", f"{getattr(model.moe, key)} is not divisible by {tp_key} = {tp}"
     yield from stage_problems(model.num_layers, parallel, pipeline, "student" if trained else "teacher")
     if sequence_length > model.max_sequence_length:
         yield (

@@ -41,6 +41,16 @@ class Parallel(Section):
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
 
 
+class TeacherParallel(Section):
+    """The layout of a teacher that runs, where it is another than the student's"""
+
+    tp: Count
+    """Tensor parallel size, in ranks; a multiple of parallel.tp. The ranks of several student replicas are then one of
+    the teacher, which runs their micro-batches one after the other. Not with cp, ep or features."""
+    sp: bool | None = None
+    """Sequence parallel for the teacher; null: as parallel.sp."""
+
+
 class Pipeline(Section):
     """How a model's layers are split over pipeline stages, where not evenly; the stages between share what is left"""
 

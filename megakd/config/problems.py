@@ -71,13 +71,6 @@ ELSEWHERE = {
     "logging_steps": "log.every_steps",
 }
 
-# What one may look for and not find -> why.
-REFUSED = {
-    "teacher.parallel": "both models have parallel.tp: a teacher over more ranks would span student replicas, and "
-    "their micro-batches and its targets would have to travel between them; for its memory: parallel.fsdp = teacher, "
-    "teacher.offload, or a recording (`megakd cache`) at a tp of its own",
-}
-
 
 def explain(error: ValidationError, root: type[Section], where: str, overridden: Collection[str] = ()) -> ConfigError:
     """Turns pydantic's report into one ConfigError that lists every problem.
@@ -141,8 +134,6 @@ def _problems_of(entry: dict[str, Any], root: type[Section]) -> list[tuple[str, 
     if isinstance(broken, WrongValue):
         return [(key, str(broken))]
     if kind == "extra_forbidden":
-        if key in REFUSED:
-            return [(key, REFUSED[key])]
         meant = nearest_key(key, root)
         return [(key, f"unknown key; did you mean {meant}?" if meant else "unknown key")]
     if not location:

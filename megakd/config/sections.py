@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megakd.config.model import Model
-from megakd.config.parallel import Pipeline
+from megakd.config.parallel import Pipeline, TeacherParallel
 from megakd.config.paths import LocalPath
 from megakd.config.section import (
     AboveOne,
@@ -90,6 +90,7 @@ class Teacher(Section):
     precision: Literal["bf16", "fp32"] | None = None
     """Type of its weights and activations, where it runs; null: train.precision. Its logits are reduced in float32."""
     pipeline: Pipeline = Pipeline()
+    parallel: TeacherParallel | None = None
     offload: bool = False
     """Of train: its weights rest in host memory while the student computes, and are copied to the device for the
     teacher's phase of every step, layer by layer while it runs."""

@@ -15,7 +15,7 @@ from megakd.kernels import VocabShard
 from megakd.models.architecture import DTYPES, layer_specs, transformer_config
 from megakd.models.blocks import needs_own_layers
 from megakd.models.initialization import initialize_weights
-from megakd.models.moe import keep_router_biases_whole, share_key_gradients
+from megakd.models.moe import keep_router_biases_whole, share_latents
 from megakd.models.output_layer import OutputLayer
 from megakd.models.rotary import inverse_frequencies
 
@@ -40,12 +40,16 @@ class GPT(OutputLayer, GPTModel):
     Attributes:
         shard: this rank's columns of the head.
         chunks: the parts of all virtual stages of this rank, itself included, in order.
+        whole_output: forward returns [S, B, H] under sequence parallelism too; without gradient.
     """
 
     shard: VocabShard
     chunks: list["GPT"]
+    whole_output: bool = False
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.whole_output and self.config.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
         return hidden_states
 
     def head_input(self, hidden_SBH: Tensor, rows_T: Tensor | None = None, *, whole_gradient: bool = False) -> Tensor:
@@ -61,7 +65,7 @@ class GPT(OutputLayer, GPTModel):
             backward reduce-scatters.
         """
         tp = self.pg_collection.tp
-        if self.config.sequence_parallel:
+        if self.config.sequence_parallel and not self.whole_output:
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_SBH, tensor_parallel_output_grad=not whole_gradient, group=tp
             )
@@ -187,5 +191,5 @@ def build_chunk(config, groups, vp_stage: int | None, padded_size: int, transfor
     if model.rope_scaling is not None and model.mla is None:
         gpt.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
     if model.mla is not None and groups.tp.size() > 1:
-        share_key_gradients(gpt)
+        share_latents(gpt)
     return gpt

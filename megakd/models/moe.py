@@ -1,4 +1,4 @@
-"""Experts and latent attention: the fields of Megatron's config for them, and four upstream bugs mended.
+"""Experts and latent attention: the fields of Megatron's config for them, and five upstream bugs mended.
 
 1. megatron-core 0.16.1, no Transformer Engine: every router's forward raises NameError (te_general_gemm).
 2. The same: latent attention compares its layers with a mock of TELinear and raises TypeError.
@@ -6,6 +6,8 @@
    rank's heads only.
 4. megatron-core 0.19: latent attention whose queries have no rank of their own (DeepSeek-V2-Lite) normalises its hidden
    states once more before the queries, with Transformer Engine, and raises without.
+5. 0.16.1 and 0.19: with tensor parallelism, latent attention gathers its latent queries and keys over the ranks of
+   Megatron's own state, whatever groups the layer was given.
 
 Each mend looks whether its bug is there: 1 and 2 are gone in 0.19.
 """
@@ -96,29 +98,43 @@ def mla_fields(model: Model) -> dict:
     return fields
 
 
-def share_key_gradients(gpt) -> None:
-    """Mends the third bug: the gradients of the keys' rotated channels are summed over tensor-parallel ranks.
+def share_latents(gpt) -> None:
+    """Mends the third bug and the fifth: Megatron gets latents that are whole already, over the layer's own ranks.
 
-    With sequence parallelism Megatron does that itself where the layer's output is whole, so whole is what it gets.
+    The gradients of the keys' rotated channels are summed over them; with sequence parallelism Megatron does that
+    itself where the layer's output is whole.
     """
     for module in gpt.modules():
         if isinstance(module, multi_latent_attention.MLASelfAttention):
-            hook = functools.partial(_whole_keys, module.config, gpt.pg_collection.tp)
-            module.linear_kv_down_proj.register_forward_hook(hook)
+            config, tp = module.config, gpt.pg_collection.tp
+            module.linear_kv_down_proj.register_forward_hook(functools.partial(_whole_keys, config, tp))
+            if config.q_lora_rank is not None:
+                module.linear_q_down_proj.register_forward_hook(functools.partial(_whole_queries, config, tp))
 
 
 def _whole_keys(config, tp, _layer, _inputs, output):
     """Forward hook of the projection [S, B, latent and rotated channels], whichever of them this rank has computed."""
     kv, bias = output
     widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
-    if kv.shape[-1] != sum(widths):
-        kv = tensor_parallel.gather_from_tensor_model_parallel_region(kv, group=tp)
-        if config.sequence_parallel:
-            kv = tensor_parallel.scatter_to_sequence_parallel_region(kv, group=tp)
+    kv = _whole(config, tp, kv, sum(widths))
     if not config.sequence_parallel:
         latent, rotated = kv.split(widths, -1)
         kv = torch.cat([latent, _SumGradients.apply(rotated, tp)], -1)
     return kv, bias
+
+
+def _whole_queries(config, tp, _layer, _inputs, output):
+    """Forward hook of the projection [S, B, latent channels]."""
+    queries, bias = output
+    return _whole(config, tp, queries, config.q_lora_rank), bias
+
+
+def _whole(config, tp, x, width: int):
+    """All channels of this rank's positions, whatever part of them this rank has computed."""
+    if x.shape[-1] == width:
+        return x
+    x = tensor_parallel.gather_from_tensor_model_parallel_region(x, group=tp)
+    return tensor_parallel.scatter_to_sequence_parallel_region(x, group=tp) if config.sequence_parallel else x
 
 
 class _SumGradients(torch.autograd.Function):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megakd.config import Config, Model, check_ranks
+from megakd.config.checks import teacher_model_problems
 from megakd.config.fit import model_problems
 from megakd.errors import ConfigError
 from megakd.planning.memory import Memory, rank_memory
@@ -64,18 +65,19 @@ def problems_of(
 ) -> list[str]:
     """What of a config and its models does not fit so many ranks, in the words of the launch itself."""
     found, length = [], config.data.sequence_length
-    models = [(student, config.student.pipeline, "student", True)]
+    of_student = model_problems(student, config.parallel, length, config.student.pipeline, trained=True)
+    found += [f"student: {key}: {text}" for key, text in of_student]
     if teacher:
-        models += [(one, config.teacher.pipeline, "teacher", False) for one in (teacher, *others)]
-    for model, pipeline, whose, trained in models:
-        problems = model_problems(model, config.parallel, length, pipeline, trained=trained)
-        found += [f"{whose}: {key}: {text}" for key, text in problems]
+        for one in (teacher, *others):
+            found += [f"teacher: {key}: {text}" for key, text in teacher_model_problems(config, one)]
     found += [f"{key}: {text}" for key, text in config.problems()]
     padded = padded_vocab(max(model.vocab_size for model in (student, teacher, *others) if model))
-    if padded % config.parallel.tp:
-        found.append(
-            f"the padded vocabulary of {padded} columns does not divide over parallel.tp = {config.parallel.tp}"
-        )
+    cuts = {"parallel.tp": config.parallel.tp}
+    if config.students_per_teacher > 1:
+        cuts["teacher.parallel.tp"] = config.teacher_parallel.tp
+    for key, tp in cuts.items():
+        if padded % tp:
+            found.append(f"the padded vocabulary of {padded} columns does not divide over {key} = {tp}")
     try:
         check_ranks(config, world_size)
     except ConfigError as error:

@@ -89,13 +89,15 @@ def rank_memory(
     last = stage == parallel.pp - 1
     theirs = pass_bytes = 0
     if teacher:
-        of_teacher, their_size = parallel.of_teacher, BYTES[config.teacher_train.precision]
+        of_teacher, their_size = config.teacher_parallel, BYTES[config.teacher_train.precision]
         pipeline = config.teacher.pipeline
-        theirs = rank_parameters(teacher, of_teacher, padded, stage, pipeline).total * their_size
+        own_head = wider_head(config, teacher, padded, stage)
+        theirs = (rank_parameters(teacher, of_teacher, padded, stage, pipeline).total + own_head) * their_size
         pass_bytes = teacher_pass(config, teacher, padded, tokens, their_size, stage)
         if parallel.shards("teacher"):
-            theirs //= dp * parallel.cp
-            pass_bytes += gathered_weights(teacher, of_teacher, padded, stage, pipeline) * their_size
+            theirs //= dp * parallel.cp // config.students_per_teacher
+            gathered = gathered_weights(teacher, of_teacher, padded, stage, pipeline)
+            pass_bytes += (gathered + own_head) * their_size
     kept = activations(config, student, stage, number) * tokens * size
     if device == "cpu":
         copy = 4 if train.precision == "fp32" else 8  # in float32; of another type the input is copied too
@@ -125,6 +127,17 @@ def gathered_weights(model: Model, parallel: Parallel, padded: int, stage: int, 
     layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
     ends = rank_parameters(model, parallel, padded, stage, pipeline).total - sum(layers)
     return ends + sum(sorted(layers)[-2:])
+
+
+def wider_head(config: Config, teacher: Model, padded: int, stage: int) -> int:
+    """Parameters of a head beside a rank's share of it, for a teacher with more tensor parallel ranks: it is cut as the
+    student's, and not tied."""
+    parallel, students = config.parallel, config.students_per_teacher
+    if students == 1 or stage < parallel.pp - 1:
+        return 0
+    share = padded // config.teacher_parallel.tp
+    there = 0 if teacher.tie_embeddings and stage == 0 else share  # counted with the ends
+    return (share * students - there) * teacher.hidden_size
 
 
 def optimizer_bytes(config: Config, mine, dp: int) -> int:
@@ -296,11 +309,11 @@ def head_bytes(config: Config, model: Model, padded: int, tokens: int, size: int
 
 def teacher_pass(config: Config, teacher: Model, padded: int, tokens: int, size: int, stage: int) -> int:
     """One layer's values, or the head: logits of what fits into the budget, and the rows they are of."""
-    parallel = config.parallel.of_teacher
+    parallel = config.teacher_parallel
     layers = layers_of(teacher, parallel, stage, config.teacher.pipeline)
     layer = max(layer_elements(teacher, layer, parallel, "none") for layer in layers) * tokens * size
     if stage < parallel.pp - 1:
         return layer
-    width = padded // parallel.tp
+    width = padded // config.parallel.tp  # the head is cut as the student's
     block = min(config.loss.logits_memory_budget_bytes, tokens * width * size)
     return max(layer, 2 * tokens * teacher.hidden_size * size + block)

@@ -22,24 +22,24 @@ def step_traffic(config: Config, student: Model, teacher: Model | None, mine: Pa
     size = BYTES[train.precision]
     number = train.global_batch_size // (train.micro_batch_size * dp)
     tokens = train.micro_batch_size * config.data.sequence_length // parallel.cp
-    models = [(student, config.student.pipeline, parallel, size, 3 if train.recompute == "full" else 2)]
+    models = [(student, config.student.pipeline, parallel, size, 3 if train.recompute == "full" else 2, number)]
     if teacher:
-        their_size = BYTES[config.teacher_train.precision]
-        models.append((teacher, config.teacher.pipeline, parallel.of_teacher, their_size, 1))
+        their_size, all_students = BYTES[config.teacher_train.precision], number * config.students_per_teacher
+        models.append((teacher, config.teacher.pipeline, config.teacher_parallel, their_size, 1, all_students))
     sent = dict.fromkeys(("tp", "pp", "cp", "ep"), 0)
-    for model, pipeline, layout, width, passes in models:
+    for model, pipeline, layout, width, passes, times in models:
         layers = layers_of(model, layout, stage, pipeline)
         stream = tokens * model.hidden_size * width
-        sent["tp"] += len(layers) * passes * 2 * 2 * share(layout.tp) * stream * number
+        sent["tp"] += len(layers) * passes * 2 * 2 * share(layout.tp) * stream * times
         sent["cp"] += (
-            len(layers) * passes * 2 * tokens * widths(model)[1] // layout.tp * width * (layout.cp - 1) * number
+            len(layers) * passes * 2 * tokens * widths(model)[1] // layout.tp * width * (layout.cp - 1) * times
         )
         experts = sum(model.has_experts(layer) for layer in layers)
         if experts:
-            sent["ep"] += experts * passes * 2 * model.moe.top_k * share(layout.ep) * stream * number
+            sent["ep"] += experts * passes * 2 * model.moe.top_k * share(layout.ep) * stream * times
         ends = (stage > 0) + (stage < layout.pp - 1)
         both_ways = 1 if passes == 1 else 2  # half of the ends are receivers in each direction
-        sent["pp"] += ends * both_ways / 2 * stream / (layout.tp if layout.sp else 1) * layout.vpp * number
+        sent["pp"] += ends * both_ways / 2 * stream / (layout.tp if layout.sp else 1) * layout.vpp * times
     if stage == parallel.pp - 1:
         sent["tp"] += (parallel.tp - 1) * tokens * RECORD_BYTES * number * (2 if teacher else 1)
     alike = dp * parallel.cp

@@ -115,7 +115,7 @@ def evaluate(config: Config, path: str, ranks) -> dict:
     with progress_bar(setup.validation_samples, "evaluating", shown=ranks.is_main and config.log.progress) as bar:
         metrics = evaluation(counted(setup.validation_batches(), bar, config), ranks.device)
     metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - started)
-    destroy_groups()  # the next model has its own
+    destroy_groups(setup.wider)  # the next model has its own
     return {"student": path, "validation": config.data.validation, **metrics}
 
 

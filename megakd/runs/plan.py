@@ -137,14 +137,15 @@ class Plan:
 
     def text(self, words: list[str]) -> str:
         lines = [f"student    {describe(self.student)}"]
+        own_tp = f" at tp {self.config.teacher_parallel.tp}" if self.config.students_per_teacher > 1 else ""
         if self.config.teachers:
             lines += [
-                f"teacher    {describe(model)}, {named.name} (weight {named.weight:g})"
+                f"teacher    {describe(model)}, {named.name} (weight {named.weight:g}){own_tp}"
                 for named, model in zip(self.config.teachers, self.teachers, strict=True)
             ]
             lines.append("           each sample goes through one of them; traffic and speed are told of the largest")
         elif self.teacher:
-            lines.append(f"teacher    {describe(self.teacher)}, beside it")
+            lines.append(f"teacher    {describe(self.teacher)}, beside it{own_tp}")
         elif self.config.teacher:
             of_states = (
                 "; its states and output layer are not counted below" if self.config.loss.targets == "whole" else ""

@@ -32,7 +32,8 @@ class SeveralTeachers:
     def __init__(self, teachers: list[OnlineTeacher], names: list[str], weights: list[float], groups):
         self.teachers, self.names, self.weights, self.groups = teachers, names, weights, groups
         # Ranks that share experts or weights run them together.
-        self.in_step = groups.ep.size() > 1 or any(is_sharded(teacher.gpt) for teacher in teachers)
+        shared = any(is_sharded(teacher.gpt) or teacher.sharing is not None for teacher in teachers)
+        self.in_step = groups.ep.size() > 1 or shared
 
     @property
     def heads(self) -> list[OutputLayer]:

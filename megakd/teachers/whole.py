@@ -8,7 +8,6 @@ from torch import Tensor
 from megakd.config import Loss
 from megakd.models.gpt import GPT
 from megakd.models.micro_batch import MicroBatch
-from megakd.models.offload import Offload
 from megakd.models.sharding import gather_head
 from megakd.teachers.lesson import TeacherSource
 from megakd.teachers.online import OnlineTeacher
@@ -31,6 +30,7 @@ class WholeTeacher(OnlineTeacher):
             groups=teacher.groups,
             budget_bytes=teacher.budget_bytes,
             offload=teacher.offload,
+            sharing=teacher.sharing,
         )
 
     def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[WholeLesson]:
@@ -47,10 +47,15 @@ class WholeTeacher(OnlineTeacher):
         return WholeLesson(hidden_TH, self.gpt, self.top_k, self.temperature, self.budget_bytes)
 
 
-def live_teacher(gpt: GPT, loss: Loss, groups, seed: int, offload: Offload | None = None) -> OnlineTeacher:
-    """The live teacher that the loss section compares with; `seed` of the run, for draws."""
+def live_teacher(gpt: GPT, loss: Loss, groups, seed: int, **how) -> OnlineTeacher:
+    """The live teacher that the loss section compares with.
+
+    Args:
+        seed: of the run, for draws.
+        how: `offload` and `sharing` of an online teacher.
+    """
     budget = loss.logits_memory_budget_bytes
-    common = dict(top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget, offload=offload)
+    common = dict(top_k=loss.top_k, temperature=loss.temperature, groups=groups, budget_bytes=budget, **how)
     if loss.targets == "sampled":
         return SampledTeacher(gpt, draws=loss.draws, seed=seed, **common)
     return (WholeTeacher if loss.targets == "whole" else OnlineTeacher)(gpt, **common)

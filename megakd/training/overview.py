@@ -29,7 +29,7 @@ def overview(setup: Setup, steps_left: int, tokens: float, seconds: float) -> st
     for name, teacher in named:
         if isinstance(teacher, OnlineTeacher):
             elsewhere = teacher.offload.host if teacher.offload else {}
-            count = large(count_parameters(teacher.gpt, teacher.groups, device, elsewhere))
+            count = large(count_parameters(teacher.gpt, teacher.gpt.pg_collection, device, elsewhere))
             sizes.append(" ".join(("teacher", name, count) if name else ("teacher", count)))
     length = setup.config.data.sequence_length
     peak = torch.tensor(memory_peak_bytes(device), dtype=torch.int64, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megakd.config import Model, Parallel, Pipeline, check_experts, check_ranks
+from megakd.config import Model, Parallel, Pipeline, check_experts, check_model, check_ranks
 from megakd.config.fit import model_problems, nearest_divisors, stages_of
 from megakd.errors import ConfigError
 from tests.training import small
@@ -54,7 +54,26 @@ def test_nearest_divisors():
         ),
         ({"parallel__ep": 2, "parallel__fsdp": "teacher"}, r"parallel\.fsdp: teacher, but parallel\.ep = 2 "),
         ({"optimizer__distributed": False, "parallel__fsdp": "both"}, r"optimizer\.distributed: false, but"),
-        ({"teacher__parallel": {"tp": 8}}, r"teacher\.parallel: both models have parallel\.tp"),
+        ({"tp": 2, "teacher__parallel": {"tp": 3}}, r"teacher\.parallel\.tp: 3 is no multiple .* expected 4"),
+        ({"tp": 4, "teacher__parallel": {"tp": 2}}, r"teacher\.parallel\.tp: 2 is no multiple .* expected 4"),
+        (
+            {"parallel__cp": 2, "teacher__parallel": {"tp": 2}},
+            r"teacher\.parallel\.tp: 2, but parallel\.cp = 2 .* expected 1, or cp = 1",
+        ),
+        ({"parallel__ep": 2, "teacher__parallel": {"tp": 2}}, r"2, but parallel\.ep = 2 .* expected 1, or ep = 1"),
+        (
+            {"teacher__cache": "unused", "teacher__parallel": {"tp": 2}},
+            r"teacher\.parallel: given with teacher\.cache, .* expected null, and parallel\.tp = 2 to record",
+        ),
+        ({"teacher__parallel": {"tp": 1, "sp": True}}, r"teacher\.parallel\.sp: true, but teacher\.parallel\.tp is 1"),
+        (
+            {"teacher__parallel": {"tp": 2, "sp": True}, "data__sequence_length": 15},
+            r"15 is not divisible by teacher\.parallel\.tp = 2, .* expected 16, or teacher\.parallel\.sp = false",
+        ),
+        (
+            {"teacher__parallel": {"tp": 2}, "features__student_layers": [1], "features__teacher_layers": [1]},
+            r"features: given with teacher\.parallel\.tp = 2",
+        ),
         ({"teacher__cache": "unused", "teacher__offload": True}, r"teacher\.offload: true, but what is in a cache"),
         ({"parallel__vpp": 2}, r"parallel\.vpp: 2, but parallel\.pp is 1"),
         ({"parallel__cp": 3}, r"sequence_length: 16 is not divisible by 2 x parallel\.cp = 6; expected 18"),
@@ -72,6 +91,31 @@ def test_nearest_divisors():
 def test_what_contradicts_itself_is_refused(changes, text):
     with pytest.raises(ConfigError, match=text):
         small.config(**changes)
+
+
+def test_a_teacher_takes_the_ranks_of_whole_student_replicas():
+    config = small.config(tp=2, teacher__parallel={"tp": 8}, train__global_batch_size=12)
+    assert check_ranks(config, 8) == 4
+    for ranks, nearest in ((12, 4), (6, 2)):
+        with pytest.raises(ConfigError, match=r"tp 8 takes the ranks of 4 student replicas, and") as error:
+            check_ranks(config, ranks)
+        assert f"start a multiple of 8 ranks, or set teacher.parallel.tp to {nearest}" in str(error.value)
+
+
+def test_a_teacher_is_checked_at_its_own_tp():
+    config = small.config(tp=2, teacher__parallel={"tp": 4})
+    latent = {"kv_lora_rank": 12, "qk_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    odd, unsplit = (
+        Model.model_validate(small.teacher_section(**changes))
+        for changes in ({"num_query_groups": 2}, {"num_query_groups": 4, "mla": latent})
+    )
+    check_model(config, odd, "the student")
+    with pytest.raises(ConfigError, match=r"num_query_groups: 2 is not divisible by teacher\.parallel\.tp = 4"):
+        check_model(config, odd, "teacher", beside=True)
+    with pytest.raises(ConfigError, match=r"mla\.q_lora_rank: null, but Megatron-Core .* parallel\.tp = 2 alone"):
+        check_model(config, unsplit, "teacher", beside=True)
+    of_four = small.student_section(num_query_groups=4)
+    check_model(small.config(tp=4, student__model=of_four), unsplit, "teacher", beside=True)
 
 
 def test_interleaved_stages_take_whole_rounds_of_micro_batches():

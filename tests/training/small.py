@@ -37,6 +37,19 @@ def in_buckets(elements):
         yield
 
 
+@contextlib.contextmanager
+def wider_teacher(config, groups):
+    """Groups of a teacher with a tp of its own, for as long as it lives; None of one without."""
+    from megakd.models.groups import build_wider_groups
+
+    wider = build_wider_groups(groups, config.teacher_parallel.tp) if config.students_per_teacher > 1 else None
+    try:
+        yield wider
+    finally:
+        if wider:
+            wider.destroy()
+
+
 def config(tp=1, pp=1, **changes):
     """A valid config; `changes` are dotted keys with __ for the dot."""
     from megakd.config import Config
@@ -74,29 +87,37 @@ def teacher_section(**changes):
     return student_section(hidden_size=48, tie_embeddings=False, init_std=0.2) | changes
 
 
-def build(section, config, groups, seed, teacher=False):
+def build(section, config, groups, seed, teacher=False, wider=None):
     from megakd.config import Model
     from megakd.models.gpt import build_gpt
     from megakd.models.sharding import shard
+    from megakd.models.wider import take_head
 
+    its_groups = wider.groups if wider else groups
     gpt = build_gpt(
         Model.model_validate(section),
-        config.parallel.of_teacher if teacher else config.parallel,
+        config.teacher_parallel if teacher else config.parallel,
         config.teacher_train if teacher else config.train,
-        groups,
+        its_groups,
         vocab_size=VOCAB,
         padded_size=1024,
         device="cpu",
         seed=seed,
         pipeline=(config.teacher if teacher else config.student).pipeline,
     )
+    if wider:
+        take_head(gpt, wider, groups)
     if teacher and config.parallel.shards("teacher"):
-        shard(gpt, groups.dp_cp, trained=False, offload=config.teacher.offload)
+        shard(gpt, its_groups.dp_cp, trained=False, offload=config.teacher.offload)
     return gpt
 
 
-def student_step(config, groups, teacher=True, teacher_changes=None, **student_changes):
-    """A StudentStep with optimizer; its teacher has other weights and another width."""
+def student_step(config, groups, teacher=True, teacher_changes=None, wider=None, **student_changes):
+    """A StudentStep with optimizer; its teacher has other weights and another width.
+
+    Args:
+        wider: groups of a teacher with a tp of its own.
+    """
     from megakd.assembly.setup import CE_ONLY
     from megakd.models.features import FeatureLoss
     from megakd.models.offload import Offload
@@ -110,9 +131,10 @@ def student_step(config, groups, teacher=True, teacher_changes=None, **student_c
     loss, source, features = CE_ONLY, None, None
     if teacher:
         loss = config.loss
-        gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, seed=2, teacher=True)
+        gpt_teacher = build(teacher_section(**(teacher_changes or {})), config, groups, 2, teacher=True, wider=wider)
         offload = Offload(gpt_teacher) if config.teacher.offload and not is_sharded(gpt_teacher) else None
-        source = live_teacher(gpt_teacher, loss, groups, 4, offload)
+        sharing = wider.sharing if wider else None
+        source = live_teacher(gpt_teacher, loss, groups, 4, offload=offload, sharing=sharing)
         if config.features:
             features = FeatureLoss(gpt, gpt_teacher, config.features, seed=3)
     routing = RoutingLosses(gpt, config.routing) if gpt.config.model.moe else None

@@ -4,6 +4,7 @@ Student and teacher differ in width, depth and in whether the head is the embedd
 by one rank. What of the axes cannot run on a CPU is listed in docs/parallelism.md.
 """
 
+import contextlib
 import functools
 
 import pytest
@@ -41,6 +42,13 @@ MODELS = {
     "experts": (STUDENT | {"moe": STUDENT_EXPERTS}, TEACHER | {"moe": TEACHER_EXPERTS}),
     "experts, biases": (STUDENT | {"moe": TEACHER_EXPERTS}, TEACHER),
     "expert teacher": (STUDENT, TEACHER | {"moe": TEACHER_EXPERTS}),
+}
+PARALLEL = ("tp", "pp", "vpp", "cp", "ep", "sp", "fsdp")
+OTHERS = {
+    "recompute": "train__recompute",
+    "budget": "loss__logits_memory_budget_bytes",
+    "targets": "loss__targets",
+    "offload": "teacher__offload",
 }
 # (models, ranks, layout with micro_batch_size, whether the teacher was recorded)
 LAYOUTS = [
@@ -89,6 +97,13 @@ LAYOUTS = [
     ("dense", 4, {"tp": 2, "dp": 2, "sp": True, "fsdp": "both", "micro": 1}, False),
     ("experts", 4, {"cp": 2, "dp": 2, "fsdp": "both"}, False),
     ("dense", 4, {"pp": 2, "dp": 2, "fsdp": "teacher"}, False),
+    # A teacher of another tp: its ranks are those of several student replicas.
+    ("dense, not tied", 2, {"dp": 2, "teacher_tp": 2, "teacher_sp": True, "targets": "whole"}, False),
+    ("latent", 2, {"dp": 2, "teacher_tp": 2, "targets": "sampled", "budget": 40_000}, False),
+    ("dense", 4, {"tp": 2, "dp": 2, "sp": True, "heads": 4, "teacher_tp": 4, "teacher_sp": False}, False),
+    ("expert teacher", 4, {"pp": 2, "dp": 2, "teacher_tp": 2, "teacher_sp": True}, False),
+    ("dense, not tied", 4, {"pp": 2, "vpp": 2, "dp": 2, "micro": 1, "teacher_tp": 2, "teacher_last": 3}, False),
+    ("dense", 4, {"dp": 4, "micro": 1, "teacher_tp": 2, "fsdp": "both", "offload": True}, False),
     # Gradients reduced in buckets during the backward, as on GPUs.
     ("dense", 4, {"pp": 2, "dp": 2, "bucket": 2000}, False),
     ("dense, not tied", 2, {"dp": 2, "bucket": 2000}, False),
@@ -111,26 +126,17 @@ def train(rank, ranks, models, axes, cache=None, record=False, run_dir=None, ste
     install("cpu")
     from megakd.training.checkpointing import Saver
 
-    axes = dict(axes)
-    bucket, budget = axes.pop("bucket", None), axes.pop("budget", None)
-    size, heads, dp = axes.pop("micro", 2), axes.pop("heads", 2), axes.pop("dp", 1)
-    splits = {name: axes.pop(name) for name in list(axes) if name.startswith(("student_", "teacher_"))}
-    recompute = axes.pop("recompute", "none")
-    changes = {f"parallel__{name}": value for name, value in axes.items()} | {"train__recompute": recompute}
-    for name, layers in splits.items():
-        whose, _, end = name.partition("_")
-        changes.setdefault(f"{whose}__pipeline", {})[f"{end}_stage_layers"] = layers
-    tp, pp = changes.pop("parallel__tp", 1), changes.pop("parallel__pp", 1)
-    if budget:
-        changes["loss__logits_memory_budget_bytes"] = budget
-    with small.in_buckets(bucket), small.layout(tp, pp, cp=axes.get("cp", 1), ep=axes.get("ep", 1)) as groups:
-        assert groups.dp.size() == dp
-        student, teacher = ({"num_query_groups": heads} | section for section in MODELS[models])
-        if "moe" in student:
-            changes |= ROUTING
-        changes["run__dir"] = str(run_dir)
-        config = small.config(tp, pp, student__model=small.student_section(**student), **changes)
-        run = small.student_step(config, groups, teacher_changes=teacher, **student)
+    size, bucket = axes.get("micro", 2), axes.get("bucket")
+    cut = {axis: axes.get(axis, 1) for axis in ("cp", "ep")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(small.in_buckets(bucket))
+        groups = stack.enter_context(small.layout(axes.get("tp", 1), axes.get("pp", 1), **cut))
+        assert groups.dp.size() == axes.get("dp", 1)
+        student, teacher = ({"num_query_groups": axes.get("heads", 2)} | section for section in MODELS[models])
+        changes = changes_of(axes) | (ROUTING if "moe" in student else {}) | {"run__dir": str(run_dir)}
+        config = small.config(student__model=small.student_section(**student), **changes)
+        wider = stack.enter_context(small.wider_teacher(config, groups))
+        run = small.student_step(config, groups, teacher_changes=teacher, wider=wider, **student)
         batches = [small.batch(step % 2, groups, size) for step in range(STEPS)]
         if record:
             curves.record(run.teacher, batches, cache)
@@ -143,6 +149,21 @@ def train(rank, ranks, models, axes, cache=None, record=False, run_dir=None, ste
             progress.step = steps
             Saver(config, run, config.student.model, tokenizer=None).save(progress, {})
     return [{name: m[name] for name in m if name != "lr"} for m in metrics]
+
+
+def changes_of(axes):
+    """Keys of a config for what is said of a layout in LAYOUTS."""
+    changes = {f"parallel__{name}": axes[name] for name in PARALLEL if name in axes}
+    changes |= {key: axes[name] for name, key in OTHERS.items() if name in axes}
+    if axes.get("targets") == "sampled":
+        changes["loss__draws"] = 8
+    for name, value in axes.items():
+        whose, _, what = name.partition("_")
+        if what in ("first", "last"):
+            changes.setdefault(f"{whose}__pipeline", {})[f"{what}_stage_layers"] = value
+        elif what:
+            changes.setdefault("teacher__parallel", {})[what] = value
+    return changes
 
 
 def continue_from(run_dir, run):
@@ -159,9 +180,10 @@ def one_rank(tmp_path_factory):
     """(curve, recording) of one rank that takes the batch in one piece."""
 
     @functools.cache
-    def run(models, heads):
-        cache = tmp_path_factory.mktemp("recorded") / "cache"
-        return run_ranks(1, train, models, {"micro": 8, "heads": heads}, cache, True)[0], cache
+    def run(models, heads, targets="top_k"):
+        cache = tmp_path_factory.mktemp("recorded") / "cache" if targets == "top_k" else None
+        axes = {"micro": 8, "heads": heads, "targets": targets}
+        return run_ranks(1, train, models, axes, cache, cache is not None)[0], cache
 
     return run
 
@@ -173,7 +195,7 @@ def names(value):
 @pytest.mark.slow
 @pytest.mark.parametrize(("models", "ranks", "axes", "recorded"), LAYOUTS, ids=names)
 def test_a_layout_trains_as_one_rank_does(one_rank, models, ranks, axes, recorded):
-    want, cache = one_rank(models, axes.get("heads", 2))
+    want, cache = one_rank(models, axes.get("heads", 2), axes.get("targets", "top_k"))
     got = run_ranks(ranks, train, models, axes, cache if recorded else None)
     assert all(curve == got[0] for curve in got), "the ranks report different numbers"
     assert_same(got[0], want)

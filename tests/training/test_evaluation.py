@@ -74,7 +74,10 @@ def evaluate(tmp_path, ranks, config, *flags):
     return printed[0]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, {"parallel__tp": 2}), (4, {"parallel__pp": 2})])
+WIDER = {"teacher__parallel": {"tp": 2}}
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, {"parallel__tp": 2}), (4, {"parallel__pp": 2, **WIDER})])
 def test_figures_are_those_of_dense_float64(folder, models, tmp_path, ranks, layout):
     teacher, student = models
     config = runs.values(folder, student, teacher__checkpoint=str(teacher), loss={"top_k": 7})
@@ -89,6 +92,28 @@ def test_figures_are_those_of_dense_float64(folder, models, tmp_path, ranks, lay
     assert found["tokens_per_second"] > 0
     kept = json.loads((student / "evaluations.jsonl").read_text().splitlines()[-1])
     assert kept == found
+
+
+def figures(rank, ranks, config, path):
+    """What `megakd evaluate` finds of a model, without a launch."""
+    from megakd.config import Config
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
+    from megakd.runs.evaluate import evaluate
+
+    found = evaluate(Config.from_dict(config), str(path), runs.OneOfThePool(rank))
+    return {name: value for name, value in found.items() if name in ("ce", "kd", "forward_kl", "ece", "agreement")}
+
+
+def test_sharded_models_are_judged_as_whole_ones_are(folder, models, tmp_path):
+    teacher, student = models
+    common = {"teacher__checkpoint": str(teacher), "loss": {"top_k": 7}}
+    got, want = (
+        run_ranks(2, figures, runs.values(folder, tmp_path, **common, **layout), student)
+        for layout in ({"parallel__fsdp": "both"}, {})
+    )
+    assert len(want[0]) == 5 and want[0]["forward_kl"] > 0.05 and got == [pytest.approx(want[0], rel=2e-5)] * 2
 
 
 def test_several_models_side_by_side(folder, models, tmp_path):

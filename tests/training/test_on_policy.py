@@ -117,7 +117,7 @@ def test_a_step_is_that_of_the_same_ids_as_data_to_the_bit(ranks, tp, loss, fold
     assert written["grad_norm"] > 0 and {k: written[k] for k in read} == read
 
 
-@pytest.mark.parametrize("axes", [{}, {"tp": 2, "sp": True}, {"pp": 2}])
+@pytest.mark.parametrize("axes", [{"fsdp": "teacher"}, {"tp": 2, "sp": True}, {"pp": 2}])
 def test_completions_do_not_depend_on_layout_or_batch_size(axes, folder, prompts, teacher, alone, tmp_path):
     parallel = {f"parallel__{name}": size for name, size in axes.items() if name != "tp"}
     more = {"train__steps": 1, "train__micro_batch_size": 4, **parallel}

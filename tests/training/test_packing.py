@@ -31,11 +31,13 @@ def loaded(packed):
 
 
 def step(rank, ranks, packed, tp, pp, changes, student):
-    with small.layout(tp, pp) as groups:
+    config = small.config(tp, pp, **changes)
+    with small.layout(tp, pp) as groups, small.wider_teacher(config, groups) as wider:
         from megakd.models.micro_batch import build_micro_batch
 
-        run = small.student_step(small.config(tp, pp, **changes), groups, **student)
-        batch = build_micro_batch(loaded(packed), packed=packed)
+        run = small.student_step(config, groups, wider=wider, teacher_changes=student, **student)
+        mine = {name: rows[groups.dp.rank() :: groups.dp.size()] for name, rows in loaded(packed).items()}
+        batch = build_micro_batch(mine, packed=packed)
         return [run([batch], step=n + 1, measure=True) for n in range(2)], batch.parts()
 
 
@@ -47,6 +49,7 @@ def step(rank, ranks, packed, tp, pp, changes, student):
         (1, 1, 1, {"train__recompute": "full"}, {}),
         (2, 2, 1, {"parallel__sp": True}, {}),
         (2, 1, 2, {}, {}),
+        (2, 1, 1, {"teacher__parallel": {"tp": 2}}, {"position_embedding": "learned_absolute"}),
     ],
 )
 def test_packing_changes_no_loss_and_no_gradient(ranks, tp, pp, changes, student):
@@ -55,7 +58,7 @@ def test_packing_changes_no_loss_and_no_gradient(ranks, tp, pp, changes, student
     assert plain[0]["tokens"] == sum(LENGTHS) - 4 - 1
     for a, b in zip(packed, plain, strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
-    assert [stop - start for _, start, stop in parts] == LENGTHS
+    assert [stop - start for _, start, stop in parts] == (LENGTHS[:3] if "teacher__parallel" in changes else LENGTHS)
 
 
 def places(rank, ranks):

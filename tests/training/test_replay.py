@@ -182,7 +182,8 @@ def said(text):
 
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize(
-    ("ranks", "layout", "size"), [(1, {}, 4), (2, {"pp": 2}, 2), (2, {"tp": 1}, 1), (2, {"tp": 2, "sp": True}, 8)]
+    ("ranks", "layout", "size"),
+    [(1, {}, 4), (2, {"pp": 2}, 2), (2, {"tp": 1}, 1), (2, {"tp": 2, "sp": True}, 8), (2, {"fsdp": "both"}, 2)],
 )
 def test_a_step_at_another_layout_is_equal(recorded, step, ranks, layout, size, tmp_path):
     config = at(recorded, tmp_path, micro_batch_size=size, **layout)
@@ -194,11 +195,19 @@ def test_a_step_at_another_layout_is_equal(recorded, step, ranks, layout, size, 
     assert (tmp_path / "replays" / f"step_{step:08d}" / "step.json").is_file()
 
 
-def test_virtual_stages_are_recorded_as_the_layers_that_they_are(folder, teacher, tmp_path):
-    changes = {"student__model__num_layers": 4, "parallel": {"pp": 2, "vpp": 2}, "run__record_steps": [1]}
+@pytest.mark.parametrize(
+    "layout",
+    [{"parallel": {"pp": 2, "vpp": 2}}, {"parallel": {"fsdp": "both"}}, {"teacher__parallel": {"tp": 2}}],
+    ids=str,
+)
+def test_what_another_layout_has_recorded_is_equal(folder, teacher, layout, tmp_path):
+    """Virtual stages are recorded as the layers that they are, rows of FSDP as whole parameters."""
+    changes = {"student__model__num_layers": 4, "run__record_steps": [1], **layout}
     config = distil(folder, teacher, tmp_path / "run", train__steps=1, **changes)
     assert run_ranks(2, runs.train, config) == [None, None]
-    ((text, differs),) = run_ranks(1, replay, record_of(config), at(config, tmp_path / "again", micro_batch_size=4))
+    again = at(config, tmp_path / "again", micro_batch_size=4)
+    again["teacher"] = again["teacher"] | {"parallel": None}
+    ((text, differs),) = run_ranks(1, replay, record_of(config), again)
     assert not differs and set(said(text).values()) == {"equal"}, text
 
 

@@ -40,11 +40,13 @@ def test_a_run_leaves_a_whole_run_folder(teacher):
 
 def test_tensor_and_data_parallel_runs_from_one_checkpoint_have_one_curve(folder, teacher, tmp_path):
     curves = []
-    for ranks, tp, cp in ((1, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2)):
-        config = distil(folder, teacher, tmp_path / f"{ranks}_{tp}", tp, parallel__cp=cp)
+    wider = {"teacher__parallel": {"tp": 2}}
+    layouts = ((1, 1, {}), (2, 2, {}), (4, 2, {}), (2, 1, {"parallel__cp": 2}), (2, 1, wider))
+    for number, (ranks, tp, changes) in enumerate(layouts):
+        config = distil(folder, teacher, tmp_path / str(number), tp, **changes)
         config["student"] = {"checkpoint": str(teacher)}
         assert run_ranks(ranks, runs.train, config) == [None] * ranks
-        curves.append(runs.lines(tmp_path / f"{ranks}_{tp}") + runs.lines(tmp_path / f"{ranks}_{tp}", "validation"))
+        curves.append(runs.lines(tmp_path / str(number)) + runs.lines(tmp_path / str(number), "validation"))
     assert curves[0][0]["kd"] == pytest.approx(0, abs=1e-5), "the student starts as its own teacher"
     for curve in curves[1:]:
         runs.assert_close(curve, curves[0], rel=2e-4, abs=1e-5)

@@ -33,14 +33,16 @@ def batch(groups, size, only=None):
     return found
 
 
-def build(config, groups):
+def build(config, groups, wider=None):
     """A student's step with two teachers of different widths; the teachers alone."""
     from megakd.assembly.setup import teacher_of
 
-    run = small.student_step(config, groups)
+    run = small.student_step(config, groups, teacher=False)
     sections = small.teacher_section(), small.teacher_section(hidden_size=40, logit_softcap=5.0)
-    gpts = [small.build(section, config, groups, seed=2 + n, teacher=True) for n, section in enumerate(sections)]
-    run.teacher = teacher_of(config, gpts, config.loss, groups)
+    gpts = [
+        small.build(section, config, groups, 2 + n, teacher=True, wider=wider) for n, section in enumerate(sections)
+    ]
+    run.teacher, run.loss = teacher_of(config, gpts, config.loss, groups, wider), config.loss
     return run, run.teacher.teachers
 
 
@@ -113,21 +115,24 @@ def test_a_step_is_the_sum_of_its_single_teacher_parts(ranks, tp, pp, size, chan
 
 
 def in_step(rank, ranks):
-    """Metrics where the teachers' weights are cut over two ranks, of which the first has no sample of the second."""
+    """Metrics where the teachers' weights are cut over two ranks, of which the first has no sample of the second: not
+    at all, by FSDP, and by a tp of theirs."""
     with small.layout() as groups:
         found = []
-        for changes in ({}, {"parallel__fsdp": "teacher"}):
-            run, _ = build(config_of(1, 1, changes), groups)
+        for changes in ({}, {"parallel__fsdp": "teacher"}, {"teacher__parallel": {"tp": 2}}):
+            config = config_of(1, 1, changes)
             mine = batch(groups, 2)
             assert rank == 1 or {t for m in mine for t in m.teachers} == {-1, 0}
-            metrics = run.derive(mine, step=1, measure=True)
+            with small.wider_teacher(config, groups) as wider:
+                run, _ = build(config, groups, wider)
+                metrics = run.derive(mine, step=1, measure=True)
             found.append({name: value for name, value in metrics.items() if isinstance(value, float)})
         return found
 
 
 def test_teachers_whose_weights_are_cut_run_on_all_ranks_as_often():
-    for whole, cut in run_ranks(2, in_step):
-        assert cut == pytest.approx(whole, rel=1e-5) and whole["b/tokens"] > 0
+    for whole, *cut in run_ranks(2, in_step):
+        assert cut == [pytest.approx(whole, rel=1e-5)] * 2 and whole["b/tokens"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ class Benchmark:
         gpt, source, loss = self.build("student", self.config.parallel), None, CE_ONLY
         if teacher:
             loss = self.config.loss
-            frozen = self.build("teacher", self.config.parallel.of_teacher)
+            frozen = self.build("teacher", self.config.teacher_parallel)
             source = OnlineTeacher(frozen, top_k=TOP_K, temperature=1.0, groups=self.groups)
         ddp = wrap_data_parallel(gpt, self.config, self.groups)
         optimizer, scheduler = build_optimizer(ddp, self.config, self.config.train.steps, self.groups)
