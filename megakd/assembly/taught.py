@@ -34,4 +34,4 @@ class Taught:
 
     def together(self, data, indices: list, *, validation: bool) -> list:
         """A rank's samples with those of one teacher side by side, so that few micro-batches have several."""
-        return sorted(indices, key=lambda index: self.number(data, index, validation=validation))
+        return sorted(indices, key=lambda index: (index is None, self.number(data, index, validation=validation)))

@@ -115,8 +115,8 @@ def test_a_newer_format_is_named(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "copy")
     path = tmp_path / "copy" / "cache.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"format_version": 2, "created": {"megakd_version": "9.9"}}))
-    with pytest.raises(CacheError, match=r"has cache format 2, this megakd \(\S+\) reads 1\nhint: .*\(9\.9\)"):
+    path.write_text(json.dumps(record | {"format_version": 3, "created": {"megakd_version": "9.9"}}))
+    with pytest.raises(CacheError, match=r"has cache format 3, this megakd \(\S+\) reads up to 2\nhint: .*\(9\.9\)"):
         read_header(tmp_path / "copy")
 
 
