@@ -159,14 +159,15 @@ def checkpoint_bytes(config: Config, student: Model) -> int:
 
 
 def lesson_bytes(config: Config, teacher: Model | None, tokens: int, micro_batches: int) -> int:
-    """Of a step: the teacher's entries, or, for its whole distribution, what its head is given.
+    """Of a step: the teacher's entries, or, for its whole distribution, what its head is given, in shares over tp.
 
     Of recorded hidden states 0: how wide they are, the config does not say.
     """
     if config.teacher is None or (config.loss.targets == "whole" and teacher is None):
         return 0
     if config.loss.targets == "whole":
-        return tokens * micro_batches * teacher.hidden_size * BYTES[config.teacher_train.precision]
+        one, tp = tokens * teacher.hidden_size * BYTES[config.teacher_train.precision], config.parallel.tp
+        return one if micro_batches == 1 else one * micro_batches // tp + (one if tp > 1 else 0)
     return tokens * micro_batches * entries_of(config) * LESSON_BYTES
 
 

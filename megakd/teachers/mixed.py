@@ -88,7 +88,14 @@ class MixedLesson:
 
 
 def parts_of(lesson: Lesson | WholeLesson | MixedLesson, labels_T: Tensor) -> tuple[Part, ...]:
-    """The parts of any lesson about these tokens."""
-    if isinstance(lesson, MixedLesson):
-        return lesson.parts
-    return (Part(torch.arange(len(labels_T), device=labels_T.device), lesson),)
+    """The parts of any lesson about these tokens, with hidden states gathered.
+
+    Collectives: an all-gather of each part's that are spread.
+    """
+    parts = lesson.parts if isinstance(lesson, MixedLesson) else None
+    if parts is None:
+        parts = (Part(torch.arange(len(labels_T), device=labels_T.device), lesson),)
+    return tuple(
+        dataclasses.replace(part, lesson=part.lesson.gathered()) if isinstance(part.lesson, WholeLesson) else part
+        for part in parts
+    )

@@ -20,7 +20,7 @@ from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.lesson import Lesson
 from megakd.teachers.mixed import MixedLesson, Part
 from megakd.teachers.sampled import draw_lesson
-from megakd.teachers.whole_lesson import WholeLesson
+from megakd.teachers.whole_lesson import Spread, WholeLesson
 
 
 class RecordedHead(OutputLayer):
@@ -113,5 +113,8 @@ class RecordedTeacher(CachedTeacher):
         if isinstance(lesson, MixedLesson):
             parts = (Part(part.rows_P.to(device), self.to_device(part.lesson, device)) for part in lesson.parts)
             return MixedLesson(tuple(parts))
+        hidden_TH = lesson.hidden_TH
+        if self.targets == "whole":
+            hidden_TH = Spread.of(hidden_TH, lesson.head.shard)
         # Read ahead of a temperature's ramp, it is told the one of now.
-        return dataclasses.replace(lesson, hidden_TH=lesson.hidden_TH.to(device), temperature=self.temperature)
+        return dataclasses.replace(lesson, hidden_TH=hidden_TH.to(device), temperature=self.temperature)

@@ -14,11 +14,16 @@ from megakd.teachers.online import OnlineTeacher
 from megakd.teachers.recorded import RecordedTeacher
 from megakd.teachers.sampled import SampledTeacher
 from megakd.teachers.several import SeveralTeachers
-from megakd.teachers.whole_lesson import WholeLesson
+from megakd.teachers.whole_lesson import Spread, WholeLesson
 
 
 class WholeTeacher(OnlineTeacher):
-    """An online teacher that keeps what its head is given, and no logits at all."""
+    """An online teacher that keeps what its head is given, and no logits at all.
+
+    Of a step of several micro-batches each tensor-parallel rank keeps its share, until the loss of one needs them.
+    """
+
+    spread = False
 
     @classmethod
     def of(cls, teacher: OnlineTeacher) -> "WholeTeacher":
@@ -36,6 +41,7 @@ class WholeTeacher(OnlineTeacher):
     def lessons(self, micro_batches: list[MicroBatch], step: int = 0) -> list[WholeLesson]:
         """As of an online teacher, whose head stays whole where its weights are sharded, and on the device where the
         others leave it."""
+        self.spread = len(micro_batches) > 1
         lessons = super().lessons(micro_batches, step)
         gather_head(self.gpt)
         if self.offload:
@@ -44,6 +50,8 @@ class WholeTeacher(OnlineTeacher):
 
     def _reduce(self, hidden_SBH: Tensor, micro_batch: MicroBatch) -> WholeLesson:
         hidden_TH = self.gpt.head_input(hidden_SBH, micro_batch.rows_T)
+        if self.spread:
+            hidden_TH = Spread.of(hidden_TH, self.gpt.shard)
         return WholeLesson(hidden_TH, self.gpt, self.top_k, self.temperature, self.budget_bytes)
 
 

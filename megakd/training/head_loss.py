@@ -159,9 +159,10 @@ def describe_head(gpt: GPT, teachers: list[OutputLayer], tokens: int, loss: Loss
     if loss.targets == "whole":
         kept = max(head.state_bytes for head in teachers)
         block = min(block_tokens_of(loss, gpt, head) for head in teachers)
+        shared = ", shared out over the ranks of tp" if gpt.shard.ranks > 1 else ""
         return (
             f"both output layers and the loss fused, {min(tokens, block):,} tokens at a time, since loss.targets is "
-            f"whole: the teacher's phase keeps {kept:,} bytes a token"
+            f"whole: the teacher's phase keeps {kept:,} bytes a token{shared}"
         )
     width, size = gpt.shard.stop - gpt.shard.start, gpt.logit_bytes
     need, budget = tokens * width * size, loss.logits_memory_budget_bytes

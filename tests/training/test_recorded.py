@@ -191,7 +191,9 @@ def recorded_by_two(rank, ranks, folder):
     ids_BS, labels_BS = batch([0, 4, 1, 5])
     (lesson,) = teacher.lessons([MicroBatch(ids_BS, labels_BS)])
     (empty,) = teacher.lessons([MicroBatch(ids_BS, torch.full_like(labels_BS, -100))])
-    assert len(empty.hidden_TH) == 0
+    assert len(empty.gathered().hidden_TH) == 0
+    for part in lesson.parts:  # an odd number in one of them
+        assert len(part.lesson.hidden_TH.own_PH) == -(-len(part.rows_P) // 2) > 0
     labels_T = labels_BS.T[labels_BS.T != -100]
     selected = lesson.selected(labels_T)
     some_T = torch.tensor([5, 0, 11, 3])
