@@ -48,27 +48,41 @@ def test_between_steps_a_rank_has_its_part_alone_and_judges_as_a_whole_model_doe
 
 
 def in_bf16(rank, ranks, changes, folder):
-    """Losses of two steps, the types of weights and moments, and the type of the weights in a checkpoint of them."""
+    """Losses of two steps, the types of weights and moments, the type of the weights in a checkpoint of them, and
+    whether the sums of gradients over the ranks are rounded to bfloat16."""
     with small.layout() as groups:
+        import torch
+
         from megakd.checkpoints.folder import read_checkpoint
         from megakd.checkpoints.torch_dist_reader import TorchDistReader
+        from megakd.models.sharding import own
         from megakd.training.checkpointing import Progress, Saver
 
         config = small.config(run__dir=str(folder), train__precision="bf16", **changes)
         run = small.student_step(config, groups)
-        losses = [run(small.batch(i, groups, 2), step=i + 1, measure=False) for i in range(2)]
+        (ddp,), rounded = run.ddp, []
+        finish = ddp.finish_grad_sync
+
+        def look(*args, **kwargs):
+            gradients = [own(p.grad) for p in run.gpt.parameters() if p.grad is not None]
+            rounded.append(all(torch.equal(g, g.bfloat16().float()) for g in gradients))
+            finish(*args, **kwargs)
+
+        ddp.finish_grad_sync = look
+        losses = [run(small.batch(i, groups, 4), step=i + 1, measure=False) for i in range(2)]
         Saver(config, run, config.student.model, tokenizer=None).save(Progress(step=2), {})
         reader = TorchDistReader(read_checkpoint(folder).path)
         kinds = {
             name: str(reader.entry(name).dtype)
             for name in ("embedding.word_embeddings.weight", "optimizer.state.param.embedding.word_embeddings.weight")
         }
-        return losses, kinds, {str(p.dtype) for p in run.gpt.parameters()}
+        return losses, kinds, {str(p.dtype) for p in run.gpt.parameters()}, rounded
 
 
 def test_bf16_computes_in_it_and_keeps_float32(tmp_path):
-    losses, kinds, kept = run_ranks(2, in_bf16, FSDP, tmp_path / "fsdp")[0]
-    want, want_kinds, _ = run_ranks(2, in_bf16, {}, tmp_path / "ddp")[0]
+    losses, kinds, kept, rounded = run_ranks(2, in_bf16, FSDP, tmp_path / "fsdp")[0]
+    assert rounded == [False, False], "what two ranks have in bfloat16 is added in float32"
+    want, want_kinds, *_ = run_ranks(2, in_bf16, {}, tmp_path / "ddp")[0]
     assert kept == {"torch.float32"} and list(kinds.values()) == ["torch.bfloat16", "torch.float32"]
     assert kinds == want_kinds
     assert losses[0]["loss"] == want[0]["loss"], "the same weights in the same type"
