@@ -101,6 +101,7 @@ LAYOUTS = [
     ("dense, not tied", 2, {"dp": 2, "teacher_tp": 2, "teacher_sp": True, "targets": "whole"}, False),
     ("latent", 2, {"dp": 2, "teacher_tp": 2, "targets": "sampled", "budget": 40_000}, False),
     ("dense", 4, {"tp": 2, "dp": 2, "sp": True, "heads": 4, "teacher_tp": 4, "teacher_sp": False}, False),
+    ("dense, not tied", 4, {"tp": 2, "dp": 2, "sp": True, "heads": 4, "teacher_tp": 4, "targets": "whole"}, False),
     ("expert teacher", 4, {"pp": 2, "dp": 2, "teacher_tp": 2, "teacher_sp": True}, False),
     ("dense, not tied", 4, {"pp": 2, "vpp": 2, "dp": 2, "micro": 1, "teacher_tp": 2, "teacher_last": 3}, False),
     ("dense", 4, {"dp": 4, "micro": 1, "teacher_tp": 2, "fsdp": "both", "offload": True}, False),
