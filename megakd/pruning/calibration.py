@@ -28,9 +28,10 @@ LOG = logging.getLogger("megakd")
 def calibrate(
     config: Config, teacher: Checkpoint, tokenizer: Tokenizer, keys: set[str], ranks: Ranks
 ) -> tuple[dict[str, Tensor], dict]:
-    """Run the model over the calibration data, at the config's layout. Nothing of it is in memory afterwards.
+    """Run the model over the calibration data. Nothing of it is in memory afterwards.
 
     Args:
+        config: at the layout that the model runs at.
         keys: of the prune section: which importances are wanted.
     Returns:
         (importances by key, what they were taken over); on every rank.
@@ -42,7 +43,7 @@ def calibrate(
     check_padding(padded_size, config.parallel.tp)
     samples = open_samples(config, tokenizer)
     number = min(config.prune.samples, len(samples))
-    parallel, train = config.parallel.of_teacher, config.teacher_train
+    parallel, train = config.parallel, config.teacher_train
     groups = build_groups(parallel.tp, parallel.pp, config.run.seed, ep=parallel.ep)
     gpt = build_model(
         teacher.model, teacher, parallel, train, groups,

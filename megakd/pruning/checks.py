@@ -34,6 +34,11 @@ def check_config(config: Config) -> None:
         )
 
 
+def as_teacher(config: Config) -> Config:
+    """The config at the layout that the model runs at: nothing is beside it, so it is the teacher's own."""
+    return config.model_copy(update={"parallel": config.teacher_parallel})
+
+
 def check_sizes(config: Config, model: Model) -> None:
     """Raises ConfigError where the model cannot be cut so."""
     tp = config.prune.tp or config.parallel.tp

@@ -16,7 +16,7 @@ from megakd.data.tokenizers.load import load_tokenizer
 from megakd.data.tokenizers.tokenizer import Tokenizer
 from megakd.errors import CheckpointError, ConfigError
 from megakd.pruning.calibration import calibrate
-from megakd.pruning.checks import check_sizes
+from megakd.pruning.checks import as_teacher, check_sizes
 from megakd.pruning.choose import Kept, choose, student_of
 from megakd.pruning.cut import cut, known_names
 from megakd.pruning.sizes import cuts_of, table
@@ -47,7 +47,7 @@ def prune(config: Config, ranks: Ranks, command: str) -> str:
                 f"{lacking} is null, and {', '.join(sorted(keys))} are chosen by importance, which is measured on data",
                 hint="name it, or leave out layers by prune.keep_layers or prune.drop_layers alone",
             )
-        importances, data = calibrate(config, teacher, tokenizer, keys, ranks)
+        importances, data = calibrate(as_teacher(config), teacher, tokenizer, keys, ranks)
     kept = choose(teacher.model, config.prune, importances)
     record = {
         "command": command,

@@ -38,11 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_prune(config: Config, world_size: int) -> None:
-    """The layout, whatever the batch: there is none; and what the verb needs."""
-    from megakd.pruning.checks import check_config
+    """What the verb needs, and the layout, whatever the batch: there is none."""
+    from megakd.pruning.checks import as_teacher, check_config
 
-    check_layout(config, world_size)
     check_config(config)
+    check_layout(as_teacher(config), world_size)
 
 
 def dry_run(config: Config) -> None:

@@ -11,13 +11,14 @@ from megakd.checkpoints import folder as checkpoints
 from megakd.checkpoints.record import read_record
 from megakd.config import Config, Prune
 from megakd.errors import ConfigError
-from megakd.pruning.checks import check_config
+from megakd.pruning.checks import as_teacher, check_config, check_sizes
 from megakd.pruning.choose import most_important
 from megakd.pruning.sizes import bounds, narrowed, problems, with_layers
 from megakd.runs.prune import main
 from tests.planning import models
 from tests.ranks import run_ranks
 from tests.training import runs
+from tests.training.small import config as small
 
 ASKED = {"num_layers": 2, "ffn_hidden_size": 40, "num_query_groups": 2, "samples": 5}
 NO_DATA = {
@@ -158,6 +159,13 @@ def test_sizes_that_cannot_be_are_named(kind, asked, key, words):
     assert [name for name, _ in found] == [key] and re.search(words, found[0][1]), found
 
 
+def test_the_model_runs_at_its_own_layout_and_its_student_is_cut_for_another():
+    values = small(teacher__parallel={"tp": 2}, student__model=None, student__checkpoint="s")
+    alone = as_teacher(values)
+    assert (values.parallel.tp, alone.parallel.tp, alone.students_per_teacher) == (1, 2, 1)
+    check_sizes(values.model_copy(update={"prune": Prune(ffn_hidden_size=87)}), models.section("llama"))
+
+
 def test_experts_in_groups_stay():
     moe = models.EXPERTS | {"num_groups": 2, "group_top_k": 1}
     (found,) = problems(models.section("mixtral", moe=moe), Prune(num_experts=4), 1)
@@ -174,8 +182,6 @@ def test_experts_in_groups_stay():
     ],
 )
 def test_what_is_refused_before_ranks_meet(changes, words, tmp_path):
-    from tests.training.small import config as small
-
     values = json.loads(json.dumps(small(student__model=None, student__checkpoint="new").model_dump()))
     if "model" in changes.get("student", {}):
         changes = {"student": {"model": small().student.model.model_dump()}}
@@ -194,8 +200,6 @@ def test_what_is_refused_before_ranks_meet(changes, words, tmp_path):
     ],
 )
 def test_a_section_that_contradicts_itself(asked, words):
-    from tests.training.small import config as small
-
     with pytest.raises(ConfigError, match=words):
         Config.from_dict(small().model_dump() | {"prune": asked})
 
