@@ -138,6 +138,28 @@ def test_a_rank_that_stands_still_is_named_and_ends_the_launch(how, script, tmp_
         second.communicate()
 
 
+def test_a_store_that_says_nothing_ends_the_others(script):  # noqa: F811
+    """Nothing breaks the connection when a network is cut, or, as here, who carries the store is stopped."""
+    body = """
+    from megakd.ranks import failure
+    failure.LOST_STORE_SECONDS = 5.0
+    with Ranks("cpu") as ranks:
+        ranks.agree_to_stop()
+        if ranks.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+    """
+    path, port = script(body), free_port()
+    first, second = start_by_hand(path, 0, port), start_by_hand(path, 1, port)
+    try:
+        code, _, err = finish(second)
+        assert code == 1
+        assert err.startswith(f"rank 1 stopped: nothing comes from the store at 127.0.0.1:{port} any more"), err
+    finally:
+        first.kill()
+        first.communicate()
+
+
 def test_ranks_that_were_started_differently_are_told_apart(script):  # noqa: F811
     path, port = (
         script("""

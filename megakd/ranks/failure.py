@@ -8,7 +8,8 @@
 4. A rank whose collective fails because its peer is gone prints that same line; when the peer left no message (a whole
    machine lost), the line names the ranks whose watch has fallen silent.
 5. A rank whose launcher is gone asks to stop, as a signal would, and leaves in any case after 45 seconds. A rank that
-   cannot reach the store for a minute leaves too.
+   cannot reach the store for a minute leaves too; so does one whose watch waits for it, for a network that is cut
+   breaks no connection.
 6. Once a second the watch says where its rank is, and looks at the next rank. When its own rank or that one stands
    still for longer than the phase may take, all ranks write their stacks and one is named (megakd.ranks.stuck).
 """
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 from megakd.errors import MegakdError
 from megakd.ranks.agreement import name_ranks
+from megakd.ranks.causes import PEER_LOST, TIMED_OUT, first_line, says
 from megakd.ranks.launch import Launch, open_store, read_json
 from megakd.ranks.peers import Peers
 from megakd.ranks.pulse import Pulse, write_heartbeat
@@ -42,18 +44,6 @@ LOST_LAUNCHER_SECONDS = 45.0
 LAST_WORDS_SECONDS = 2.0
 INTERRUPTED = 130
 HEARTBEAT_FILE = "heartbeat.json"
-PEER_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-    "NCCL communicator was aborted",
-)
-TIMED_OUT = (
-    "Application timeout caused pair closure",
-    "Timed out waiting",
-    "Watchdog caught collective operation timeout",
-)
 
 
 class FailureWatch:
@@ -90,11 +80,13 @@ class FailureWatch:
         self.early_stop: Callable[[], None] | None = None
         self.early = True
         self._launcher, self._launcher_gone_at = os.getppid(), None
-        self._heartbeat_at = 0.0
+        self._heartbeat_at, self._turns = 0.0, 0
         self._closing = threading.Event()
         self._leaving = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="megakd-watch", daemon=True)
         self._thread.start()
+        if launch.world_size > 1:
+            threading.Thread(target=self._guard, name="megakd-guard", daemon=True).start()
 
     def close(self) -> None:
         """Ends the watch; from here on the peers' end is not a failure."""
@@ -184,6 +176,7 @@ class FailureWatch:
                     ended.append(peers.ranks[descriptor])
             if self._closing.is_set():
                 return
+            self._turns += 1
             now = time.monotonic()
             turn, turned = min(now - turned, 2 * WATCH_SECONDS), now  # a stopped watch has not been watching
             self.signals.collect()
@@ -200,6 +193,16 @@ class FailureWatch:
                     self._leave(f"rank {self.launch.rank} stopped: {what}: {first_line(error)}")
             for rank in ended:
                 self._look_at_ended(store, rank)
+
+    def _guard(self) -> None:
+        """Ends a rank whose watch hangs in the store. It counts its own turns: a stopped process has not waited."""
+        seen, waited = 0, 0.0
+        while self._thread.is_alive():
+            self._thread.join(WATCH_SECONDS)
+            seen, waited = self._turns, waited + WATCH_SECONDS if self._turns == seen else 0.0
+            if waited > LOST_STORE_SECONDS:
+                what = f"nothing comes from the store at {self.launch.where} any more (its machine gone, network cut?)"
+                self._leave(f"rank {self.launch.rank} stopped: {what}")
 
     def _connect(self) -> dist.Store:
         if self.launch.world_size == 1:
@@ -282,19 +285,3 @@ class FailureWatch:
         if self.launch.hosts_store:
             time.sleep(2 * WATCH_SECONDS)  # the other ranks read the message from this process
         os._exit(code)
-
-
-def says(error: BaseException | None, texts: tuple[str, ...]) -> bool:
-    """True when this error, or what caused it, has one of the texts."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if any(text in str(error) for text in texts):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message that may have none, without gloo's advice."""
-    return str(error).partition("\n")[0].partition(". This is typically")[0]
