@@ -3,6 +3,7 @@
 import weakref
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         return storage
 
     def see(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" or isinstance(tensor, DTensor):  # the latter's own storage holds nothing
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -20,6 +20,7 @@ PLAIN = {
     "activation": "gelu", "normalization": "LayerNorm", "add_bias_linear": True,
     "position_embedding": "learned_absolute",
 }  # fmt: skip
+WIDE = {"hidden_size": 256, "ffn_hidden_size": 1024}  # most of its bytes are of weights
 CASES = {  # name -> (ranks, parallel, config, student, teacher)
     "plain": (1, {}, {}, {}, None),
     "bf16": (1, {}, {"train__precision": "bf16"}, {"normalization": "LayerNorm"}, None),
@@ -38,6 +39,9 @@ CASES = {  # name -> (ranks, parallel, config, student, teacher)
     "dp": (2, {}, {}, {}, None),
     "whole distribution": (1, {}, {"loss__targets": "whole"}, {}, TEACHER),
     "ep": (2, {"ep": 2}, {}, {"moe": EXPERTS}, None),
+    "fsdp": (2, {"fsdp": "both"}, {}, {}, TEACHER),
+    "fsdp bf16": (2, {"fsdp": "both"}, {"train__precision": "bf16"}, {"normalization": "LayerNorm"}, None),
+    "fsdp wide": (2, {"fsdp": "both"}, {"data__sequence_length": 64}, WIDE, None),
 }
 
 
