@@ -12,15 +12,23 @@ import sys
 
 from megakd.config import Config
 
-NAMES = {"teacher": "teacher", "student_kd": "student, distilled", "student_ce": "student, data alone"}
+NAMES = {
+    "teacher": "teacher",
+    "student_kd": "student, distilled",
+    "student_recorded": "student, from a recording",
+    "student_ce": "student, data alone",
+}
+STUDENTS = tuple(NAMES)[1:]
 
 
 def main(folder: str) -> int:
     out = pathlib.Path(folder)
     curves = {name: validation_curve(out / name) for name in NAMES}
-    scores = {name: last_line(out / name / "evaluations.jsonl") for name in ("student_kd", "student_ce")}
+    scores = {name: last_line(out / name / "evaluations.jsonl") for name in STUDENTS}
     scores["teacher"] = curves["teacher"][-1]
-    report = "\n".join([*table(scores), "", verdict(curves), "", *completions(out)])
+    recording = f"The recording took {(out / 'recording_seconds').read_text().strip()} s, once."
+    verdicts = [verdict(curves, name) for name in STUDENTS[:-1]]
+    report = "\n".join([*table(scores), "", *verdicts, recording, "", *completions(out)])
     (out / "report.md").write_text(report + "\n", encoding="utf-8")
     draw(curves, title(out), out / "curves.png")
     print(report)
@@ -54,15 +62,15 @@ def table(scores: dict[str, dict]) -> list[str]:
     return rows
 
 
-def verdict(curves: dict[str, list[dict]]) -> str:
-    """When the distilled student reaches the final held-out CE of the other one."""
+def verdict(curves: dict[str, list[dict]], name: str) -> str:
+    """When a student reaches the final held-out CE of the one that learns from the data alone."""
     goal = curves["student_ce"][-1]
-    reached = next((entry for entry in curves["student_kd"] if entry["ce"] <= goal["ce"]), None)
+    reached = next((entry for entry in curves[name] if entry["ce"] <= goal["ce"]), None)
     target = f"CE {goal['ce']:.3f}, which the data-only student has after {cost(goal)},"
     if reached is None:
-        best = min(entry["ce"] for entry in curves["student_kd"])
-        return f"The distilled student does not reach {target} its best is {best:.3f}."
-    return f"The distilled student reaches {target} after {cost(reached)}."
+        best = min(entry["ce"] for entry in curves[name])
+        return f"The {NAMES[name]}, does not reach {target} its best is {best:.3f}."
+    return f"The {NAMES[name]}, reaches {target} after {cost(reached)}."
 
 
 def cost(entry: dict) -> str:
@@ -100,7 +108,7 @@ def draw(curves: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, key, label in zip(axes, ("step", "training_seconds"), ("optimizer steps", "seconds"), strict=True):
-        for name in ("student_kd", "student_ce"):
+        for name in STUDENTS:
             curve = curves[name]
             axis.plot([e[key] for e in curve], [e["ce"] for e in curve], marker=".", label=NAMES[name])
         axis.axhline(curves["teacher"][-1]["ce"], color="grey", linestyle=":", label="teacher")
