@@ -41,9 +41,17 @@ class Cluster:
         while not condition(job := self.job(number)):
             assert time.monotonic() < deadline, job
             if job["JobState"] == "PENDING" and job["Restarts"] != "0":
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+                self.start_now(number)
             time.sleep(0.3)
         return job
+
+    def start_now(self, number: str) -> None:
+        """A pending job, unless it has started since."""
+        try:
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+        except RuntimeError as error:
+            if "no longer pending" not in str(error):
+                raise
 
     def link(self, node: str, state: str) -> None:
         """A node's network cable: `down` or `up`."""
