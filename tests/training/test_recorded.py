@@ -160,7 +160,9 @@ def test_what_does_not_go_together_is_refused_by_name(folder, teacher, cache, tm
         {"temperature": 1.7, "top_k": 20},
     )
     (failure,) = run_ranks(1, runs.train, config)
-    assert re.search("CacheError: .*cache0 holds hidden states: True, .*entries hidden states: False", failure), failure
+    assert re.search(r"CacheError: .*cache\d holds hidden states: True, .*entries hidden states: False", failure), (
+        failure
+    )
     head = cache / "head.bin"
     good = head.read_bytes()
     try:

@@ -81,9 +81,9 @@ def train_without_the_teachers_head(rank, ranks, config):
 
     upstream = setup.live_teacher
 
-    def half_loaded(gpt, *how):
+    def half_loaded(gpt, *common, **how):
         gpt.head_weight.data.normal_(0, 0.1)
-        return upstream(gpt, *how)
+        return upstream(gpt, *common, **how)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(setup, "live_teacher", half_loaded)
