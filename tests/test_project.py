@@ -61,9 +61,9 @@ def test_the_version_stands_in_one_place():
 
 
 def test_extras():
-    assert {"dev", "cuda", "plots", "wandb", "eval"} == set(EXTRAS)
+    assert {"dev", "cuda", "plots", "wandb", "eval", "fsdp"} == set(EXTRAS)
     imported = set(imports(ROOT / "megakd")) | {"transformer_engine"}  # which megatron-core imports
-    for requirement in EXTRAS["cuda"] + EXTRAS["plots"] + EXTRAS["wandb"] + EXTRAS["eval"]:
+    for requirement in EXTRAS["cuda"] + EXTRAS["plots"] + EXTRAS["wandb"] + EXTRAS["eval"] + EXTRAS["fsdp"]:
         name = package(requirement)
         assert MODULES.get(name, name) in imported, f"an extra that nothing uses: {name}"
     everything = PROJECT["project"]["dependencies"] + [r for requirements in EXTRAS.values() for r in requirements]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from megakd.models.sharding import own_rows
+from megakd.models.sharding import own_rows, whole_shape
 
 
 def describe_whole(gpt, metadata: dict) -> tuple[dict, dict[str, DTensor]]:
@@ -30,7 +30,7 @@ def describe_whole(gpt, metadata: dict) -> tuple[dict, dict[str, DTensor]]:
                 places.append((module, name, parameter))
     try:
         for module, name, parameter in places:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            empty = torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
             stand_in = module._parameters[name] = Parameter(empty, requires_grad=False)
             vars(stand_in).update(vars(parameter))
             sharded[id(stand_in)] = parameter
@@ -74,7 +74,7 @@ def pieces(
         local: the rows, of the parameter or of an optimizer's state for it.
         key: name in the checkpoint; None: the parameter's own.
     """
-    rows, empty = own_rows(whole), torch.empty(whole.shape, dtype=local.dtype, device="meta")
+    rows, empty = own_rows(whole), torch.empty(whole_shape(whole), dtype=local.dtype, device="meta")
     if isinstance(base, ShardedTensorFactory):
         boxes = dataclasses.replace(base, key=key or base.key, data=empty).build()
     else:

@@ -33,6 +33,12 @@ def fsdp_problems(config) -> Iterator[tuple[str, str]]:
         )
     if parallel.fsdp == "teacher" and config.teacher is None:
         yield "parallel.fsdp", "teacher, but there is no teacher; expected off or both"
+    if parallel.fsdp_by == "megatron" and parallel.fsdp != "both":
+        yield (
+            "parallel.fsdp_by",
+            f"megatron, but parallel.fsdp is {parallel.fsdp}, and a teacher is cut by torch's; expected torch, or "
+            "parallel.fsdp = both",
+        )
     if parallel.fsdp == "both" and not config.optimizer.distributed:
         yield "optimizer.distributed", "false, but parallel.fsdp = both cuts its state; expected true"
 

@@ -23,6 +23,9 @@ class Parallel(Section):
     fsdp: Literal["off", "teacher", "both"] = "off"
     """Weights are cut over the dp x cp ranks as well, by torch's FSDP2: a layer's are gathered where it runs.
     `teacher`: of a teacher that runs; `both`: of the student too, with gradients and optimizer state, where pp is 1."""
+    fsdp_by: Literal["torch", "megatron"] = "torch"
+    """Whose FSDP cuts the student (fsdp = both): torch's FSDP2, or Megatron-FSDP, which gathers large buffers and needs
+    einops. A teacher is always cut by torch's. Checkpoints are the same."""
     sp: bool = False
     """Sequence parallel: activations between the tensor parallel regions are cut along the sequence. Needs tp > 1."""
 

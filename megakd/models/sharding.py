@@ -5,8 +5,11 @@ Every layer is a unit: gathered before it runs, let go afterwards, and in the ba
 for it, so these stay whole from the first forward until the backward pass ends, or `let_go`.
 
 Megatron's own wrapper of FSDP2 shards the head as a unit whose forward, here, never runs, and reduces gradients in
-the type of the weights.
+the type of the weights. What a student may be sharded by instead, Megatron-FSDP, is in megakd.training.megatron_fsdp;
+what is asked of a sharded model is asked here, whichever it is.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -54,17 +57,19 @@ def shard(gpt: GPT, group: dist.ProcessGroup, *, trained: bool, offload: bool = 
 
 
 def is_sharded(gpt: nn.Module) -> bool:
-    return isinstance(gpt, FSDPModule)
+    return isinstance(gpt, FSDPModule) or hasattr(gpt, "sharded_by")
 
 
 def let_go(gpt: GPT) -> None:
     """Keep this rank's part alone of what a forward has left whole; whoever looks at the weights looks at parts."""
-    if is_sharded(gpt):
+    if isinstance(gpt, FSDPModule):
         gpt.reshard()
+    elif is_sharded(gpt):
+        gpt.sharded_by.synchronize_param_gather()
 
 
 def gather_head(gpt: GPT) -> None:
-    """Make embedding, last norm and head whole, outside of a forward, until `let_go`.
+    """Make embedding, last norm and head of a teacher whole, outside of a forward, until `let_go`.
 
     Collectives: an all-gather of their weights.
     """
@@ -77,11 +82,20 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: DTensor) -> torch.Size:
+    """Of a sharded parameter, without FSDP; Megatron-FSDP takes in what tensor parallelism cuts as well."""
+    return tensor.orig_param.shape if hasattr(tensor, "orig_param") else tensor.shape
+
+
 def own_rows(tensor: DTensor) -> range:
     """Which rows of the whole this rank's part is."""
-    rows, mesh = tensor.shape[0], tensor.device_mesh
-    size = -(-rows // mesh.size())
-    first = min(mesh.get_coordinate()[0] * size, rows)
-    found = range(first, min(first + size, rows))
-    assert len(found) == len(tensor.to_local()), f"{found} of {list(tensor.shape)}, but {len(tensor.to_local())} rows"
+    shape, part = whole_shape(tensor), len(tensor.to_local())
+    if hasattr(tensor, "megatron_fsdp_slice"):  # in elements
+        first = tensor.megatron_fsdp_slice.start // math.prod(shape[1:])
+        return range(first, first + part)
+    mesh = tensor.device_mesh
+    size = -(-shape[0] // mesh.size())
+    first = min(mesh.get_coordinate()[0] * size, shape[0])
+    found = range(first, min(first + size, shape[0]))
+    assert len(found) == part, f"{found} of {list(shape)}, but {part} rows"
     return found

@@ -28,6 +28,9 @@ from megakd.planning.parameters import (
 BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS_BYTES = 8  # both of Adam's, in float32
 MASTER_BYTES = 4  # of a bf16 model's float32 weights
+PREFETCHED = (
+    500_000_000  # elements that Megatron-FSDP gathers ahead of the layer that runs; waiting gradients: twice it
+)
 GRADIENT_BYTES = 4  # added up in float32
 LESSON_BYTES = 12  # of an entry that a teacher gave: its id in 64 bits and its log-probability
 ENTRY_BYTES = 24  # of an entry in the loss: its column in 64 bits, the student's logit, and copies of both for a row
@@ -109,6 +112,9 @@ def rank_memory(
     if parallel.shards("student"):  # what is kept is float32, and what an optimizer steps on
         cut, weight = dp * parallel.cp, MASTER_BYTES
         gathered = gathered_weights(student, parallel, padded, stage, config.student.pipeline) * size
+        if parallel.fsdp_by == "megatron":  # in the type of the model too
+            weight += size
+            gathered = megatron_buckets(student, parallel, padded, stage, config.student.pipeline, size)
     return Memory(
         weights=mine.total * weight // cut,
         gradients=mine.total * GRADIENT_BYTES // cut,
@@ -127,6 +133,16 @@ def gathered_weights(model: Model, parallel: Parallel, padded: int, stage: int, 
     layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
     ends = rank_parameters(model, parallel, padded, stage, pipeline).total - sum(layers)
     return ends + sum(sorted(layers)[-2:])
+
+
+def megatron_buckets(model: Model, parallel: Parallel, padded: int, stage: int, pipeline: Pipeline, size: int) -> int:
+    """Bytes that Megatron-FSDP holds whole at one time: weights, far ahead of where they run, and the gradients of what
+    waits to be reduced, in float32."""
+    layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
+    total, largest = rank_parameters(model, parallel, padded, stage, pipeline).total, max(layers)
+    ends = total - sum(layers)
+    ahead = ends + min(sum(layers), max(PREFETCHED, largest) + largest)
+    return ahead * size + min(total, max(2 * PREFETCHED, 2 * largest) + largest) * GRADIENT_BYTES
 
 
 def wider_head(config: Config, teacher: Model, padded: int, stage: int) -> int:

@@ -169,6 +169,8 @@ class Plan:
         cut = f", over {self.dp} ranks" if config.optimizer.distributed and self.dp > 1 else ""
         fsdp = {whose: ", by FSDP" if config.parallel.shards(whose) else "" for whose in ("student", "teacher")}
         kept = "float32" if fsdp["student"] else config.train.precision
+        if config.parallel.fsdp_by == "megatron":
+            kept += f" and {config.train.precision}"
         meaning = {
             "weights": f"{kept}, of the student{fsdp['student']}",
             "gradients": "float32",
@@ -187,16 +189,12 @@ class Plan:
         ]
         left = f"{gigabytes(self.memory_bytes * PLANNED_SHARE)} GB are planned with; a tenth is CUDA's and NCCL's"
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        untried = (
-            ["  with FSDP these figures were not compared with real steps"] if config.parallel.fsdp != "off" else []
-        )
         return [
             f"layout     {layout.words()}",
             "",
             f"GB of the fullest rank{where}:",
             *rows,
             f"  {'most at once':<13}{gigabytes(self.memory.total):>8}  {verdict}: {left}",
-            *untried,
         ]
 
     def whose_weights(self) -> str:

@@ -35,11 +35,18 @@ class FullySharded(_BaseDataParallel):
     """
 
     def __init__(self, gpt: GPT, groups):
-        super().__init__(config=gpt.config, module=shard(gpt, groups.dp_cp, trained=True))
+        super().__init__(config=gpt.config, module=self.sharded(gpt, groups))
         self.ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
         self.group = groups.dp_cp
         self.wholes = dict(gpt.named_parameters())
-        self.parts = {name: part_of(whole) for name, whole in self.wholes.items()}
+        self.parts = {name: part_of(whole, self.noted(name)) for name, whole in self.wholes.items()}
+
+    def sharded(self, gpt: GPT, groups) -> GPT:
+        return shard(gpt, groups.dp_cp, trained=True)
+
+    def noted(self, name: str) -> dict:
+        """What Megatron has noted on a parameter: how it is cut over tp, what is summed."""
+        return vars(self.wholes[name])
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((f"module.{name}", part) for name, part in self.parts.items() if part.numel())
@@ -64,10 +71,10 @@ class FullySharded(_BaseDataParallel):
             part.main_grad.mul_(scaling_factor)
 
 
-def part_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+def part_of(parameter: torch.nn.Parameter, noted: dict) -> torch.nn.Parameter:
     """This rank's rows of a sharded parameter, with what Megatron has noted on it."""
     part = torch.nn.Parameter(own(parameter.detach()))
-    vars(part).update(vars(parameter))
+    vars(part).update(noted)
     return part
 
 

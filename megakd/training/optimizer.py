@@ -8,6 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megakd.config import Config
 from megakd.models.gpt import DTYPES, GPT
 from megakd.training.fully_sharded import FullySharded
+from megakd.training.megatron_fsdp import FullyShardedByMegatron
 
 STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
@@ -17,7 +18,8 @@ def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedData
     divides by tokens at the end."""
     gpt.config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.shards("student"):
-        return [FullySharded(gpt, groups)]
+        by_megatron = config.parallel.fsdp_by == "megatron"
+        return [(FullyShardedByMegatron if by_megatron else FullySharded)(gpt, groups)]
     overlap = overlaps_reduction(gpt, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

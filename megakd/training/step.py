@@ -24,6 +24,7 @@ from megakd.models.micro_batch import MicroBatch, forward
 from megakd.models.routing import RoutingLosses
 from megakd.teachers.lesson import Lesson, TeacherSource, no_lesson
 from megakd.training.head_loss import HeadLoss
+from megakd.training.megatron_fsdp import FullyShardedByMegatron
 from megakd.training.phases import Phases
 from megakd.training.stragglers import OwnSeconds
 
@@ -207,9 +208,10 @@ class StudentStep:
         micro_batch, lesson = next(iterator)
         keep = functools.partial(witness.losses, micro_batch, lesson) if witness else None
         tokens, compared = micro_batch.labels_BS.numel() // self.groups.cp.size(), measure and self.teacher is not None
-        return forward(model, micro_batch), HeadLoss(
-            self.gpt, micro_batch, lesson, loss, tokens, compared, keep, len(self.names)
-        )
+        head = HeadLoss(self.gpt, micro_batch, lesson, loss, tokens, compared, keep, len(self.names))
+        if isinstance(model, FullyShardedByMegatron):
+            head = model.announced(head)
+        return forward(model, micro_batch), head
 
 
 def reduce_sums(sums: list[Tensor], groups, device, teachers: int = 0) -> Tensor:

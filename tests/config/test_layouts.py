@@ -53,6 +53,10 @@ def test_nearest_divisors():
             r"parallel\.fsdp: both, but parallel\.pp = 2 .* expected teacher, or pp = 1",
         ),
         ({"parallel__ep": 2, "parallel__fsdp": "teacher"}, r"parallel\.fsdp: teacher, but parallel\.ep = 2 "),
+        (
+            {"parallel__fsdp": "teacher", "parallel__fsdp_by": "megatron"},
+            r"parallel\.fsdp_by: megatron, but parallel\.fsdp is teacher, .* expected torch, or parallel\.fsdp = both",
+        ),
         ({"optimizer__distributed": False, "parallel__fsdp": "both"}, r"optimizer\.distributed: false, but"),
         ({"tp": 2, "teacher__parallel": {"tp": 3}}, r"teacher\.parallel\.tp: 3 is no multiple .* expected 4"),
         ({"tp": 4, "teacher__parallel": {"tp": 2}}, r"teacher\.parallel\.tp: 2 is no multiple .* expected 4"),

@@ -21,6 +21,7 @@ PLAIN = {
     "position_embedding": "learned_absolute",
 }  # fmt: skip
 WIDE = {"hidden_size": 256, "ffn_hidden_size": 1024}  # most of its bytes are of weights
+BY_MEGATRON = {"fsdp": "both", "fsdp_by": "megatron"}
 CASES = {  # name -> (ranks, parallel, config, student, teacher)
     "plain": (1, {}, {}, {}, None),
     "bf16": (1, {}, {"train__precision": "bf16"}, {"normalization": "LayerNorm"}, None),
@@ -41,6 +42,8 @@ CASES = {  # name -> (ranks, parallel, config, student, teacher)
     "ep": (2, {"ep": 2}, {}, {"moe": EXPERTS}, None),
     "fsdp": (2, {"fsdp": "both"}, {}, {}, TEACHER),
     "fsdp bf16": (2, {"fsdp": "both"}, {"train__precision": "bf16"}, {"normalization": "LayerNorm"}, None),
+    "fsdp by megatron": (2, BY_MEGATRON, {}, {}, TEACHER),
+    "fsdp by megatron, bf16": (2, BY_MEGATRON, {"train__precision": "bf16"}, {"normalization": "LayerNorm"}, None),
     "fsdp wide": (2, {"fsdp": "both"}, {"data__sequence_length": 64}, WIDE, None),
 }
 

@@ -26,13 +26,14 @@ def layout(tp=1, pp=1, seed=1, **axes):
 @contextlib.contextmanager
 def in_buckets(elements):
     """Gradients are reduced while the backward goes on, in buckets of about so many, as on GPUs; None: in one piece."""
-    from megakd.training import optimizer
+    from megakd.training import megatron_fsdp, optimizer
 
     upstream = optimizer.DistributedDataParallelConfig
     with pytest.MonkeyPatch.context() as patch:
         if elements:
             small = lambda **options: upstream(**options | {"bucket_size": elements})  # noqa: E731
-            patch.setattr(optimizer, "DistributedDataParallelConfig", small)
+            for module in (optimizer, megatron_fsdp):
+                patch.setattr(module, "DistributedDataParallelConfig", small)
             patch.setattr(optimizer, "overlaps_reduction", lambda gpt, groups: True)
         yield
 

@@ -43,13 +43,14 @@ MODELS = {
     "experts, biases": (STUDENT | {"moe": TEACHER_EXPERTS}, TEACHER),
     "expert teacher": (STUDENT, TEACHER | {"moe": TEACHER_EXPERTS}),
 }
-PARALLEL = ("tp", "pp", "vpp", "cp", "ep", "sp", "fsdp")
+PARALLEL = ("tp", "pp", "vpp", "cp", "ep", "sp", "fsdp", "fsdp_by")
 OTHERS = {
     "recompute": "train__recompute",
     "budget": "loss__logits_memory_budget_bytes",
     "targets": "loss__targets",
     "offload": "teacher__offload",
 }
+MEGATRON = {"fsdp": "both", "fsdp_by": "megatron"}
 # (models, ranks, layout with micro_batch_size, whether the teacher was recorded)
 LAYOUTS = [
     ("dense", 2, {"dp": 2}, False),
@@ -97,6 +98,13 @@ LAYOUTS = [
     ("dense", 4, {"tp": 2, "dp": 2, "sp": True, "fsdp": "both", "micro": 1}, False),
     ("experts", 4, {"cp": 2, "dp": 2, "fsdp": "both"}, False),
     ("dense", 4, {"pp": 2, "dp": 2, "fsdp": "teacher"}, False),
+    ("dense", 2, {"dp": 2, "micro": 1} | MEGATRON, False),
+    ("dense, not tied", 2, {"dp": 2, "micro": 1, "recompute": "full"} | MEGATRON, True),
+    ("dense", 2, {"dp": 2, "recompute": "selective", "budget": 40_000} | MEGATRON, False),
+    ("odd", 4, {"dp": 4, "micro": 1} | MEGATRON, False),
+    ("dense, not tied", 4, {"tp": 2, "dp": 2, "sp": True, "micro": 1} | MEGATRON, False),
+    ("experts", 4, {"cp": 2, "dp": 2} | MEGATRON, False),
+    ("dense, not tied", 2, {"dp": 2, "bucket": 2000} | MEGATRON, False),
     # A teacher of another tp: its ranks are those of several student replicas.
     ("dense, not tied", 2, {"dp": 2, "teacher_tp": 2, "teacher_sp": True, "targets": "whole"}, False),
     ("latent", 2, {"dp": 2, "teacher_tp": 2, "targets": "sampled", "budget": 40_000}, False),
@@ -162,7 +170,7 @@ def changes_of(axes):
         whose, _, what = name.partition("_")
         if what in ("first", "last"):
             changes.setdefault(f"{whose}__pipeline", {})[f"{what}_stage_layers"] = value
-        elif what:
+        elif what and name not in PARALLEL:
             changes.setdefault("teacher__parallel", {})[what] = value
     return changes
 
@@ -228,7 +236,9 @@ CONTINUED = [
     ("dense", (2, {"pp": 2, "student_first": 1}), [(2, {"tp": 2}), (2, {"pp": 2, "student_last": 1})]),
     ("odd", (4, {"dp": 4, "fsdp": "both", "micro": 1}), [(1, {}), (2, {"dp": 2, "fsdp": "both"})]),
     ("dense", (2, {"dp": 2, "fsdp": "both"}), [(2, {"pp": 2}), (4, {"tp": 2, "dp": 2, "sp": True, "fsdp": "both"})]),
-    ("experts", (2, {"pp": 2}), [(2, {"dp": 2, "fsdp": "both"})]),
+    ("experts", (2, {"pp": 2}), [(2, {"dp": 2, "fsdp": "both"}), (2, {"dp": 2} | MEGATRON)]),
+    ("odd", (4, {"dp": 4, "micro": 1} | MEGATRON), [(1, {}), (2, {"dp": 2} | MEGATRON)]),
+    ("dense", (4, {"tp": 2, "dp": 2} | MEGATRON), [(2, {"dp": 2, "fsdp": "both"}), (2, {"dp": 2} | MEGATRON)]),
     ("experts, biases", (1, {}), [(2, {"ep": 2, "dp": 2}), (2, {"tp": 2, "sp": True, "ep": 2})]),
 ]
 

@@ -25,6 +25,7 @@ def whole():
         (1, 1, 1, 2, {}),
         (1, 1, 1, 2, {"train__recompute": "full"}),
         (2, 1, 1, 4, {"parallel__fsdp": "both", "train__recompute": "full"}),
+        (2, 1, 1, 4, {"parallel__fsdp": "both", "parallel__fsdp_by": "megatron"}),
         (2, 2, 1, 4, {}),
         (2, 2, 1, 4, {"parallel__sp": True}),
         (2, 2, 1, 4, {"parallel__sp": True, "train__recompute": "full"}),

@@ -6,6 +6,8 @@ from tests.ranks import run_ranks
 from tests.training import small
 
 FSDP = {"parallel__fsdp": "both"}
+MEGATRON = FSDP | {"parallel__fsdp_by": "megatron"}
+both = pytest.mark.parametrize("fsdp", [FSDP, MEGATRON], ids=["torch", "megatron"])
 
 
 def shares(gpt):
@@ -37,11 +39,11 @@ def held(rank, ranks, changes):
         return seen, {"judged": judged["ce"], "kl": judged["forward_kl"], "kl2": judged["reverse_kl"]} | after
 
 
-def test_between_steps_a_rank_has_its_part_alone_and_judges_as_a_whole_model_does():
-    (seen, got), _ = run_ranks(2, held, FSDP)
-    for sharded, kept in seen[:1] + seen[2:]:
+@both
+def test_between_steps_a_rank_has_its_part_alone_and_judges_as_a_whole_model_does(fsdp):
+    (seen, got), _ = run_ranks(2, held, fsdp)
+    for sharded, kept in seen:
         assert sharded == 1.0 and kept == pytest.approx(0.5, abs=0.01)
-    assert seen[1] == seen[0]
     (plain, want), _ = run_ranks(2, held, {})
     assert plain[0] == (0.0, 1.0)
     assert got == pytest.approx(want, rel=2e-5)
@@ -55,7 +57,6 @@ def in_bf16(rank, ranks, changes, folder):
 
         from megakd.checkpoints.folder import read_checkpoint
         from megakd.checkpoints.torch_dist_reader import TorchDistReader
-        from megakd.models.sharding import own
         from megakd.training.checkpointing import Progress, Saver
 
         config = small.config(run__dir=str(folder), train__precision="bf16", **changes)
@@ -64,9 +65,9 @@ def in_bf16(rank, ranks, changes, folder):
         finish = ddp.finish_grad_sync
 
         def look(*args, **kwargs):
-            gradients = [own(p.grad) for p in run.gpt.parameters() if p.grad is not None]
-            rounded.append(all(torch.equal(g, g.bfloat16().float()) for g in gradients))
             finish(*args, **kwargs)
+            gradients = [part.main_grad for part in getattr(ddp, "parts", {}).values()]
+            rounded.append(all(torch.equal(g, g.bfloat16().float()) for g in gradients))
 
         ddp.finish_grad_sync = look
         losses = [run(small.batch(i, groups, 4), step=i + 1, measure=False) for i in range(2)]
@@ -79,8 +80,9 @@ def in_bf16(rank, ranks, changes, folder):
         return losses, kinds, {str(p.dtype) for p in run.gpt.parameters()}, rounded
 
 
-def test_bf16_computes_in_it_and_keeps_float32(tmp_path):
-    losses, kinds, kept, rounded = run_ranks(2, in_bf16, FSDP, tmp_path / "fsdp")[0]
+@both
+def test_bf16_computes_in_it_and_keeps_float32(tmp_path, fsdp):
+    losses, kinds, kept, rounded = run_ranks(2, in_bf16, fsdp, tmp_path / "fsdp")[0]
     assert rounded == [False, False], "what two ranks have in bfloat16 is added in float32"
     want, want_kinds, *_ = run_ranks(2, in_bf16, {}, tmp_path / "ddp")[0]
     assert kept == {"torch.float32"} and list(kinds.values()) == ["torch.bfloat16", "torch.float32"]

@@ -32,7 +32,7 @@ def test_whole_is_top_k_of_all_of_them_at_any_layout(divergence):
         assert metrics["teacher_mass"] == pytest.approx(1)
     section = loss("whole", divergence=divergence, logits_memory_budget_bytes=BLOCKS)
     layouts = [(1, 1, 1, 8, {}), (2, 2, 1, 4, {"parallel__sp": True}), (2, 1, 2, 2, {}), (4, 2, 1, 1, {})]
-    layouts += [(2, 1, 1, 2, {"parallel__fsdp": "both"})]
+    layouts += [(2, 1, 1, 2, {"parallel__fsdp": "both", "parallel__fsdp_by": whose}) for whose in ("torch", "megatron")]
     for ranks, tp, pp, size, changes in layouts:
         assert_same_curve(curve(ranks, tp, pp, size, section, **changes), want)
 

@@ -57,6 +57,7 @@ def witnessed(rank, ranks, tp, pp, changes, student):
         (1, 1, 1, {}, {}),
         (2, 2, 1, {"parallel__sp": True}, {}),
         (2, 1, 1, {"parallel__fsdp": "both"}, {}),
+        (4, 2, 1, {"parallel__fsdp": "both", "parallel__fsdp_by": "megatron"}, {}),
         (4, 2, 1, {"parallel__sp": True, "parallel__fsdp": "both"}, {"tie_embeddings": False}),
         (2, 2, 1, {}, {"tie_embeddings": False, "add_bias_linear": True}),
         (2, 1, 2, {}, {"tie_embeddings": True}),
