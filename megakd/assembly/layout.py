@@ -48,7 +48,8 @@ def axes(parallel: Parallel, groups) -> str:
         words.append(f"experts over ep {parallel.ep}")
     if parallel.fsdp != "off":
         cut = "both models" if parallel.fsdp == "both" else "the teacher"
-        words.append(f"FSDP of {cut} over {groups.dp_cp.size()}")
+        whose = ", the student's by Megatron" if parallel.fsdp_by == "megatron" else ""
+        words.append(f"FSDP of {cut} over {groups.dp_cp.size()}{whose}")
     return ", ".join(words)
 
 

@@ -65,7 +65,15 @@ def let_go(gpt: GPT) -> None:
     if isinstance(gpt, FSDPModule):
         gpt.reshard()
     elif is_sharded(gpt):
+        end_gathers(gpt.sharded_by)
         gpt.sharded_by.synchronize_param_gather()
+
+
+def end_gathers(megatron_fsdp: nn.Module) -> None:
+    """Wait for what Megatron-FSDP has gathered ahead; it does so itself where it lets go, with a warning."""
+    pipeline = megatron_fsdp.all_gather_pipeline
+    while pipeline.param_gather_event_map:
+        pipeline.wait_bucket_ready(*next(iter(pipeline.param_gather_event_map)))
 
 
 def gather_head(gpt: GPT) -> None:

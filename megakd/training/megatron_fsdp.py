@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megakd.errors import ConfigError
 from megakd.models.gpt import GPT
+from megakd.models.sharding import end_gathers
 from megakd.training.fully_sharded import FullySharded
 
 
@@ -70,6 +71,7 @@ class FullyShardedByMegatron(FullySharded):
 
     def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
         """Give the parts their gradients."""
+        end_gathers(self.engine.module)
         self.engine.finish_grad_sync()
         for name, part in self.parts.items():
             gradient = self.wholes[name].grad  # None where this rank has no row

@@ -1,5 +1,7 @@
 """FSDP between steps and beside them: what a rank keeps, what is computed and saved; the curves are in test_axes.py."""
 
+import sys
+
 import pytest
 
 from tests.ranks import run_ranks
@@ -110,3 +112,15 @@ def test_a_sharded_teacher_records_the_same_rows():
     for rows, others in zip(got, want, strict=True):
         for (_, _, a), (_, _, b) in zip(rows, others, strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_without_einops_there_is_no_megatron_fsdp(monkeypatch):
+    from megakd.megatron_on_cpu import install
+
+    install("cpu")
+    from megakd.errors import ConfigError
+    from megakd.training.megatron_fsdp import build_engine
+
+    monkeypatch.setitem(sys.modules, "einops", None)
+    with pytest.raises(ConfigError, match="needs einops.*\nhint: pip install"):
+        build_engine(None, None)
