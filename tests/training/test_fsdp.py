@@ -122,5 +122,5 @@ def test_without_einops_there_is_no_megatron_fsdp(monkeypatch):
     from megakd.training.megatron_fsdp import build_engine
 
     monkeypatch.setitem(sys.modules, "einops", None)
-    with pytest.raises(ConfigError, match="needs einops.*\nhint: pip install"):
+    with pytest.raises(ConfigError, match=r"needs einops.*\nhint: pip install"):
         build_engine(None, None)
