@@ -24,6 +24,9 @@ from megakd.models.gpt import GPT
 from megakd.models.sharding import end_gathers
 from megakd.training.fully_sharded import FullySharded
 
+# What grad_reduce_in_fp32 says in 0.16 is these since.
+TYPES = "megatron_fsdp_main_params_dtype megatron_fsdp_main_grads_dtype megatron_fsdp_grad_comm_dtype".split()
+
 
 class FullyShardedByMegatron(FullySharded):
     """As its base; gradients are sums, in float32, and are reduced with every micro-batch.
@@ -106,7 +109,7 @@ def build_engine(root: Root, groups):
         ) from None
     from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 
-    if not isinstance(mcore_fsdp_adapter.TELinear, type):  # without Transformer Engine: asked for all the same
+    if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", nn.Linear), type):  # 0.16 without Transformer Engine
         mcore_fsdp_adapter.TELinear = type("TELinear", (nn.Module,), {})
     gpt = root.through.gpt
     device = next(gpt.parameters()).device
@@ -119,6 +122,9 @@ def build_engine(root: Root, groups):
         overlap_param_gather=True,
         average_in_collective=False,
     )
+    for name in TYPES:
+        if hasattr(ddp_config, name):
+            setattr(ddp_config, name, torch.float32)
     with numbered_device() if device.type == "cpu" else contextlib.nullcontext():
         return mcore_fsdp_adapter.FullyShardedDataParallel(
             gpt.config, ddp_config, root, device=device, pg_collection=groups
