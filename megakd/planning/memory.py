@@ -28,9 +28,7 @@ from megakd.planning.parameters import (
 BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS_BYTES = 8  # both of Adam's, in float32
 MASTER_BYTES = 4  # of a bf16 model's float32 weights
-PREFETCHED = (
-    500_000_000  # elements that Megatron-FSDP gathers ahead of the layer that runs; waiting gradients: twice it
-)
+PREFETCHED = 500_000_000  # elements that Megatron-FSDP gathers ahead of what runs; of gradients, twice as many wait
 GRADIENT_BYTES = 4  # added up in float32
 LESSON_BYTES = 12  # of an entry that a teacher gave: its id in 64 bits and its log-probability
 ENTRY_BYTES = 24  # of an entry in the loss: its column in 64 bits, the student's logit, and copies of both for a row
