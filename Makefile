@@ -35,7 +35,7 @@ test-nightly: .venv/.installed ## the tests on eight ranks, which take minutes
 # (data sets, not used here) and its CUDA code are not tried this way.
 MEGATRON := build/megatron-core-$(VERSION)
 MEGATRON_TESTS ?= tests/test_megatron_on_cpu.py tests/training/test_step.py tests/training/test_curves.py \
-	tests/training/test_axes.py tests/training/test_routing.py \
+	tests/training/test_axes.py tests/training/test_fsdp.py tests/training/test_routing.py \
 	tests/checkpoints/test_writer.py tests/checkpoints/test_torch_dist.py tests/checkpoints/test_buckets.py
 
 test-megatron: .venv/.installed $(MEGATRON) ## the tests that pin its results, on another Megatron-Core (VERSION=0.19.2)

@@ -28,6 +28,7 @@ def describe_whole(gpt, metadata: dict) -> tuple[dict, dict[str, DTensor]]:
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
                 places.append((module, name, parameter))
+    assert places, "nothing is sharded, or it is whole for a forward"
     try:
         for module, name, parameter in places:
             empty = torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")

@@ -9,6 +9,7 @@ the type of the weights. What a student may be sharded by instead, Megatron-FSDP
 what is asked of a sharded model is asked here, whichever it is.
 """
 
+import inspect
 import math
 
 import torch
@@ -70,10 +71,15 @@ def let_go(gpt: GPT) -> None:
 
 
 def end_gathers(megatron_fsdp: nn.Module) -> None:
-    """Wait for what Megatron-FSDP has gathered ahead; it does so itself where it lets go, with a warning."""
+    """Let go of what Megatron-FSDP has gathered, and wait for what it gathers ahead.
+
+    Where it lets go itself it waits too, with a warning, and since 0.17 keeps what is outside of the layers.
+    """
     pipeline = megatron_fsdp.all_gather_pipeline
     while pipeline.param_gather_event_map:
         pipeline.wait_bucket_ready(*next(iter(pipeline.param_gather_event_map)))
+    if "preserve_non_fsdp_units" in inspect.signature(pipeline.reset).parameters:
+        pipeline.reset(preserve_non_fsdp_units=False)
 
 
 def gather_head(gpt: GPT) -> None:

@@ -137,10 +137,11 @@ def megatron_buckets(model: Model, parallel: Parallel, padded: int, stage: int, 
     """Bytes that Megatron-FSDP holds whole at one time: weights, far ahead of where they run, and the gradients of what
     waits to be reduced, in float32."""
     layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
-    total, largest = rank_parameters(model, parallel, padded, stage, pipeline).total, max(layers)
-    ends = total - sum(layers)
-    ahead = ends + min(sum(layers), max(PREFETCHED, largest) + largest)
-    return ahead * size + min(total, max(2 * PREFETCHED, 2 * largest) + largest) * GRADIENT_BYTES
+    whole, largest, mean = sum(layers), max(layers), sum(layers) // len(layers)
+    ends = rank_parameters(model, parallel, padded, stage, pipeline).total - whole
+    weights = ends + min(whole, max(PREFETCHED, mean) + 2 * largest)
+    gradients = ends + min(whole, max(2 * PREFETCHED, 2 * mean) + 2 * largest)
+    return weights * size + gradients * GRADIENT_BYTES
 
 
 def wider_head(config: Config, teacher: Model, padded: int, stage: int) -> int:

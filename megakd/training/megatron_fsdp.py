@@ -8,6 +8,8 @@ What Megatron's trainers take for granted, and megakd does not do, is brought ab
   reductions is then not emptied between micro-batches, and from the second on every parameter reduces its whole bucket
   anew (0.16.1; no error, gradients several times too large).
 - The head's own forward gathers its weight. Here all that is not in a layer is gathered before the model's forward.
+- Megatron's wrapper gives all tensor-parallel ranks the random states of the first, so that dropout draws one mask for
+  different heads. Here it does not.
 - Megatron's optimizer takes the parameters, and puts the new weights in their place. Here the optimizer has this rank's
   rows as plain tensors, as with torch's FSDP; what they are is put in place before the next forward.
 """
@@ -111,6 +113,11 @@ def build_engine(root: Root, groups):
 
     if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", nn.Linear), type):  # 0.16 without Transformer Engine
         mcore_fsdp_adapter.TELinear = type("TELinear", (nn.Module,), {})
+
+    class Engine(mcore_fsdp_adapter.FullyShardedDataParallel):
+        def sync_rng_states_across_tp_group(self) -> None:
+            """They differ on purpose."""
+
     gpt = root.through.gpt
     device = next(gpt.parameters()).device
     ddp_config = DistributedDataParallelConfig(
@@ -126,9 +133,7 @@ def build_engine(root: Root, groups):
         if hasattr(ddp_config, name):
             setattr(ddp_config, name, torch.float32)
     with numbered_device() if device.type == "cpu" else contextlib.nullcontext():
-        return mcore_fsdp_adapter.FullyShardedDataParallel(
-            gpt.config, ddp_config, root, device=device, pg_collection=groups
-        )
+        return Engine(gpt.config, ddp_config, root, device=device, pg_collection=groups)
 
 
 @contextlib.contextmanager

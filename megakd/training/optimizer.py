@@ -1,5 +1,7 @@
 """Megatron's data-parallel wrapper, optimizer and parameter scheduler from the config."""
 
+import logging
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -10,6 +12,7 @@ from megakd.models.gpt import DTYPES, GPT
 from megakd.training.fully_sharded import FullySharded
 from megakd.training.megatron_fsdp import FullyShardedByMegatron
 
+LOG = logging.getLogger("megakd")
 STYLES = {"constant": "constant", "cosine": "cosine", "linear": "linear", "wsd": "WSD"}
 
 
@@ -19,6 +22,9 @@ def wrap_data_parallel(gpt: GPT, config: Config, groups) -> list[DistributedData
     gpt.config.finalize_model_grads_func = finalize_model_grads
     if config.parallel.shards("student"):
         by_megatron = config.parallel.fsdp_by == "megatron"
+        if by_megatron and groups.dp_cp.size() == 1:  # Megatron-FSDP 0.16 then doubles gradients with every micro-batch
+            LOG.info("parallel.fsdp_by: no rank shares the student with another, so torch's FSDP has it whole")
+            by_megatron = False
         return [(FullyShardedByMegatron if by_megatron else FullySharded)(gpt, groups)]
     overlap = overlaps_reduction(gpt, groups)
     ddp_config = DistributedDataParallelConfig(

@@ -98,6 +98,7 @@ LAYOUTS = [
     ("dense", 4, {"tp": 2, "dp": 2, "sp": True, "fsdp": "both", "micro": 1}, False),
     ("experts", 4, {"cp": 2, "dp": 2, "fsdp": "both"}, False),
     ("dense", 4, {"pp": 2, "dp": 2, "fsdp": "teacher"}, False),
+    ("dense", 1, MEGATRON, False),
     ("dense", 2, {"dp": 2, "micro": 1} | MEGATRON, False),
     ("dense, not tied", 2, {"dp": 2, "micro": 1, "recompute": "full"} | MEGATRON, True),
     ("dense", 2, {"dp": 2, "recompute": "selective", "budget": 40_000} | MEGATRON, False),

@@ -114,6 +114,27 @@ def test_a_sharded_teacher_records_the_same_rows():
             assert a == pytest.approx(b, abs=1e-5)
 
 
+def random_states(rank, ranks):
+    """Those that dropout of cut activations draws from, before and after a student is wrapped."""
+    with small.layout(tp=2) as groups:
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        from megakd.training.optimizer import wrap_data_parallel
+
+        config = small.config(tp=2, **MEGATRON)
+        gpt = small.build(small.student_section(), config, groups, seed=1)
+        states = [get_cuda_rng_tracker().get_states()]
+        wrap_data_parallel(gpt, config, groups)
+        states.append(get_cuda_rng_tracker().get_states())
+        return [{name: state.tolist() for name, state in one.items()} for one in states]
+
+
+def test_megatron_fsdp_leaves_random_states_as_they_are():
+    answers = run_ranks(4, random_states)
+    assert all(before == after for before, after in answers)
+    assert answers[0][0]["model-parallel-rng"] != answers[1][0]["model-parallel-rng"]
+
+
 def test_without_einops_there_is_no_megatron_fsdp(monkeypatch):
     from megakd.megatron_on_cpu import install
 
