@@ -15,9 +15,9 @@ Source of the terms under tensor and sequence parallelism and recomputation: arX
 
 from dataclasses import dataclass, fields
 
-from megakd.config import Config, Model, Parallel, Pipeline
+from megakd.config import Config, Model, Parallel
+from megakd.planning.gathered import GRADIENT_BYTES, gathered_weights, megatron_buckets
 from megakd.planning.parameters import (
-    layer_parameters,
     layers_of,
     padded_vocab,
     rank_parameters,
@@ -28,8 +28,6 @@ from megakd.planning.parameters import (
 BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS_BYTES = 8  # both of Adam's, in float32
 MASTER_BYTES = 4  # of a bf16 model's float32 weights
-PREFETCHED = 500_000_000  # elements that Megatron-FSDP gathers ahead of what runs; of gradients, twice as many wait
-GRADIENT_BYTES = 4  # added up in float32
 LESSON_BYTES = 12  # of an entry that a teacher gave: its id in 64 bits and its log-probability
 ENTRY_BYTES = 24  # of an entry in the loss: its column in 64 bits, the student's logit, and copies of both for a row
 
@@ -124,24 +122,6 @@ def rank_memory(
         working=working,
         teacher_pass=pass_bytes,
     )
-
-
-def gathered_weights(model: Model, parallel: Parallel, padded: int, stage: int, pipeline: Pipeline) -> int:
-    """Parameters that FSDP holds whole at one time: embedding, last norm and head, a layer, and the one after it."""
-    layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
-    ends = rank_parameters(model, parallel, padded, stage, pipeline).total - sum(layers)
-    return ends + sum(sorted(layers)[-2:])
-
-
-def megatron_buckets(model: Model, parallel: Parallel, padded: int, stage: int, pipeline: Pipeline, size: int) -> int:
-    """Bytes that Megatron-FSDP holds whole at one time: weights, far ahead of where they run, and the gradients of what
-    waits to be reduced, in float32."""
-    layers = [layer_parameters(model, layer, parallel).total for layer in layers_of(model, parallel, stage, pipeline)]
-    whole, largest, mean = sum(layers), max(layers), sum(layers) // len(layers)
-    ends = rank_parameters(model, parallel, padded, stage, pipeline).total - whole
-    weights = ends + min(whole, max(PREFETCHED, mean) + 2 * largest)
-    gradients = ends + min(whole, max(2 * PREFETCHED, 2 * mean) + 2 * largest)
-    return weights * size + gradients * GRADIENT_BYTES
 
 
 def wider_head(config: Config, teacher: Model, padded: int, stage: int) -> int:

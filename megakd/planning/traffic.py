@@ -5,7 +5,8 @@ all-reduce. See docs/parallelism.md for what each axis sends where.
 """
 
 from megakd.config import Config, Model
-from megakd.planning.memory import BYTES, GRADIENT_BYTES
+from megakd.planning.gathered import GRADIENT_BYTES
+from megakd.planning.memory import BYTES
 from megakd.planning.parameters import Parameters, layers_of, widths
 
 RECORD_BYTES = 40  # of a token in the loss, to each tensor parallel rank

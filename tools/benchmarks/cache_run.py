@@ -147,8 +147,8 @@ class Benchmark:
         """Seconds of recording all micro-batches: forward, selection, encoding, and a shard on disk; best of three."""
         from megakd.cache import finish, writing
         from megakd.recording.part_writer import PartWriter
-        from megakd.recording.record import make_contents
         from megakd.recording.recorder import Recorder
+        from megakd.recording.setup import make_contents
         from megakd.teachers.entries import Recipe
 
         recipe = Recipe("top_k", TOP_K, (1.0,))
