@@ -15,6 +15,7 @@ What Megatron's trainers take for granted, and megakd does not do, is brought ab
 """
 
 import contextlib
+import functools
 import logging
 
 import torch
@@ -133,7 +134,11 @@ def build_engine(root: Root, groups):
         if hasattr(ddp_config, name):
             setattr(ddp_config, name, torch.float32)
     with numbered_device() if device.type == "cpu" else contextlib.nullcontext():
-        return Engine(gpt.config, ddp_config, root, device=device, pg_collection=groups)
+        engine = Engine(gpt.config, ddp_config, root, device=device, pg_collection=groups)
+    if device.type == "cpu":  # gloo's threads write where a stream would wait
+        pipeline = engine.module.all_gather_pipeline
+        pipeline.all_gather_params = functools.partial(pipeline.all_gather_params, async_param_gather=False)
+    return engine
 
 
 @contextlib.contextmanager
